@@ -1,0 +1,39 @@
+"""SupCon on scikit-learn's handwritten digits: real images, nothing to download.
+
+    python main.py --config=configs/digits.py
+
+Hardware: 2 CPU cores. Time: about a minute.
+"""
+
+from configs import common
+
+
+def get_config():
+    config = common.get_config()
+    config.batch_size = 256
+    config.epochs = 100
+    config.log_every = 25
+    config.eval_every = 100
+    config.checkpoint_every = 100
+    config.next_config = "configs/linear_digits.py"
+    set_digits(config)
+    config.projection.hidden_dims = (128,)
+    config.projection.output_dim = 64
+    config.optimizer.name = "momentum"
+    config.optimizer.learning_rate = 0.5
+    config.optimizer.warmup_epochs = 5
+    return config
+
+
+def set_digits(config):
+    """Data, augmentation and encoder that all digits configs share."""
+    config.data.name = "digits"
+    config.data.image_size = 8
+    config.data.eval_resize = 8
+    # Digits have no colour, and a mirrored digit is another sign.
+    config.augment.crop_area = (0.5, 1.0)
+    config.augment.flip = False
+    config.augment.jitter_strength = 0.0
+    config.augment.grayscale_probability = 0.0
+    config.encoder.name = "resnet8"
+    config.encoder.stem = "cifar"

@@ -1,0 +1,174 @@
+"""Checkpoints of a run. The only file that knows Orbax.
+
+A step holds two items: "encoder" (its parameters and batch statistics, all that
+linear evaluation and users need) and "training" (everything else of the TrainState).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import pathlib
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from jax.sharding import Sharding, SingleDeviceSharding
+from orbax.checkpoint.checkpoint_managers import (
+    AnyPreservationPolicy,
+    BestN,
+    LatestN,
+)
+
+from supcon_jax.train_state import TrainState
+
+PyTree = Any
+BEST_METRIC = "knn/top1"
+logger = logging.getLogger(__name__)
+
+
+def _split(state: TrainState) -> dict[str, PyTree]:
+    """The state as the items that are saved."""
+    encoder, training = {}, {"step": state.step, "opt_state": state.opt_state}
+    for collection in ("params", "batch_stats"):
+        tree = dict(getattr(state, collection))
+        if "encoder" in tree:
+            encoder[collection] = tree.pop("encoder")
+        training[collection] = tree
+    return (
+        {"encoder": encoder, "training": training}
+        if encoder
+        else {"training": training}
+    )
+
+
+def _join(items: dict[str, PyTree]) -> TrainState:
+    training, encoder = items["training"], items.get("encoder", {})
+    collections = {
+        name: training[name] | ({"encoder": encoder[name]} if name in encoder else {})
+        for name in ("params", "batch_stats")
+    }
+    return TrainState(
+        step=training["step"], opt_state=training["opt_state"], **collections
+    )
+
+
+class Checkpointer:
+    """Saves and restores the TrainStates of one workdir, asynchronously.
+
+    Keeps the newest `keep` steps, and beside them the one with the best online kNN
+    accuracy.
+    """
+
+    def __init__(self, workdir: str | pathlib.Path, *, keep: int = 2):
+        policy = AnyPreservationPolicy(
+            [
+                LatestN(keep),
+                BestN(
+                    get_metric_fn=lambda metrics: metrics[BEST_METRIC],
+                    n=1,
+                    keep_checkpoints_without_metrics=False,
+                ),
+            ]
+        )
+        self._manager = ocp.CheckpointManager(
+            checkpoint_dir(workdir),
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=policy, create=True, cleanup_tmp_directories=True
+            ),
+        )
+
+    def latest_step(self) -> int | None:
+        """The newest complete step, or None."""
+        return self._manager.latest_step()
+
+    def save(self, state: TrainState, step: int, metrics: dict[str, float]) -> None:
+        """Starts to save; returns once the device's arrays have been copied."""
+        known = {BEST_METRIC: metrics[BEST_METRIC]} if BEST_METRIC in metrics else None
+        items = {
+            name: ocp.args.StandardSave(tree) for name, tree in _split(state).items()
+        }
+        self._manager.save(step, args=ocp.args.Composite(**items), metrics=known)
+
+    def restore(self, abstract_state: TrainState, step: int) -> TrainState:
+        """Restores a step into the shapes and shardings of `abstract_state`."""
+        items = {
+            name: ocp.args.StandardRestore(tree)
+            for name, tree in _split(abstract_state).items()
+        }
+        return _join(self._manager.restore(step, args=ocp.args.Composite(**items)))
+
+    def close(self) -> None:
+        """Waits for the last save, so that the process may end."""
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+
+def checkpoint_dir(workdir: str | pathlib.Path) -> pathlib.Path:
+    """Where a workdir keeps its checkpoints (absolute, as Orbax wants it)."""
+    return pathlib.Path(workdir).expanduser().absolute() / "checkpoints"
+
+
+def read_config(workdir: str | pathlib.Path) -> dict[str, Any] | None:
+    """The config that made a workdir, or None where there is none."""
+    path = pathlib.Path(workdir).expanduser() / "config.json"
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot read {path}: {error}; is it a workdir?") from None
+
+
+def restore_encoder(
+    workdir: str | pathlib.Path,
+    *,
+    step: int | None = None,
+    sharding: Sharding | None = None,
+) -> dict[str, PyTree]:
+    """The encoder of a pretraining run, ready for `encoder.apply`.
+
+    Args:
+      workdir: the run's workdir.
+      step: a saved step; the newest by default.
+      sharding: where the arrays go; the first local device by default.
+
+    Returns:
+      `{"params": ..., "batch_stats": ...}`.
+
+    Raises:
+      ValueError: no pretraining run or no checkpoint there.
+
+    Example:
+      variables = restore_encoder("runs/digits")
+      encoder = create_encoder("resnet8", stem="cifar")
+      embeddings = encoder.apply(variables, images, train=False)
+    """
+    directory = checkpoint_dir(workdir)
+    if not directory.is_dir():
+        raise ValueError(f"no checkpoints in {workdir}: it is not a run's workdir")
+    with ocp.CheckpointManager(
+        directory, options=ocp.CheckpointManagerOptions(read_only=True)
+    ) as manager:
+        step = manager.latest_step() if step is None else step
+        if step is None or step not in manager.all_steps():
+            wanted = "complete checkpoint" if step is None else f"checkpoint {step}"
+            raise ValueError(f"no {wanted} in {directory}; has the run saved one yet?")
+        if not (directory / str(step) / "encoder").is_dir():
+            raise ValueError(
+                f"the run in {workdir} saved no encoder; linear evaluation keeps only "
+                "its head: name the workdir of the pretraining run"
+            )
+        metadata = manager.item_metadata(step)["encoder"]
+        sharding = sharding or SingleDeviceSharding(jax.local_devices()[0])
+        abstract = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(
+                leaf.shape, leaf.dtype, sharding=sharding
+            ),
+            metadata,
+        )
+        restored = manager.restore(
+            step,
+            args=ocp.args.Composite(encoder=ocp.args.StandardRestore(abstract)),
+        )
+    return restored["encoder"]

@@ -1,0 +1,1 @@
+"""Images in, batches of augmented views out. TensorFlow is imported only when used."""

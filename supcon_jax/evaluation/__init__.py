@@ -1,0 +1,1 @@
+"""Evaluation of frozen models: knows nothing of training or configs."""

@@ -1,0 +1,50 @@
+"""Top-k accuracy and loss over a split, every example counted once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from supcon_jax.losses.cross_entropy import cross_entropy_loss
+
+
+def classification_sums(
+    logits: jax.Array, labels: jax.Array, mask: jax.Array
+) -> dict[str, jax.Array]:
+    """Sums over one batch: hits at 1 and 5, cross-entropy, and examples.
+
+    An example is a hit at k when fewer than k classes have a logit above its label's;
+    equal logits share the place, each of n classes tied for it counting 1/n of a hit.
+
+    Args:
+      logits: `[B, C]`.
+      labels: `[B]` integers.
+      mask: `[B]`, 1 for examples and 0 for padding.
+
+    Returns:
+      Scalars "top1", "top5", "loss" and "num_examples".
+    """
+    own = jnp.take_along_axis(logits, labels[:, None], axis=-1)
+    # Not `logits > own`: logits that are not numbers must count as misses.
+    above = jnp.sum(~(logits <= own), axis=-1)
+    tied = jnp.sum(logits == own, axis=-1)
+    hits = {
+        f"top{k}": jnp.sum(mask * jnp.clip((k - above) / jnp.maximum(tied, 1), 0, 1))
+        for k in (1, 5)
+    }
+    losses = jnp.where(mask > 0, cross_entropy_loss(logits, labels), 0.0)
+    return hits | {"loss": jnp.sum(losses), "num_examples": jnp.sum(mask)}
+
+
+def summarize(sums: Iterable[dict[str, jax.Array]]) -> dict[str, float]:
+    """Means over a split from the sums of its batches, as `eval/*` metrics."""
+    total: dict[str, float] = {}
+    for batch in sums:
+        for name, value in batch.items():
+            total[name] = total.get(name, 0.0) + float(np.asarray(value, np.float64))
+    count = total.pop("num_examples")
+    means = {f"eval/{name}": value / count for name, value in total.items()}
+    return means | {"eval/num_examples": round(count)}

@@ -1,0 +1,121 @@
+"""A frozen model over a whole split: embeddings, or the classifier's accuracy."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from supcon_jax import parallel
+from supcon_jax.data.pipeline import eval_batches, num_eval_batches
+from supcon_jax.data.sources import Source
+from supcon_jax.evaluation.classification import classification_sums, summarize
+from supcon_jax.writers import progress
+
+Batch = dict[str, jax.Array]
+
+
+class Predictor:
+    """Runs a frozen encoder, and a classifier on it, over the examples of a source.
+
+    Variables are `{"encoder": {"params": ..., "batch_stats": ...}, "head": ...}`;
+    the head's are needed by `classify` only.
+
+    Args:
+      encoder: images `[N, S, S, 3]` to embeddings.
+      head: embeddings to logits; None where only `embed` is used.
+      normalize: images in [0, 1] to what the encoder expects.
+      mesh: the devices.
+      batch_size: global; the last batch is padded and masked.
+      image_size: side S of the central crop.
+      resize: short side before the crop.
+    """
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        head: nn.Module | None,
+        *,
+        normalize: Callable[[jax.Array], jax.Array],
+        mesh: Mesh,
+        batch_size: int,
+        image_size: int,
+        resize: int,
+    ):
+        self._mesh = mesh
+        self._shape = {
+            "batch_size": batch_size,
+            "image_size": image_size,
+            "resize": resize,
+        }
+        modules = {"encoder": encoder, "normalize": normalize}
+        jit = functools.partial(
+            jax.jit,
+            in_shardings=(parallel.replicated(mesh), parallel.batch_sharding(mesh)),
+            out_shardings=parallel.replicated(mesh),
+        )
+        self._embed = jit(functools.partial(embed_step, **modules))
+        self._classify = jit(functools.partial(classify_step, **modules, head=head))
+
+    def embed(
+        self, variables: Any, source: Source, *, label: str = "embedding"
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Embeddings `[n, D]` and labels `[n]` of all examples, in order."""
+        embeddings, labels = [], []
+        for batch in self._batches(source, label):
+            part, part_labels, mask = jax.device_get(
+                self._embed({"encoder": variables["encoder"]}, batch)
+            )
+            embeddings.append(part[mask > 0])
+            labels.append(part_labels[mask > 0])
+        return np.concatenate(embeddings), np.concatenate(labels)
+
+    def classify(
+        self, variables: Any, source: Source, *, label: str = "evaluating"
+    ) -> dict[str, float]:
+        """`eval/top1`, `eval/top5`, `eval/loss` and `eval/num_examples`."""
+        return summarize(
+            self._classify(variables, batch) for batch in self._batches(source, label)
+        )
+
+    def _batches(self, source: Source, label: str) -> Iterator[Batch]:
+        batches = parallel.prefetch_to_devices(
+            eval_batches(source, **self._shape), self._mesh
+        )
+        total = num_eval_batches(source, self._shape["batch_size"])
+        yield from progress(batches, total=total, label=label)
+
+
+def embed_step(
+    variables: Any,
+    batch: Batch,
+    *,
+    encoder: nn.Module,
+    normalize: Callable[[jax.Array], jax.Array],
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Embeddings, labels and mask of one padded batch; BatchNorm in inference mode."""
+    images = normalize(batch["image"][:, 0].astype(jnp.float32) / 255.0)
+    embeddings = encoder.apply(variables["encoder"], images, train=False)
+    return embeddings, batch["label"], batch["mask"]
+
+
+def classify_step(
+    variables: Any,
+    batch: Batch,
+    *,
+    encoder: nn.Module,
+    head: nn.Module,
+    normalize: Callable[[jax.Array], jax.Array],
+) -> dict[str, jax.Array]:
+    """`classification_sums` of one padded batch."""
+    embeddings, labels, mask = embed_step(
+        variables, batch, encoder=encoder, normalize=normalize
+    )
+    logits = head.apply(variables["head"], embeddings, train=False)
+    return classification_sums(logits, labels, mask)

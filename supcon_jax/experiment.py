@@ -1,0 +1,533 @@
+"""From a config to the pieces of a run, for pretrain.py and linear_eval.py.
+
+This and the two loops are the only places that read `config.*`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import json
+import logging
+import math
+import os
+import pathlib
+import shlex
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from supcon_jax import optimizers, parallel
+from supcon_jax.checkpoint import checkpoint_dir, read_config
+from supcon_jax.data import augment
+from supcon_jax.data.pipeline import Batch, check_image_size, train_batches
+from supcon_jax.data.sources import ArraySource, Source, open_source
+from supcon_jax.evaluation.predict import Predictor
+from supcon_jax.models import Classifier, ResNet, create_encoder
+from supcon_jax.models.heads import CLASSIFIER_INITS
+from supcon_jax.models.resnet import ENCODERS, STEMS
+from supcon_jax.train_state import TrainState
+from supcon_jax.writers import plot_curves, read_metrics
+
+logger = logging.getLogger(__name__)
+
+# Where things lie does not change what a run computes.
+MAY_DIFFER = ("compilation_cache", "data.dir", "data.root", "next_config")
+
+# Keys on which a pretraining run and the use of its encoder must agree.
+ENCODER_KEYS = (
+    "encoder.name",
+    "encoder.width",
+    "encoder.stem",
+    "data.mean",
+    "data.std",
+)
+
+Rule = tuple[Callable[[Any], bool], str]
+
+
+def _one_of(*names: str) -> Rule:
+    return (lambda value: value in names), ", ".join(names)
+
+
+def _number(low: float, high: float = math.inf, *, above: bool = False) -> Rule:
+    def holds(x: Any) -> bool:
+        return math.isfinite(x) and (x > low if above else x >= low) and x <= high
+
+    least = f"{'above' if above else 'at least'} {low}"
+    return holds, least if high == math.inf else f"{least} and at most {high}"
+
+
+def _numbers(length: int | None, low: float, *, above: bool = False) -> Rule:
+    single, allowed = _number(low, above=above)
+    count = "any number of" if length is None else str(length)
+
+    def holds(values: Any) -> bool:
+        fits = length is None or len(values) == length
+        return fits and all(isinstance(x, int | float) and single(x) for x in values)
+
+    return holds, f"{count} numbers, each {allowed}"
+
+
+def _is_scale(value: str) -> bool:
+    try:
+        return value in ("none", "temperature") or 0 < float(value) < math.inf
+    except ValueError:
+        return False
+
+
+_TEXT: Rule = (lambda value: True, "any text")
+_FLAG: Rule = (lambda value: isinstance(value, bool), "True, False")
+
+# Every key with the values it may take. Registries check names of their own again.
+RULES: dict[str, Rule] = {
+    "mode": _one_of("pretrain", "linear_eval"),
+    "seed": _number(0, 2**31 - 1),
+    "batch_size": _number(1),
+    "epochs": _number(0, above=True),
+    "total_steps": _number(0),
+    "log_every": _number(1),
+    "eval_every": _number(0),
+    "checkpoint_every": _number(0),
+    "keep_checkpoints": _number(1),
+    "pretrained": _TEXT,
+    "next_config": _TEXT,
+    "compilation_cache": _FLAG,
+    "data.name": _TEXT,
+    "data.dir": _TEXT,
+    "data.root": _TEXT,
+    "data.train_split": _TEXT,
+    "data.eval_split": _TEXT,
+    "data.image_size": _number(1),
+    "data.eval_resize": _number(1),
+    "data.views": _number(1),
+    "data.mean": _numbers(3, 0),
+    "data.std": _numbers(3, 0, above=True),
+    "augment.crop_area": (
+        lambda area: len(area) == 2 and 0 < area[0] <= area[1] <= 1,
+        "(least, most) with 0 < least <= most <= 1",
+    ),
+    "augment.flip": _FLAG,
+    "augment.jitter_strength": _number(0, 2.5),
+    "augment.jitter_probability": _number(0, 1),
+    "augment.grayscale_probability": _number(0, 1),
+    "encoder.name": _one_of(*ENCODERS),
+    "encoder.width": _number(0, above=True),
+    "encoder.stem": _one_of(*STEMS),
+    "encoder.dtype": _one_of("float32", "bfloat16"),
+    "encoder.normalize_embedding": _FLAG,
+    "projection.hidden_dims": _numbers(None, 1),
+    "projection.output_dim": _number(1),
+    "projection.batch_norm": _FLAG,
+    "classifier.init": _one_of(*CLASSIFIER_INITS),
+    "loss.name": _one_of("supcon", "simclr", "cross_entropy"),
+    "loss.temperature": _number(0, above=True),
+    "loss.contrast_mode": _one_of("all", "one"),
+    "loss.summation": _one_of("outside", "inside"),
+    "loss.denominator": _one_of("all", "one_positive", "only_negatives"),
+    "loss.positives_cap": _number(-1),
+    "loss.scale": (_is_scale, "none, temperature, or a number above 0"),
+    "loss.label_smoothing": _number(0, 0.999),
+    "optimizer.name": _one_of(*optimizers.OPTIMIZERS),
+    "optimizer.learning_rate": _number(0, above=True),
+    "optimizer.learning_rate_batch": _number(0),
+    "optimizer.schedule": _one_of(*optimizers.SCHEDULES),
+    "optimizer.warmup_epochs": _number(0),
+    "optimizer.decay_rate": _number(0, 1, above=True),
+    "optimizer.decay_epochs": _number(0, above=True),
+    "optimizer.boundaries_epochs": _numbers(None, 0),
+    "optimizer.weight_decay": _number(0),
+    "optimizer.momentum": _number(0, 0.9999),
+    "optimizer.trust_coefficient": _number(0, above=True),
+    "optimizer.rmsprop_decay": _number(0, 0.9999),
+    "optimizer.rmsprop_epsilon": _number(0, above=True),
+    "optimizer.exclude": (
+        lambda values: all(isinstance(v, str) and v for v in values),
+        "regular expressions on parameter paths",
+    ),
+    "knn.bank": _number(0),
+    "knn.k": _number(1),
+    "knn.temperature": _number(0, above=True),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A run whose config, data and workdir have been checked and opened.
+
+    Attributes:
+      config: the checked config.
+      workdir: absolute path; holds config.json.
+      mesh: all devices.
+      train_source, eval_source: the two splits.
+      total_steps: updates to make.
+      steps_per_epoch: images / batch size, fractional.
+      finished: the final metrics, where the run is complete already.
+    """
+
+    config: ConfigDict
+    workdir: pathlib.Path
+    mesh: Mesh
+    train_source: Source
+    eval_source: Source
+    total_steps: int
+    steps_per_epoch: float
+    finished: dict[str, Any] | None
+
+
+def open_run(config: ConfigDict, workdir: str | pathlib.Path) -> Run:
+    """Opens data and workdir of a checked config; refuses before it writes anything.
+
+    Raises:
+      ValueError: data, batch size or workdir cannot be used, in one line.
+    """
+    setup_compilation_cache(enabled=config.compilation_cache)
+    mesh = parallel.create_mesh()
+    parallel.check_batch_size(config.batch_size, mesh)
+    train_source, eval_source = open_sources(config)
+    steps_per_epoch = train_source.num_examples / config.batch_size
+    total_steps = config.total_steps or max(1, round(config.epochs * steps_per_epoch))
+    # Built once here for its checks alone, before the workdir is made.
+    build_optimizer(config, total_steps, steps_per_epoch)
+    build_encoder(config)
+    path = open_workdir(config, workdir)
+    return Run(
+        config=config,
+        workdir=path,
+        mesh=mesh,
+        train_source=train_source,
+        eval_source=eval_source,
+        total_steps=total_steps,
+        steps_per_epoch=steps_per_epoch,
+        finished=finished_metrics(path),
+    )
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries as one, with dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        path = f"{prefix}{key}"
+        flat |= flatten(value, path + ".") if isinstance(value, dict) else {path: value}
+    return flat
+
+
+def check_config(config: ConfigDict) -> None:
+    """Refuses unknown and missing keys and values that are not allowed.
+
+    Raises:
+      ValueError: one line with what was got, what is allowed and the flag to change.
+    """
+    flat = flatten(config.to_dict())
+    for key in flat:
+        if key not in RULES:
+            nearest = difflib.get_close_matches(key, RULES, n=1)
+            hint = f"; did you mean {nearest[0]}?" if nearest else ""
+            raise ValueError(
+                f"unknown config key {key!r}{hint} (see configs/common.py)"
+            )
+    for key, (holds, allowed) in RULES.items():
+        if key not in flat:
+            raise ValueError(f"config key {key!r} is missing (see configs/common.py)")
+        if not holds(flat[key]):
+            raise ValueError(
+                f"got {key}={flat[key]!r}; allowed: {allowed} (--config.{key})"
+            )
+    if config.data.eval_resize < config.data.image_size:
+        raise ValueError(
+            f"got data.eval_resize={config.data.eval_resize}; allowed: at least "
+            f"data.image_size, {config.data.image_size} (--config.data.eval_resize)"
+        )
+
+
+def setup_compilation_cache(*, enabled: bool) -> None:
+    """Keeps compiled programs in the user's cache folder, so that a rerun starts fast.
+
+    `JAX_COMPILATION_CACHE_DIR` chooses another folder.
+    """
+    jax.config.update("jax_enable_compilation_cache", enabled)
+    if not enabled:
+        return
+    if not jax.config.jax_compilation_cache_dir:
+        home = os.environ.get("XDG_CACHE_HOME") or pathlib.Path("~/.cache").expanduser()
+        jax.config.update(
+            "jax_compilation_cache_dir", str(pathlib.Path(home) / "supcon_jax" / "jax")
+        )
+    # By default JAX keeps only what took over a second to compile.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def open_sources(config: ConfigDict) -> tuple[Source, Source]:
+    """The training and the evaluation split, checked against each other."""
+    data = config.data
+    train, evaluation = (
+        open_source(data.name, split, dir=data.dir, root=data.root)
+        for split in (data.train_split, data.eval_split)
+    )
+    for source in (train, evaluation):
+        check_image_size(source, data.image_size)
+    for split, source in ((data.train_split, train), (data.eval_split, evaluation)):
+        if source.num_examples == 0:
+            raise ValueError(
+                f"split {split!r} of {data.name} is empty (--config.data.train_split, "
+                "--config.data.eval_split)"
+            )
+    if train.num_examples < config.batch_size:
+        raise ValueError(
+            f"batch size {config.batch_size} is larger than the {train.num_examples} "
+            f"training images; set --config.batch_size={train.num_examples} or less"
+        )
+    return train, evaluation
+
+
+def open_workdir(config: ConfigDict, workdir: str | pathlib.Path) -> pathlib.Path:
+    """Creates a workdir with its config, or checks that this config made it.
+
+    Raises:
+      ValueError: another config made it (the differing keys are named), or it cannot
+        be written.
+    """
+    if "://" in str(workdir):
+        raise ValueError(
+            f"cannot write to {workdir}: --workdir takes a local or mounted path "
+            "(a bucket can be mounted with Cloud Storage FUSE)"
+        )
+    path = pathlib.Path(workdir).expanduser().absolute()
+    ours = json.loads(json.dumps(config.to_dict()))
+    theirs = read_config(path)
+    if theirs is not None:
+        _refuse_other_config(path, flatten(ours), flatten(theirs))
+    elif checkpoint_dir(path).exists():
+        raise ValueError(
+            f"{path} has checkpoints but no config.json, so it is not known what made "
+            "them; use another --workdir"
+        )
+    if jax.process_index() == 0:
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            temporary = path / "config.json.tmp"
+            temporary.write_text(json.dumps(ours, indent=2) + "\n")
+            os.replace(temporary, path / "config.json")
+        except OSError as error:
+            raise ValueError(
+                f"cannot write to workdir {path}: {error.strerror} (--workdir)"
+            ) from None
+    return path
+
+
+def _refuse_other_config(
+    path: pathlib.Path, ours: dict[str, Any], theirs: dict[str, Any]
+) -> None:
+    differing = [
+        f"{key} (there {theirs.get(key)!r}, now {ours.get(key)!r})"
+        for key in sorted(ours.keys() | theirs.keys())
+        if ours.get(key) != theirs.get(key) and key not in MAY_DIFFER
+    ]
+    if differing:
+        raise ValueError(
+            f"workdir {path} was made by another config; differing: "
+            f"{', '.join(differing)}; use another --workdir"
+        )
+
+
+def log_start(run: Run, state: TrainState) -> None:
+    """Says in a few lines what is about to run."""
+    config = run.config
+    images = run.train_source.num_examples
+    counts = {
+        name: sum(leaf.size for leaf in jax.tree.leaves(tree))
+        for name, tree in state.params.items()
+    }
+    mask = jax.tree.leaves(
+        optimizers.path_mask(state.params, tuple(config.optimizer.exclude))
+    )
+    logger.info(
+        "%s on %s: %s training images, %d classes",
+        config.loss.name if config.mode == "pretrain" else config.mode,
+        config.data.name,
+        f"{images:,}",
+        run.train_source.num_classes,
+    )
+    logger.info(
+        "%d x %s, global batch %d images x %d views, %d steps (%.4g epochs)",
+        run.mesh.size,
+        run.mesh.devices.flat[0].device_kind,
+        config.batch_size,
+        config.data.views,
+        run.total_steps,
+        run.total_steps / run.steps_per_epoch,
+    )
+    logger.info(
+        "%s, trained parameters: %s; %s, peak learning rate %.4g, decay on %d of %d "
+        "arrays",
+        config.encoder.name,
+        ", ".join(f"{name} {count:,}" for name, count in counts.items()),
+        config.optimizer.name,
+        scaled_learning_rate(config),
+        sum(mask) if config.optimizer.weight_decay else 0,
+        len(mask),
+    )
+
+
+def finished_metrics(workdir: pathlib.Path) -> dict[str, Any] | None:
+    """The final metrics of a run that is already complete."""
+    records = read_metrics(workdir)
+    return records[-1] if records and records[-1].get("final") else None
+
+
+def report_end(run: Run, final: dict[str, Any]) -> dict[str, Any]:
+    """Prints the result, where it lies and the next command; returns the result."""
+    if jax.process_index() == 0:
+        shown = {
+            "knn/top1": "kNN top-1 {:.2%}",
+            "eval/top1": "top-1 {:.2%}",
+            "eval/top5": "top-5 {:.2%}",
+            "eval/num_examples": "on {} images",
+        }
+        result = [
+            text.format(final[key]) for key, text in shown.items() if key in final
+        ]
+        logger.info("")
+        logger.info("Result:  %s", ", ".join(result) or "trained, not evaluated")
+        logger.info("Workdir: %s", os.path.relpath(run.workdir))
+        if picture := plot_curves(run.workdir):
+            logger.info("Curves:  %s", os.path.relpath(picture))
+        if run.config.next_config:
+            logger.info("Next:    %s", next_command(run))
+    return final
+
+
+def next_command(run: Run) -> str:
+    """The command line that goes on from a run."""
+    config = run.config
+    command = ["python", "main.py", f"--config={config.next_config}"]
+    if config.mode == "pretrain":
+        command.append(f"--config.pretrained={os.path.relpath(run.workdir)}")
+    for key in ("dir", "root"):
+        if config.data[key]:
+            command.append(f"--config.data.{key}={config.data[key]}")
+    return shlex.join(command)
+
+
+def build_encoder(config: ConfigDict) -> ResNet:
+    """The encoder that `config.encoder` describes."""
+    return create_encoder(
+        config.encoder.name,
+        width=config.encoder.width,
+        stem=config.encoder.stem,
+        dtype=jnp.dtype(config.encoder.dtype),
+    )
+
+
+def build_classifier(config: ConfigDict, num_classes: int) -> Classifier:
+    """The linear classifier that `config.classifier` describes."""
+    return Classifier(
+        num_classes=num_classes,
+        init_name=config.classifier.init,
+        normalize_embedding=config.encoder.normalize_embedding,
+    )
+
+
+def build_train_batches(run: Run, start_step: int) -> Iterator[Batch]:
+    """The host's stream of training batches, from a step on."""
+    config = run.config
+    return train_batches(
+        run.train_source,
+        batch_size=config.batch_size,
+        image_size=config.data.image_size,
+        views=config.data.views,
+        crop_area=tuple(config.augment.crop_area),
+        flip=config.augment.flip,
+        seed=config.seed,
+        start_step=start_step,
+    )
+
+
+def build_predictor(run: Run, encoder: nn.Module, head: nn.Module | None) -> Predictor:
+    """A frozen model's way over the splits of a run."""
+    return Predictor(
+        encoder,
+        head,
+        normalize=build_normalization(run.config),
+        mesh=run.mesh,
+        batch_size=run.config.batch_size,
+        image_size=run.config.data.image_size,
+        resize=run.config.data.eval_resize,
+    )
+
+
+def build_augmentation(
+    config: ConfigDict, source: Source
+) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    """`(images uint8, ids) -> [B, V, S, S, 3]` float32: in-step part and scaling.
+
+    Images of an array are cropped and flipped here; those of TFDS have been already.
+    """
+    geometry = {}
+    if isinstance(source, ArraySource):
+        geometry = {
+            "crop_area": tuple(config.augment.crop_area),
+            "flip": config.augment.flip,
+        }
+    in_step = functools.partial(
+        augment.augment_batch,
+        seed=config.seed,
+        views=config.data.views,
+        jitter_strength=config.augment.jitter_strength,
+        jitter_probability=config.augment.jitter_probability,
+        grayscale_probability=config.augment.grayscale_probability,
+        **geometry,
+    )
+    scale = build_normalization(config)
+    return lambda images, ids: scale(in_step(images, ids))
+
+
+def build_normalization(config: ConfigDict) -> Callable[[jax.Array], jax.Array]:
+    """`images in [0, 1] -> (images - mean) / std`."""
+    return functools.partial(
+        augment.normalize, mean=tuple(config.data.mean), std=tuple(config.data.std)
+    )
+
+
+def scaled_learning_rate(config: ConfigDict) -> float:
+    """The peak learning rate for this batch size (linear scaling rule)."""
+    options = config.optimizer
+    if not options.learning_rate_batch:
+        return options.learning_rate
+    return options.learning_rate * config.batch_size / options.learning_rate_batch
+
+
+def build_optimizer(
+    config: ConfigDict, total_steps: int, steps_per_epoch: float
+) -> tuple[optax.GradientTransformation, optax.Schedule]:
+    """The optimizer that `config.optimizer` describes, and its schedule."""
+    options = config.optimizer
+    schedule = optimizers.create_schedule(
+        options.schedule,
+        learning_rate=scaled_learning_rate(config),
+        total_steps=total_steps,
+        steps_per_epoch=steps_per_epoch,
+        warmup_epochs=options.warmup_epochs,
+        decay_rate=options.decay_rate,
+        decay_epochs=options.decay_epochs,
+        boundaries_epochs=tuple(options.boundaries_epochs),
+    )
+    optimizer = optimizers.create_optimizer(
+        options.name,
+        schedule,
+        weight_decay=options.weight_decay,
+        momentum=options.momentum,
+        trust_coefficient=options.trust_coefficient,
+        rmsprop_decay=options.rmsprop_decay,
+        rmsprop_epsilon=options.rmsprop_epsilon,
+        exclude=tuple(options.exclude),
+    )
+    return optimizer, schedule

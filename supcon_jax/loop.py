@@ -1,0 +1,239 @@
+"""The loop that pretraining and linear evaluation share.
+
+It is given an opened run, a pure step and a function that evaluates; it restores,
+compiles once, feeds, reports, saves and ends the run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from supcon_jax import experiment, parallel
+from supcon_jax.checkpoint import Checkpointer
+from supcon_jax.experiment import Run
+from supcon_jax.train_state import TrainState
+from supcon_jax.writers import MetricWriter, add_log_file, format_duration
+
+logger = logging.getLogger(__name__)
+Metrics = dict[str, float]
+PyTree = Any
+Step = Callable[..., tuple[TrainState, dict[str, jax.Array]]]
+
+
+def train(
+    run: Run,
+    *,
+    init: Callable[[], TrainState],
+    step: Step,
+    evaluate: Callable[[TrainState], Metrics],
+    frozen: tuple[PyTree, ...] = (),
+    watch: Callable[[int, Metrics], None] = lambda step, metrics: None,
+) -> dict[str, Any]:
+    """Trains a run to its last step, from its newest checkpoint if it has one.
+
+    It always evaluates and saves at the last step. Metrics are fetched one step late,
+    after the next step has been dispatched, so that the device never waits.
+
+    Args:
+      run: see `experiment.open_run`.
+      init: makes the state of step 0.
+      step: `(state, batch, *frozen) -> (state, metrics)`, pure.
+      evaluate: metrics of a state.
+      frozen: arrays that every step reads, replicated already.
+      watch: called with the metrics of every progress line.
+
+    Returns:
+      The metrics of the final line.
+
+    Raises:
+      FloatingPointError: the loss is not finite; nothing is saved after it.
+    """
+    if run.finished is not None:
+        logger.info("this run is complete; another --workdir starts a new one")
+        return experiment.report_end(run, run.finished)
+    config, total_steps = run.config, run.total_steps
+    log_file = add_log_file(run.workdir)
+    checkpointer = Checkpointer(run.workdir, keep=config.keep_checkpoints)
+    state = restore_or_init(checkpointer, init, run.mesh)
+    start_step = int(state.step)
+    experiment.log_start(run, state)
+    batches = parallel.prefetch_to_devices(
+        experiment.build_train_batches(run, start_step), run.mesh
+    )
+    first_batch = next(batches)
+    compiled = compile_step(step, state, first_batch, run.mesh, *frozen)
+    batches = itertools.chain([first_batch], batches)
+    writer = MetricWriter(
+        run.workdir,
+        total_steps=total_steps,
+        steps_per_epoch=run.steps_per_epoch,
+        start_step=start_step,
+    )
+    meter = _Meter(start_step)
+    pending: tuple[int, dict[str, jax.Array]] | None = None
+    last: Metrics = {}
+
+    def report(at: int, device_metrics: dict[str, jax.Array]) -> Metrics:
+        metrics = _fetch(at, device_metrics)
+        metrics["train/images_per_sec"] = config.batch_size * meter.read(at)
+        if at < total_steps:
+            writer.write(at, metrics)
+        writer.log_progress(
+            at, metrics, meter.eta_s(total_steps - at, config.eval_every)
+        )
+        watch(at, metrics)
+        return metrics
+
+    for number in range(start_step + 1, total_steps + 1):
+        state, device_metrics = compiled(state, next(batches), *frozen)
+        if pending is not None:
+            last = report(*pending)
+            pending = None
+        first, final = number == start_step + 1, number == total_steps
+        if number % config.log_every == 0 or first or final:
+            pending = (number, device_metrics)
+        eval_due, save_due = (
+            every > 0 and number % every == 0 and not final
+            for every in (config.eval_every, config.checkpoint_every)
+        )
+        metrics = {}
+        if eval_due or save_due:
+            _fetch(number, device_metrics)  # a bad state is neither judged nor saved
+            with meter.pause():
+                if eval_due:
+                    metrics = _evaluate(evaluate, state, number)
+                    writer.write(number, metrics)
+                    meter.eval_s = meter.paused_now()
+                if save_due:
+                    checkpointer.save(state, number, metrics)
+    if pending is not None:
+        last = report(*pending)
+
+    metrics = _evaluate(evaluate, state, total_steps)
+    if checkpointer.latest_step() != total_steps:
+        checkpointer.save(state, total_steps, metrics)
+    checkpointer.close()
+    final_metrics = last | metrics
+    writer.write(total_steps, final_metrics, final=True)
+    writer.close()
+    logger.info(
+        "finished %d steps in %s", total_steps, format_duration(writer.wall_s())
+    )
+    experiment.report_end(run, final_metrics)
+    logging.getLogger("supcon_jax").removeHandler(log_file)
+    log_file.close()
+    return final_metrics
+
+
+def compile_step(
+    step: Step, state: PyTree, batch: PyTree, mesh: Mesh, *frozen: PyTree
+) -> Step:
+    """Compiles `step(state, batch, *frozen)` once, ahead of the loop.
+
+    The state is replicated and donated, the batch is split over the devices. The
+    result is one program: other shapes are refused, so it can never compile again.
+
+    Args:
+      step: a pure function that returns the new state and scalar metrics.
+      state, batch, frozen: arrays or `jax.ShapeDtypeStruct`s.
+      mesh: the devices.
+    """
+    start = time.monotonic()
+    everywhere, split = parallel.replicated(mesh), parallel.batch_sharding(mesh)
+    jitted = jax.jit(
+        step,
+        in_shardings=(everywhere, split, *(everywhere for _ in frozen)),
+        out_shardings=everywhere,
+        donate_argnums=0,
+    )
+    compiled = jitted.lower(state, batch, *frozen).compile()
+    logger.info("compiled train_step in %.1f s", time.monotonic() - start)
+    return compiled
+
+
+def restore_or_init(
+    checkpointer: Checkpointer, init: Callable[[], TrainState], mesh: Mesh
+) -> TrainState:
+    """The newest saved state, or a new one where there is none; replicated.
+
+    A restored state costs no compilation of `init`.
+    """
+    everywhere = parallel.replicated(mesh)
+    latest = checkpointer.latest_step()
+    if latest is None:
+        return jax.jit(init, out_shardings=everywhere)()
+    abstract = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere),
+        jax.eval_shape(init),
+    )
+    state = checkpointer.restore(abstract, latest)
+    logger.info("resumed at step %d", latest)
+    return state
+
+
+class _Meter:
+    """Seconds a step takes, evaluations and checkpoints not counted."""
+
+    def __init__(self, step: int):
+        self._step, self._since, self._paused = step, time.monotonic(), 0.0
+        self._pause_start = 0.0
+        self._step_s = 0.0
+        self.eval_s = 0.0  # seconds of the last evaluation
+
+    def read(self, step: int) -> float:
+        """Steps a second since the last reading."""
+        elapsed = time.monotonic() - self._since - self._paused
+        self._step_s = elapsed / (step - self._step)
+        self._step, self._since, self._paused = step, time.monotonic(), 0.0
+        return 1 / self._step_s
+
+    def eta_s(self, steps: int, eval_every: int) -> float:
+        """Seconds that so many steps and their evaluations will take."""
+        evals = steps // eval_every if eval_every else 1
+        return steps * self._step_s + evals * self.eval_s
+
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """What happens inside does not count."""
+        self._pause_start = time.monotonic()
+        yield
+        self._paused += self.paused_now()
+
+    def paused_now(self) -> float:
+        """Seconds since the pause began."""
+        return time.monotonic() - self._pause_start
+
+
+def _fetch(step: int, device_metrics: dict[str, jax.Array]) -> Metrics:
+    """Metrics as numbers; waits for the device."""
+    metrics = {k: float(v) for k, v in jax.device_get(device_metrics).items()}
+    if not math.isfinite(metrics["train/loss"]):
+        raise FloatingPointError(
+            f"the loss is {metrics['train/loss']} at step {step}; lower "
+            "--config.optimizer.learning_rate or lengthen the warm-up "
+            "(--config.optimizer.warmup_epochs); no checkpoint was harmed"
+        )
+    return metrics
+
+
+def _evaluate(
+    evaluate: Callable[[TrainState], Metrics], state: TrainState, step: int
+) -> Metrics:
+    start = time.monotonic()
+    metrics = evaluate(state)
+    if metrics:
+        shown = ", ".join(
+            f"{name} {value:.2%}" for name, value in metrics.items() if "top" in name
+        )
+        seconds = time.monotonic() - start
+        logger.info("step %d: %s  (evaluated in %.1f s)", step, shown, seconds)
+    return metrics

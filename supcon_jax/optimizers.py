@@ -1,0 +1,192 @@
+"""Learning-rate schedules and the optimizers of the paper, with their masks."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+SCHEDULES = ("constant", "cosine", "staircase", "piecewise")
+OPTIMIZERS = ("lars", "momentum", "nesterov", "rmsprop")
+
+
+def create_schedule(
+    name: str,
+    *,
+    learning_rate: float,
+    total_steps: int,
+    steps_per_epoch: float,
+    warmup_epochs: float = 0.0,
+    decay_rate: float = 0.97,
+    decay_epochs: float = 0.5,
+    boundaries_epochs: Sequence[float] = (),
+) -> optax.Schedule:
+    """Linear warm-up from exactly 0, then a decay whose clock starts at its end.
+
+    With t the step, w the warm-up steps and u = t - w:
+
+    - warm-up (t < w): `learning_rate * t / w`
+    - "constant": `learning_rate`
+    - "cosine": `learning_rate * (1 + cos(pi u / (total_steps - w))) / 2`
+    - "staircase": `learning_rate * decay_rate ** floor(u / decay_steps)`
+    - "piecewise": `learning_rate * decay_rate ** (number of boundaries passed)`
+
+    Args:
+      name: one of `SCHEDULES`.
+      learning_rate: peak value.
+      total_steps: length of the run in steps; cosine ends there at 0.
+      steps_per_epoch: may be fractional, examples / batch size.
+      warmup_epochs: length of the warm-up in epochs.
+      decay_rate: factor of "staircase" and "piecewise".
+      decay_epochs: stair length of "staircase" in epochs.
+      boundaries_epochs: boundaries of "piecewise", in epochs after the warm-up.
+
+    Returns:
+      A function of the step, usable inside `jax.jit`.
+
+    Raises:
+      ValueError: unknown name, or a warm-up that leaves no step to train.
+
+    Example:
+      >>> schedule = create_schedule("cosine", learning_rate=1.0, total_steps=100,
+      ...                            steps_per_epoch=10, warmup_epochs=1)
+      >>> [round(float(schedule(t)), 3) for t in (0, 5, 10, 55, 100)]
+      [0.0, 0.5, 1.0, 0.5, 0.0]
+
+    Source: the paper's official code, `utils.py` (supcon, google-research).
+    """
+    if name not in SCHEDULES:
+        raise ValueError(
+            f"unknown schedule {name!r}; available: {', '.join(SCHEDULES)} "
+            "(--config.optimizer.schedule)"
+        )
+    warmup_steps = warmup_epochs * steps_per_epoch
+    if warmup_steps > 0 and warmup_steps >= total_steps and name == "cosine":
+        raise ValueError(
+            f"the warm-up takes {warmup_steps:.0f} of {total_steps} steps; shorten it "
+            "(--config.optimizer.warmup_epochs) or train longer (--config.epochs)"
+        )
+
+    def schedule(step: jax.Array | int) -> jax.Array:
+        step = jnp.asarray(step, jnp.float32)
+        after = jnp.maximum(step - warmup_steps, 0.0)
+        if name == "cosine":
+            progress = jnp.minimum(after / (total_steps - warmup_steps), 1.0)
+            factor = 0.5 * (1.0 + jnp.cos(jnp.pi * progress))
+        elif name == "staircase":
+            stairs = jnp.floor(after / (decay_epochs * steps_per_epoch))
+            factor = decay_rate**stairs
+        elif name == "piecewise":
+            steps = jnp.asarray(boundaries_epochs, jnp.float32) * steps_per_epoch
+            factor = decay_rate ** jnp.sum(after >= steps)
+        else:
+            factor = jnp.ones(())
+        warmup = step / warmup_steps if warmup_steps > 0 else 1.0
+        return learning_rate * jnp.where(step < warmup_steps, warmup, factor)
+
+    return schedule
+
+
+def path_mask(params: Any, exclude: Sequence[str]) -> Any:
+    """A tree of booleans: False where a parameter's path matches a pattern.
+
+    Args:
+      params: a tree of parameters.
+      exclude: regular expressions, searched in paths such as
+        "encoder/stage1_block1/batch_norm1/scale".
+
+    Returns:
+      A tree of the same structure with Python booleans.
+    """
+    pattern = re.compile("|".join(f"(?:{part})" for part in exclude) or r"(?!)")
+
+    def keep(path: tuple[Any, ...], _: Any) -> bool:
+        return (
+            pattern.search(jax.tree_util.keystr(path, simple=True, separator="/"))
+            is None
+        )
+
+    return jax.tree_util.tree_map_with_path(keep, params)
+
+
+def create_optimizer(
+    name: str,
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    weight_decay: float = 0.0,
+    momentum: float = 0.9,
+    trust_coefficient: float = 0.001,
+    rmsprop_decay: float = 0.9,
+    rmsprop_epsilon: float = 1e-3,
+    exclude: Sequence[str] = ("batch_norm",),
+) -> optax.GradientTransformation:
+    """An optimizer as the paper's official code has it.
+
+    - "lars": `v = momentum v + lr r (g + wd w)`, `w -= v`, with the trust ratio
+      `r = trust_coefficient |w| / |g + wd w|` (1 where a norm is zero).
+    - "momentum", "nesterov": SGD with weight decay in the gradient (coupled L2).
+    - "rmsprop": the slot starts at one and epsilon sits inside the root, as in
+      TensorFlow 1; the learning rate is applied before the momentum.
+
+    Args:
+      name: one of `OPTIMIZERS`.
+      learning_rate: a number or a schedule.
+      weight_decay: coefficient wd.
+      momentum: coefficient of the velocity.
+      trust_coefficient: LARS's eta.
+      rmsprop_decay: decay of the mean square.
+      rmsprop_epsilon: added to the mean square.
+      exclude: regular expressions on parameter paths; what matches gets neither
+        weight decay nor (LARS) a trust ratio.
+
+    Returns:
+      An optax transformation.
+
+    Raises:
+      ValueError: unknown name.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> optimizer = create_optimizer("lars", 3.0, exclude=())
+      >>> params, gradients = jnp.array([1.0, 2.0]), jnp.array([0.1, 0.1])
+      >>> updates, _ = optimizer.update(gradients, optimizer.init(params), params)
+      >>> optax.apply_updates(params, updates).round(5)
+      Array([0.99526, 1.99526], dtype=float32)
+
+    Source: You et al., arXiv 1708.03888 (LARS); official code, `utils.py`.
+    """
+    if name not in OPTIMIZERS:
+        raise ValueError(
+            f"unknown optimizer {name!r}; available: {', '.join(OPTIMIZERS)} "
+            "(--config.optimizer.name)"
+        )
+
+    def mask(params: Any) -> Any:
+        return path_mask(params, exclude)
+
+    if name == "lars":
+        return optax.lars(
+            learning_rate,
+            weight_decay=weight_decay,
+            weight_decay_mask=mask,
+            trust_coefficient=trust_coefficient,
+            eps=0.0,
+            trust_ratio_mask=mask,
+            momentum=momentum,
+        )
+    if name == "rmsprop":
+        optimizer = optax.rmsprop(
+            learning_rate,
+            decay=rmsprop_decay,
+            eps=rmsprop_epsilon,
+            initial_scale=1.0,
+            eps_in_sqrt=True,
+            momentum=momentum,
+        )
+    else:
+        optimizer = optax.sgd(learning_rate, momentum, nesterov=name == "nesterov")
+    return optax.chain(optax.add_decayed_weights(weight_decay, mask), optimizer)

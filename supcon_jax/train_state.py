@@ -1,0 +1,44 @@
+"""The state that a train step takes and returns."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.struct
+import jax
+import optax
+
+PyTree = Any
+
+
+@flax.struct.dataclass
+class TrainState:
+    """Everything that a step depends on besides its batch.
+
+    Attributes:
+      step: scalar int32, the number of updates made.
+      params: `{"encoder": ..., "head": ...}` (linear evaluation: `{"head": ...}`).
+      batch_stats: BatchNorm's running statistics, with the same keys.
+      opt_state: the optimizer's state.
+    """
+
+    step: jax.Array
+    params: PyTree
+    batch_stats: PyTree
+    opt_state: optax.OptState
+
+    def apply_gradients(
+        self,
+        gradients: PyTree,
+        *,
+        optimizer: optax.GradientTransformation,
+        batch_stats: PyTree,
+    ) -> TrainState:
+        """The state after one update with these gradients and new statistics."""
+        updates, opt_state = optimizer.update(gradients, self.opt_state, self.params)
+        return self.replace(
+            step=self.step + 1,
+            params=optax.apply_updates(self.params, updates),
+            batch_stats=batch_stats,
+            opt_state=opt_state,
+        )
