@@ -10,18 +10,18 @@ from configs import common
 
 def get_config():
     config = common.get_config()
-    config.batch_size = 256
-    config.epochs = 100
+    config.batch_size = 128
+    config.epochs = 40
     config.log_every = 25
     config.eval_every = 100
     config.checkpoint_every = 100
     config.next_config = "configs/linear_digits.py"
     set_digits(config)
-    config.projection.hidden_dims = (128,)
+    config.projection.hidden_dims = ()
     config.projection.output_dim = 64
     config.optimizer.name = "momentum"
-    config.optimizer.learning_rate = 0.5
-    config.optimizer.warmup_epochs = 5
+    config.optimizer.learning_rate = 0.1
+    config.optimizer.warmup_epochs = 5.0
     return config
 
 

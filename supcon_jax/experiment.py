@@ -375,6 +375,14 @@ def log_start(run: Run, state: TrainState) -> None:
         sum(mask) if config.optimizer.weight_decay else 0,
         len(mask),
     )
+    warmup_steps = config.optimizer.warmup_epochs * run.steps_per_epoch
+    if warmup_steps >= run.total_steps:
+        logger.warning(
+            "warning: the warm-up takes %.0f steps, so this run of %d ends within it "
+            "(--config.optimizer.warmup_epochs)",
+            warmup_steps,
+            run.total_steps,
+        )
 
 
 def finished_metrics(workdir: pathlib.Path) -> dict[str, Any] | None:

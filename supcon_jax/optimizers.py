@@ -49,7 +49,7 @@ def create_schedule(
       A function of the step, usable inside `jax.jit`.
 
     Raises:
-      ValueError: unknown name, or a warm-up that leaves no step to train.
+      ValueError: unknown name.
 
     Example:
       >>> schedule = create_schedule("cosine", learning_rate=1.0, total_steps=100,
@@ -65,17 +65,14 @@ def create_schedule(
             "(--config.optimizer.schedule)"
         )
     warmup_steps = warmup_epochs * steps_per_epoch
-    if warmup_steps > 0 and warmup_steps >= total_steps and name == "cosine":
-        raise ValueError(
-            f"the warm-up takes {warmup_steps:.0f} of {total_steps} steps; shorten it "
-            "(--config.optimizer.warmup_epochs) or train longer (--config.epochs)"
-        )
+    # A run may end within its warm-up (a few steps to try a recipe).
+    decay_steps = max(total_steps - warmup_steps, 1.0)
 
     def schedule(step: jax.Array | int) -> jax.Array:
         step = jnp.asarray(step, jnp.float32)
         after = jnp.maximum(step - warmup_steps, 0.0)
         if name == "cosine":
-            progress = jnp.minimum(after / (total_steps - warmup_steps), 1.0)
+            progress = jnp.minimum(after / decay_steps, 1.0)
             factor = 0.5 * (1.0 + jnp.cos(jnp.pi * progress))
         elif name == "staircase":
             stairs = jnp.floor(after / (decay_epochs * steps_per_epoch))

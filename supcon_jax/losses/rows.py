@@ -6,36 +6,13 @@ columns is recomputed in the backward pass, so memory stays linear in N.
 """
 
 import functools
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-
-class AnchorStatistics(NamedTuple):
-    """What the diagnostics need of each anchor; every field is `[n]`, in logits.
-
-    `hardest_*` is the largest logit of that kind, and `gaussian_sum` the sum over the
-    other views j of exp(-2 |z_i - z_j|^2) for unit vectors.
-    """
-
-    num_positives: jax.Array
-    num_negatives: jax.Array
-    positive_sum: jax.Array
-    negative_sum: jax.Array
-    hardest_positive: jax.Array
-    hardest_negative: jax.Array
-    gaussian_sum: jax.Array
-
-
-class Views(NamedTuple):
-    """The flattened batch: one row a view, `[N, D]` and three times `[N]`."""
-
-    embedding: jax.Array
-    group: jax.Array
-    sample: jax.Array
-    index: jax.Array
+from supcon_jax.losses.diagnostics import AnchorStatistics
+from supcon_jax.losses.streaming import Views, matmul
 
 
 def rowwise_losses(
@@ -49,7 +26,8 @@ def rowwise_losses(
     cap_order: jax.Array | None,
     num_views: int,
     block_size: int,
-) -> tuple[jax.Array, AnchorStatistics]:
+    with_statistics: bool,
+) -> tuple[jax.Array, jax.Array, AnchorStatistics | None]:
     """Loss of each anchor in `rows` against all `columns`, block after block.
 
     Args:
@@ -63,9 +41,11 @@ def rowwise_losses(
         next after its own, going round. None keeps the lowest batch indices.
       num_views: V; the views of an image lie side by side.
       block_size: anchors a block.
+      with_statistics: whether to measure what the diagnostics need.
 
     Returns:
-      Losses `[n]` and the statistics of each anchor.
+      Losses `[n]`; `[n]` booleans, whether an anchor has one (a positive, and a
+      denominator that is not empty), else its loss is 0; and statistics or None.
     """
     num_rows = rows.group.shape[0]
     num_blocks = -(-num_rows // block_size)
@@ -83,6 +63,7 @@ def rowwise_losses(
         positives_cap=positives_cap,
         cap_order=cap_order,
         num_views=num_views,
+        with_statistics=with_statistics,
     )
     # Without the checkpoint, every block would keep its tile: N x N again.
     result = lax.map(
@@ -102,10 +83,9 @@ def _block_losses(
     positives_cap: int | None,
     cap_order: jax.Array | None,
     num_views: int,
-) -> tuple[jax.Array, AnchorStatistics]:
-    logits = jnp.matmul(
-        rows.embedding, columns.embedding.T, precision=lax.Precision.HIGHEST
-    )
+    with_statistics: bool,
+) -> tuple[jax.Array, jax.Array, AnchorStatistics | None]:
+    logits = matmul(rows.embedding, columns.embedding.T)
     other = rows.index[:, None] != columns.index[None, :]
     same = rows.group[:, None] == columns.group[None, :]
     positive, negative = same & other, ~same
@@ -116,7 +96,9 @@ def _block_losses(
 
     num_positives = jnp.sum(positive, axis=1)
     num_negatives = jnp.sum(negative, axis=1)
-    statistics = _statistics(logits, positive, negative, other, temperature)
+    statistics = None
+    if with_statistics:
+        statistics = _statistics(logits, positive, negative, other, temperature)
 
     # An empty denominator has no logarithm: such an anchor is worth 0, like one without
     # a positive.
@@ -139,7 +121,7 @@ def _block_losses(
         losses = -jnp.sum(log_probability, axis=1) / count
     else:
         losses = jnp.log(count) - _masked_logsumexp(log_probability, positive)
-    return jnp.where(defined, losses, 0.0), statistics
+    return jnp.where(defined, losses, 0.0), defined, statistics
 
 
 def _kept(
@@ -150,8 +132,11 @@ def _kept(
     num_views: int,
 ) -> jax.Array:
     """`[n, N]`: the columns that a cap of `num_kept` other images leaves as positives."""
-    sample = columns.sample[::num_views]
-    own = rows.sample[:, None] == sample[None, :]
+    row_sample, sample = (
+        rows.index // num_views,
+        columns.index[::num_views] // num_views,
+    )
+    own = row_sample[:, None] == sample[None, :]
     same = (rows.group[:, None] == columns.group[None, ::num_views]) & ~own
     num_samples = sample.shape[0]
     if cap_order is None:
@@ -159,7 +144,7 @@ def _kept(
     else:
         # One permutation for the batch, read by each anchor from its own place on: a
         # uniform choice for every anchor, without N x B random numbers.
-        rank = (cap_order[None, :] - cap_order[rows.sample][:, None]) % num_samples
+        rank = (cap_order[None, :] - cap_order[row_sample][:, None]) % num_samples
     # Whole images are kept, with all their views; ranks are distinct.
     score = jnp.where(same, num_samples - rank, 0)
     if num_kept < num_samples:

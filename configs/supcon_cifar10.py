@@ -1,0 +1,52 @@
+"""SupCon on CIFAR-10: a small ResNet for minutes on a processor, or the full recipe.
+
+    python main.py --config=configs/supcon_cifar10.py --config.data.dir=DIR
+    python main.py --config=configs/supcon_cifar10.py:pytorch --config.data.dir=DIR
+
+Without data.dir, TFDS downloads CIFAR-10 into its own default directory.
+
+Default: ResNet-8, 20 epochs; 2 CPU cores, about 15 minutes, docs/results.md.
+`:pytorch`: ResNet-50, 1000 epochs, the settings of the authors' PyTorch code; an
+accelerator, hours. Expected: 96.0 % linear top-1 (Table 2), not measured here.
+
+Source: github.com/HobbitLong/SupContrast, README and main_supcon.py at 66a8fe5.
+Known differences of `:pytorch`: BatchNorm parameters are not decayed, the warm-up
+starts from 0, the cosine ends at 0 and moves every step, BatchNorm is global.
+"""
+
+from configs import common
+
+
+def get_config(variant: str = ""):
+    config = common.get_config()
+    full = common.choose(variant, {"": False, "pytorch": True})
+    config.batch_size = 1024 if full else 256
+    config.epochs = 1000.0 if full else 20.0
+    config.log_every = 50
+    config.eval_every = 980
+    config.checkpoint_every = 980
+    config.next_config = "configs/linear_cifar10.py" + (":pytorch" if full else "")
+    set_cifar10(config)
+    config.encoder.name = "resnet50" if full else "resnet8"
+    config.projection.hidden_dims = (2048,) if full else (128,)
+    config.loss.temperature = 0.1
+    # The authors' code multiplies the loss by temperature / 0.07.
+    config.loss.scale = repr(0.1 / 0.07)
+    config.optimizer.name = "momentum"
+    config.optimizer.learning_rate = 0.5
+    config.optimizer.learning_rate_batch = 1024
+    config.optimizer.warmup_epochs = 10.0 if full else 1.0
+    config.knn.bank = 50_000 if full else 10_000
+    return config
+
+
+def set_cifar10(config):
+    """Data and augmentation that all CIFAR-10 configs share."""
+    config.data.name = "cifar10"
+    config.data.image_size = 32
+    config.data.eval_resize = 32
+    config.data.mean = (0.4914, 0.4822, 0.4465)
+    config.data.std = (0.2023, 0.1994, 0.2010)
+    config.augment.crop_area = (0.2, 1.0)
+    config.augment.jitter_strength = 0.5
+    config.encoder.stem = "cifar"

@@ -1,0 +1,35 @@
+"""Tests run on 8 virtual CPU devices and keep compiled programs between runs."""
+
+import os
+import pathlib
+
+# Before JAX is imported. Quiet TensorFlow, which only the TFDS tests import.
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import jax
+import pytest
+
+REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
+SHARED = REPOSITORY.parent / "shared"
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update(
+    "jax_compilation_cache_dir", str(REPOSITORY / "build" / "compilation_cache")
+)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+@pytest.fixture(scope="session")
+def shared_dir() -> pathlib.Path:
+    """Real data and golden values beside the checkout; skips where there are none."""
+    if not SHARED.is_dir():
+        pytest.skip("needs ../shared (real data and golden values), which is not here")
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def tfds_dir(shared_dir) -> str:
+    """A TFDS data directory with CIFAR-10 and a sample of ImageNet."""
+    return str(shared_dir / "data" / "tfds")

@@ -1,0 +1,550 @@
+"""The meaning of the loss: formulas, golden values, edge cases, refusals.
+
+Against three independent witnesses: a loop in plain Python and float64, values known
+by analysis, and numbers from the authors' TensorFlow code.
+"""
+
+import doctest
+import json
+import math
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from supcon_jax.losses import supcon, supcon_loss
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+GOLDEN = ROOT.parent / "shared" / "golden" / "official_losses.npz"
+
+VARIANTS = [
+    {},
+    {"contrast_mode": "one"},
+    {"summation": "inside"},
+    {"summation": "inside", "contrast_mode": "one"},
+    {"denominator": "one_positive"},
+    {"denominator": "one_positive", "summation": "inside"},
+    {"denominator": "only_negatives"},
+    {"denominator": "only_negatives", "summation": "inside"},
+    {"positives_cap": 0},
+    {"positives_cap": 2},
+    {"positives_cap": 2, "summation": "inside", "contrast_mode": "one"},
+    {"positives_cap": 4, "denominator": "one_positive"},
+    {"normalize": False, "temperature": 2.0},
+    {"normalize": False, "temperature": 2.0, "summation": "inside"},
+    {"temperature": 0.01},
+    {"temperature": 0.01, "summation": "inside"},
+]
+
+
+def name_of(variant):
+    return ",".join(f"{k}={v}" for k, v in variant.items()) or "default"
+
+
+def loop_loss(
+    projections,
+    labels=None,
+    *,
+    temperature=0.1,
+    contrast_mode="all",
+    summation="outside",
+    denominator="all",
+    positives_cap=None,
+    normalize=True,
+):
+    """The definition, term by term, in float64: `[B]`."""
+    x = np.asarray(projections, np.float64)
+    num_images, num_views, _ = x.shape
+    if normalize:
+        x = x / np.linalg.norm(x, axis=-1, keepdims=True)
+    if labels is None:
+        labels = [-1] * num_images
+    views = [(b, v) for b in range(num_images) for v in range(num_views)]
+    losses = np.zeros((num_images, num_views))
+    for i, v in views:
+        mates = [
+            j for j in range(num_images) if j != i and labels[j] == labels[i] >= 0
+        ]
+        kept = mates if positives_cap is None else mates[: positives_cap // num_views]
+        positives, negatives = [], []
+        for j, w in views:
+            logit = float(x[i, v] @ x[j, w]) / temperature
+            if j == i and w == v:
+                continue
+            if j == i or j in kept:
+                positives.append(logit)
+            elif j not in mates:
+                negatives.append(logit)
+        if not positives or (denominator == "only_negatives" and not negatives):
+            continue
+        log_ratios = []
+        for s in positives:
+            terms = {
+                "all": positives + negatives,
+                "one_positive": [s, *negatives],
+                "only_negatives": negatives,
+            }[denominator]
+            log_ratios.append(s - np.logaddexp.reduce(terms))
+        if summation == "outside":
+            losses[i, v] = -np.mean(log_ratios)
+        else:
+            losses[i, v] = math.log(len(positives)) - np.logaddexp.reduce(log_ratios)
+    return losses[:, 0] if contrast_mode == "one" else losses.mean(axis=1)
+
+
+def example(num_images=9, num_views=2, dimension=5, classes=3, seed=0):
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(num_images, num_views, dimension))
+    labels = rng.integers(0, classes, num_images)
+    labels[2:3] = -1
+    return x, labels.astype(np.int32)
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=name_of)
+@pytest.mark.parametrize("num_views", [2, 3])
+def test_value_and_gradient_equal_the_loop(variant, num_views):
+    if variant.get("positives_cap") and num_views == 3:
+        variant = variant | {"positives_cap": 3}
+    x, labels = example(num_views=num_views)
+    rng = np.random.default_rng(1)
+    weight, direction = rng.normal(size=9), rng.normal(size=x.shape)
+    with jax.enable_x64(True):
+        losses, vjp = jax.vjp(
+            lambda x: supcon_loss(
+                x, labels, reduction="none", block_size=4, **variant
+            ),
+            jnp.asarray(x),
+        )
+        slope = float(jnp.vdot(vjp(jnp.asarray(weight))[0], direction))
+    np.testing.assert_allclose(losses, loop_loss(x, labels, **variant), rtol=1e-12)
+    step = 1e-5
+    change = loop_loss(x + step * direction, labels, **variant)
+    change -= loop_loss(x - step * direction, labels, **variant)
+    # A difference quotient carries a rounding and a third-order error.
+    expected = weight @ change / (2 * step)
+    assert slope == pytest.approx(expected, rel=1e-6, abs=1e-6)
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=name_of)
+def test_single_view_and_no_labels(variant):
+    if "positives_cap" in variant:
+        variant = variant | {"positives_cap": 1}
+    x, labels = example(num_images=11, num_views=1)
+    with jax.enable_x64(True):
+        one_view = supcon_loss(x, labels, reduction="none", block_size=3, **variant)
+        pairs = x[:10].reshape(5, 2, -1)
+        variant.pop("positives_cap", None)
+        simclr = supcon_loss(pairs, reduction="none", block_size=3, **variant)
+    if "positives_cap" not in variant:
+        np.testing.assert_allclose(simclr, loop_loss(pairs, **variant), rtol=1e-12)
+    assert np.all(np.isfinite(one_view))
+
+
+def test_single_view_equals_the_loop():
+    x, labels = example(num_images=11, num_views=1)
+    with jax.enable_x64(True):
+        losses = supcon_loss(x, labels, reduction="none")
+    np.testing.assert_allclose(losses, loop_loss(x, labels), rtol=1e-12)
+
+
+def golden_cases():
+    if not GOLDEN.exists():
+        return [pytest.param(None, None, id="absent")]
+    options = json.loads(GOLDEN.with_suffix(".json").read_text())
+    return [pytest.param(k, v, id=k) for k, v in options.items()]
+
+
+@pytest.mark.parametrize(("case", "options"), golden_cases())
+def test_golden_values_of_the_official_code(case, options):
+    if case is None:
+        pytest.skip(f"no golden values at {GOLDEN}")
+    with np.load(GOLDEN) as file:
+        data = {k: file[f"{case}/{k}"] for k in ("features", "labels", "loss", "grad")}
+    labels = data["labels"] if options["supervised"] else None
+
+    def losses(x):
+        return supcon_loss(
+            x,
+            labels,
+            temperature=options["temperature"],
+            contrast_mode=options["contrast_mode"].removesuffix("_VIEWS").lower()
+            if options["contrast_mode"] == "ALL_VIEWS"
+            else "one",
+            summation=options["summation"].lower(),
+            denominator=options["denominator"].lower(),
+            positives_cap=None
+            if options["positives_cap"] < 0
+            else options["positives_cap"],
+            scale="temperature" if options["scale_by_temperature"] else "none",
+            reduction="none",
+            block_size=40,
+        )
+
+    weight = np.full(len(data["loss"]), 1 / len(data["loss"]), np.float32)
+    if options["V"] == 1:
+        # The official code divides by the number of positives a second time here.
+        same = data["labels"][:, None] == data["labels"][None, :]
+        count = np.maximum(same.sum(1) - 1, 1)
+        data["loss"], weight = data["loss"] * count, weight / count
+    value, vjp = jax.vjp(losses, data["features"])
+    gradient = vjp(jnp.float32(weight))[0]
+    if options["V"] == 1:
+        np.testing.assert_allclose(value, data["loss"], rtol=1e-5)
+    np.testing.assert_allclose(value, data["loss"], rtol=1e-5)
+    error = np.abs(gradient - data["grad"]).max() / np.abs(data["grad"]).max()
+    assert error < 1e-4
+
+
+# The worked example in the official unit test, at temperature 1.
+OFFICIAL_FEATURES = np.array(
+    [
+        [[0.01, 0.02, 0.14], [0.38, 0.61, 0.50]],
+        [[0.86, 0.97, 0.33], [0.26, 0.68, 0.45]],
+        [[0.32, 0.64, 0.28], [0.45, 0.74, 0.73]],
+    ]
+)
+
+
+@pytest.mark.parametrize(
+    ("options", "labels", "expected"),
+    [
+        ({}, (0, 0, 1), (1.6755852, 1.7973773, 1.58471)),
+        ({"positives_cap": 4}, (0, 0, 1), (1.6755852, 1.7973773, 1.58471)),
+        ({"positives_cap": 0}, (0, 0, 1), (1.3769293, 1.0785717, 1.58471)),
+        ({"positives_cap": 2}, (0, 0, 0), (1.1385298, 1.1824025, 1.1557417)),
+        (
+            {"denominator": "only_negatives", "summation": "inside"},
+            (0, 0, 1),
+            (0.756611, 0.93170905, 1.3529458),
+        ),
+    ],
+)
+def test_published_unit_test_values(options, labels, expected):
+    losses = supcon_loss(
+        OFFICIAL_FEATURES, np.array(labels), temperature=1.0, reduction="none",
+        normalize=False, **options,
+    )  # fmt: skip
+    np.testing.assert_allclose(losses, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("summation", ["outside", "inside"])
+def test_collapsed_embeddings_give_the_logarithm(summation):
+    x = np.ones((12, 2, 7), np.float32)
+    labels = np.arange(12) % 3
+    loss, diagnostics = supcon_loss(
+        x, labels, summation=summation, scale=2.0, block_size=5, with_diagnostics=True
+    )
+    assert loss == pytest.approx(2 * math.log(23), rel=1e-6)
+    assert diagnostics["collapse_loss"] == pytest.approx(2 * math.log(23), rel=1e-6)
+    assert diagnostics["contrastive_top1"] == 0
+    assert diagnostics["uniformity"] == pytest.approx(0, abs=1e-5)
+    assert diagnostics["positive_cosine"] == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.parametrize("denominator", ["one_positive", "only_negatives"])
+def test_collapse_level_of_the_other_denominators(denominator):
+    x, labels = np.ones((8, 2, 3), np.float32), np.arange(8) % 2
+    loss, diagnostics = supcon_loss(
+        x, labels, denominator=denominator, with_diagnostics=True
+    )
+    assert loss == pytest.approx(diagnostics["collapse_loss"], rel=1e-5)
+
+
+def test_orthogonal_classes():
+    """Two views at one corner each, three classes: log(e^(1/T) + 4) - 1/T."""
+    x = np.repeat(np.eye(3, dtype=np.float32)[:, None], 2, axis=1)
+    loss = supcon_loss(x, np.arange(3), temperature=0.5)
+    assert loss == pytest.approx(math.log(math.exp(2) + 4) - 2, rel=1e-5)
+
+
+def test_n_pairs_is_a_special_case():
+    """One positive, from another image, temperature 1 (paper, section 9)."""
+    x, _ = example(num_images=10, num_views=1)
+    z = x[:, 0] / np.linalg.norm(x[:, 0], axis=1, keepdims=True)
+    logits = z @ z.T
+    expected = []
+    for i in range(10):
+        ratios = [np.exp(logits[i, j] - logits[i, i ^ 1]) for j in range(10) if j != i]
+        expected.append(np.log(np.sum(ratios)))
+    losses = supcon_loss(x, np.arange(10) // 2, temperature=1.0, reduction="none")
+    np.testing.assert_allclose(losses, expected, rtol=1e-5)
+
+
+def test_triplet_is_a_special_case():
+    """One positive, one negative: a soft margin on squared distances (section 8)."""
+    x, _ = example(num_images=3, num_views=1)
+    anchor, positive, negative = x[:, 0] / np.linalg.norm(x[:, 0], axis=1)[:, None]
+    gap = np.sum((anchor - positive) ** 2) - np.sum((anchor - negative) ** 2)
+    loss = supcon_loss(x, np.array([0, 0, 1]), temperature=0.3, reduction="none")[0]
+    assert loss == pytest.approx(np.log1p(np.exp(gap / (2 * 0.3))), rel=1e-5)
+
+
+def test_relations_in_the_documentation():
+    """The table in docs/losses.md, number by number."""
+    b, v, d = np.indices((6, 2, 4))
+    x, labels = np.sin(1.0 + 7 * b + 3 * v + d**2), np.array([0, 0, 0, 1, 1, 2])
+    losses = {
+        "L_out": supcon_loss(x, labels),
+        "L_in": supcon_loss(x, labels, summation="inside"),
+        "L_out x T": supcon_loss(x, labels, scale="temperature"),
+        "L_out x T / 0.07": supcon_loss(x, labels, scale=0.1 / 0.07),
+        "one positive": supcon_loss(x, labels, denominator="one_positive"),
+        "SimCLR": supcon_loss(x),
+    }
+    per_image = supcon_loss(x, labels, summation="inside", reduction="none")
+    num_positives = 2 * np.bincount(labels)[labels] - 1
+    losses["sum of positives"] = np.mean(per_image - np.log(num_positives))
+    text = (ROOT / "docs" / "losses.md").read_text()
+    for name, value in losses.items():
+        assert f"| {name} | {float(value):.4f} |" in text, f"{name}: {value:.4f}"
+    assert losses["L_in"] < losses["L_out"]
+
+
+def test_scale_and_reduction():
+    x, labels = example()
+    losses = supcon_loss(x, labels, reduction="none")
+    assert supcon_loss(x, labels) == pytest.approx(np.mean(losses), rel=1e-6)
+    for scale, factor in [("temperature", 0.1), (0.1 / 0.07, 0.1 / 0.07), (3, 3)]:
+        scaled = supcon_loss(x, labels, scale=scale, reduction="none")
+        np.testing.assert_allclose(scaled, factor * losses, rtol=1e-6)
+
+
+def test_anchors_without_positives_do_not_count():
+    x, _ = example(num_images=6, num_views=1)
+    labels = np.array([0, 0, 0, 1, 2, -1])
+    loss, diagnostics = supcon_loss(x, labels, with_diagnostics=True)
+    losses = supcon_loss(x, labels, reduction="none")
+    np.testing.assert_array_equal(losses[3:], 0)
+    assert loss == pytest.approx(np.mean(losses[:3]), rel=1e-6)
+    assert diagnostics["num_anchors"] == 3
+    assert diagnostics["no_positive_fraction"] == 0.5
+    assert diagnostics["mean_positives"] == 1
+
+
+def test_unlabelled_images_are_groups_of_their_own():
+    x, _ = example(num_images=5)
+    mixed = supcon_loss(x, np.array([4, -1, 4, -1, -9]), reduction="none")
+    named = supcon_loss(x, np.array([4, 0, 4, 1, 2]), reduction="none")
+    np.testing.assert_array_equal(mixed, named)
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.int16, np.uint32])
+def test_label_types(dtype):
+    x, _ = example(num_images=200, num_views=1)
+    labels = np.arange(200) % 100
+    expected = supcon_loss(x, labels.astype(np.int32))
+    assert supcon_loss(x, labels.astype(dtype)) == pytest.approx(float(expected))
+    # 200 unlabelled images do not fit into int8.
+    if np.issubdtype(dtype, np.signedinteger):
+        assert supcon_loss(x, np.full(200, -1, dtype)) == 0
+
+
+def test_temperature_may_be_traced_and_learned():
+    x, labels = example()
+    with jax.enable_x64(True):
+        for options in ({}, {"summation": "inside"}, {"scale": "temperature"},
+                        {"denominator": "one_positive"}):  # fmt: skip
+            loss = jax.jit(lambda t, o=options: supcon_loss(x, labels, temperature=t, **o))
+            assert loss(0.07) == pytest.approx(
+                float(supcon_loss(x, labels, temperature=0.07, **options)), rel=1e-12
+            )
+            step = 1e-6
+            expected = (loss(0.07 + step) - loss(0.07 - step)) / (2 * step)
+            slope = jax.grad(loss)(0.07)
+            assert slope == pytest.approx(float(expected), rel=1e-7)
+            static = jax.grad(
+                lambda log_t, o=options: supcon_loss(
+                    x, labels, temperature=jnp.exp(log_t), **o
+                )
+            )(math.log(0.07))
+            assert static == pytest.approx(float(slope) * 0.07, rel=1e-9)
+
+
+def test_random_cap_keeps_a_uniform_choice():
+    """One class of five, cap of one image: each other image is kept equally often."""
+    x, _ = example(num_images=6, num_views=2)
+    labels = np.array([0, 0, 0, 0, 0, 1])
+    options = {"positives_cap": 2, "reduction": "none", "denominator": "only_negatives"}
+    z = x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+    def with_partner(partner):
+        views = [z[0, 1], *z[partner]]
+        negatives = np.logaddexp.reduce(z[5] @ z[0, 0] / 0.1)
+        return negatives - np.mean([z[0, 0] @ p / 0.1 for p in views])
+
+    choices = np.array([with_partner(j) for j in (1, 2, 3, 4)])
+    loss = jax.jit(
+        jax.vmap(
+            lambda key: supcon_loss(
+                x, labels, positives_key=key, contrast_mode="one", **options
+            )[0]
+        )
+    )
+    values = np.asarray(loss(jax.random.split(jax.random.key(0), 400)))
+    distance = np.abs(values[:, None] - choices)
+    assert distance.min(axis=1).max() < 1e-4
+    counts = np.bincount(distance.argmin(axis=1), minlength=4)
+    # 400 draws of four: 100 each, standard deviation 8.7.
+    assert np.abs(counts - 100).max() < 45
+
+
+def test_cap_without_effect_equals_no_cap():
+    x, labels = example()
+    for key in (None, jax.random.key(3)):
+        capped = supcon_loss(x, labels, positives_cap=100, positives_key=key)
+        assert capped == pytest.approx(float(supcon_loss(x, labels)), rel=1e-6)
+
+
+def test_diagnostics_equal_their_definitions():
+    x, labels = example(num_images=12)
+    for options in ({}, {"temperature": 0.01}, {"denominator": "one_positive"}):
+        _, got = supcon_loss(x, labels, block_size=7, with_diagnostics=True, **options)
+        z = (x / np.linalg.norm(x, axis=-1, keepdims=True)).reshape(24, -1)
+        group = np.repeat(np.where(labels < 0, -1 - np.arange(12), labels), 2)
+        other = ~np.eye(24, dtype=bool)
+        positive = (group[:, None] == group) & other
+        negative = other & ~positive
+        cosines = z @ z.T
+        squared = ((z[:, None] - z[None]) ** 2).sum(-1)
+        hardest = np.where(positive, cosines, -2).max(1)
+        expected = {
+            "positive_cosine": cosines[positive].mean(),
+            "negative_cosine": cosines[negative].mean(),
+            "alignment": squared[positive].mean(),
+            "uniformity": np.log(np.exp(-2 * squared[other]).mean()),
+            "contrastive_top1": np.mean(
+                hardest > np.where(negative, cosines, -2).max(1)
+            ),
+            "no_positive_fraction": 0,
+            "mean_positives": positive.sum(1).mean(),
+            "num_anchors": 24,
+        }
+        for name, value in expected.items():
+            assert got[name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
+        assert all(v.dtype == jnp.float32 and v.shape == () for v in got.values())
+        if "denominator" not in options:
+            assert got["collapse_loss"] == pytest.approx(math.log(23), rel=1e-6)
+
+
+def test_diagnostics_change_neither_value_nor_gradient():
+    x, labels = example()
+    plain = jax.value_and_grad(supcon_loss)(x.astype(np.float32), labels)
+    (loss, _), gradient = jax.value_and_grad(
+        lambda x: supcon_loss(x, labels, with_diagnostics=True), has_aux=True
+    )(x.astype(np.float32))
+    np.testing.assert_array_equal(plain[0], loss)
+    np.testing.assert_array_equal(plain[1], gradient)
+
+
+EDGE_INPUTS = {
+    "zeros": (np.zeros((4, 2, 3)), [0, 0, 1, 2]),
+    "one zero row": (np.eye(8)[:, :7].reshape(4, 2, 7), [0, 0, 1, 2]),
+    "identical": (np.ones((4, 2, 3)), [0, 0, 1, 2]),
+    "one class": (example(4)[0], [1, 1, 1, 1]),
+    "two views in all": (example(1)[0], [0]),
+    "two images": (example(2, 1)[0], [0, 0]),
+    "a single view": (example(1, 1)[0], [0]),
+    "no positives": (example(5, 1)[0], [0, 1, 2, 3, 4]),
+    "unlabelled": (example(4)[0], [-1, -1, -1, -1]),
+    "huge": (example(4)[0] * 1e30, [0, 0, 1, 1]),
+    "tiny": (example(4)[0] * 1e-30, [0, 0, 1, 1]),
+}
+
+
+@pytest.mark.parametrize("name", EDGE_INPUTS)
+def test_edge_cases_are_finite(name):
+    x, labels = EDGE_INPUTS[name]
+    for variant in VARIANTS:
+        if variant.get("normalize") is False and name == "huge":
+            continue  # The logits themselves leave the range of float32.
+        loss, gradient = jax.value_and_grad(
+            lambda x, v=variant: supcon_loss(x, np.array(labels), **v)
+        )(np.float32(x))
+        assert np.isfinite(loss), variant
+        assert np.all(np.isfinite(gradient)), variant
+        if name in ("no positives", "a single view"):
+            assert loss == 0
+            np.testing.assert_array_equal(gradient, 0)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float64"])
+def test_floating_types(dtype):
+    x, labels = example()
+    with jax.enable_x64(True):
+        x = jnp.asarray(x, dtype)
+        loss, gradient = jax.value_and_grad(supcon_loss)(x, labels)
+        expected = loop_loss(np.asarray(x, np.float64), labels).mean()
+    assert gradient.dtype == dtype
+    assert np.all(np.isfinite(np.asarray(gradient, np.float32)))
+    # Half-precision inputs are computed in float32.
+    assert loss.dtype == ("float64" if dtype == "float64" else "float32")
+    assert loss == pytest.approx(expected, rel=1e-12 if dtype == "float64" else 1e-5)
+
+
+@pytest.mark.parametrize("summation", ["outside", "inside"])
+def test_opposite_embeddings_at_low_temperature(summation):
+    """Every logit is -100, far below what a fixed shift leaves in float32."""
+    x = np.array([[[1.0, 0]], [[-1, 0]]], np.float32)
+    options = {"temperature": 0.01, "summation": summation}
+    loss, gradient = jax.value_and_grad(
+        lambda x: supcon_loss(x, np.zeros(2, int), **options)
+    )(x)
+    assert loss == pytest.approx(0, abs=1e-5)
+    assert np.all(np.isfinite(gradient))
+
+
+def test_large_logits_without_normalisation():
+    x, labels = example()
+    x = 30 * np.float32(x)
+    losses = supcon_loss(x, labels, normalize=False, reduction="none", block_size=5)
+    expected = loop_loss(x, labels, normalize=False)
+    assert expected.max() > 1000
+    np.testing.assert_allclose(losses, expected, rtol=1e-5, atol=1e-2)
+
+
+GOOD = np.ones((4, 2, 3), np.float32)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "words"),
+    [
+        ((np.ones((4, 3)),), {}, ("[B, V, D]", "(4, 3)")),
+        ((np.ones((0, 2, 3)),), {}, ("[B, V, D]", "(0, 2, 3)")),
+        ((np.ones((4, 2, 3), int),), {}, ("floating", "int")),
+        ((GOOD, np.zeros(5, int)), {}, ("(4,)", "(5,)")),
+        ((GOOD, np.zeros((4, 2), int)), {}, ("(4,)", "(4, 2)")),
+        ((GOOD, np.zeros(4)), {}, ("integers", "float")),
+        ((GOOD,), {"temperature": 0.0}, ("positive", "0.0")),
+        ((GOOD,), {"temperature": -1}, ("positive", "-1")),
+        ((GOOD,), {"temperature": math.nan}, ("positive", "nan")),
+        ((GOOD,), {"temperature": np.ones(3)}, ("scalar", "[1. 1. 1.]")),
+        ((GOOD,), {"temperature": "hot"}, ("scalar", "'hot'")),
+        ((GOOD,), {"contrast_mode": "ALL"}, ("'all'", "'one'", "'ALL'")),
+        ((GOOD,), {"summation": "out"}, ("'outside'", "'inside'", "'out'")),
+        ((GOOD,), {"denominator": None}, ("'only_negatives'", "None")),
+        ((GOOD,), {"reduction": "sum"}, ("'mean'", "'none'", "'sum'")),
+        ((GOOD,), {"scale": "pytorch"}, ("'temperature'", "'pytorch'")),
+        ((GOOD,), {"scale": -1.0}, ("positive number", "-1.0")),
+        ((GOOD,), {"scale": None}, ("'none'", "None")),
+        ((GOOD,), {"positives_cap": 3}, ("multiple of the 2 views", "3")),
+        ((GOOD,), {"positives_cap": -2}, ("multiple of the 2 views", "-2")),
+        ((GOOD,), {"positives_cap": 2.0}, ("multiple of the 2 views", "2.0")),
+        ((GOOD,), {"positives_key": 0}, ("positives_cap", "None")),
+        ((GOOD,), {"block_size": 0}, ("block_size", "0")),
+    ],
+)
+def test_refusals_name_what_was_got_and_what_is_allowed(arguments, options, words):
+    with pytest.raises(ValueError) as error:
+        supcon_loss(*arguments, **options)
+    message = str(error.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message
+
+
+def test_docstring_example_runs():
+    finder = doctest.DocTestFinder(recurse=False)
+    (found,) = finder.find(supcon.supcon_loss, "supcon_loss", globs={})
+    assert doctest.DocTestRunner().run(found).failed == 0
