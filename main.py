@@ -8,7 +8,7 @@ import pathlib
 import sys
 
 from absl import app, flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import config_flags
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Path of the config file.")
 _WORKDIR = flags.DEFINE_string(
@@ -62,10 +62,10 @@ def parse_flags(argv: list[str]) -> list[str]:
                 _refuse(f"no config file {path!r}; there are: {', '.join(nearest)}")
     try:
         remaining = flags.FLAGS(argv)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        _refuse(_explain(argv, error))
-    except flags.Error as error:
-        _refuse(error)
+    except (AttributeError, KeyError, TypeError, ValueError, flags.Error) as error:
+        # A config file that raises is quoted with its traceback; its last line says it.
+        last = str(error).strip().splitlines()[-1].removeprefix("ValueError: ")
+        _refuse(_unknown_key(argv) or last)
     if len(remaining) > 1:
         _refuse(f"unexpected argument {remaining[1]!r}; options start with --")
     if _CONFIG.value is None:
@@ -73,19 +73,21 @@ def parse_flags(argv: list[str]) -> list[str]:
     return remaining
 
 
-def _explain(argv: list[str], error: Exception) -> object:
+def _unknown_key(argv: list[str]) -> str | None:
     """The override that names no key of the config, with the nearest that exists."""
+    from configs import common
     from supcon_jax.experiment import flatten
 
-    config = flags.FLAGS["config"].value
-    keys = flatten(config.to_dict()) if isinstance(config, ConfigDict) else {}
+    keys = flatten(common.get_config().to_dict())
     for argument in argv[1:]:
         key = argument.partition("=")[0].lstrip("-").removeprefix("config.")
-        if argument.lstrip("-").startswith("config.") and keys and key not in keys:
+        if argument.lstrip("-").startswith("config.") and key not in keys:
             nearest = difflib.get_close_matches(key, keys, n=1, cutoff=0.4)
+            # A key without its group: learning_rate for optimizer.learning_rate.
+            nearest = [name for name in keys if name.endswith(f".{key}")] or nearest
             hint = f"; did you mean --config.{nearest[0]}?" if nearest else ""
             return f"unknown config key {key!r}{hint} (see configs/common.py)"
-    return error
+    return None
 
 
 def _refuse(message: object, *, code: int = 2) -> None:

@@ -48,7 +48,7 @@ def get_config() -> ConfigDict:
     config.encoder.name = "resnet50"  # resnet8, 18, 34, 50, 101, 152, 200
     config.encoder.width = 1.0  # multiplies every channel count
     config.encoder.stem = "imagenet"  # "imagenet" (7x7 and pool) | "cifar" (3x3)
-    config.encoder.dtype = "float32"  # of the convolutions: "float32" | "bfloat16"
+    config.encoder.dtype = "float32"  # of convolutions; "auto": bfloat16 off the CPU
     config.encoder.normalize_embedding = False  # unit length before any head
 
     config.projection = ConfigDict()  # the head of contrastive losses

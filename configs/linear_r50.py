@@ -26,7 +26,7 @@ def get_config():
     supcon_r50.set_imagenet(config)
     config.data.views = 1
     config.encoder.name = "resnet50"
-    config.encoder.dtype = "bfloat16"
+    config.encoder.dtype = "auto"
     config.encoder.normalize_embedding = True
     config.loss.label_smoothing = 0.05
     config.optimizer.name = "rmsprop"

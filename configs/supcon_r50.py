@@ -24,7 +24,7 @@ def get_config():
     config.next_config = "configs/linear_r50.py"
     set_imagenet(config)
     config.encoder.name = "resnet50"
-    config.encoder.dtype = "bfloat16"
+    config.encoder.dtype = "auto"
     config.encoder.normalize_embedding = True
     config.projection.hidden_dims = ()
     config.projection.output_dim = 128

@@ -121,7 +121,7 @@ RULES: dict[str, Rule] = {
     "encoder.name": _one_of(*ENCODERS),
     "encoder.width": _number(0, above=True),
     "encoder.stem": _one_of(*STEMS),
-    "encoder.dtype": _one_of("float32", "bfloat16"),
+    "encoder.dtype": _one_of("auto", "float32", "bfloat16"),
     "encoder.normalize_embedding": _FLAG,
     "projection.hidden_dims": _numbers(None, 1),
     "projection.output_dim": _number(1),
@@ -427,11 +427,15 @@ def next_command(run: Run) -> str:
 
 def build_encoder(config: ConfigDict) -> ResNet:
     """The encoder that `config.encoder` describes."""
+    dtype = config.encoder.dtype
+    if dtype == "auto":
+        # Processors emulate bfloat16 several times slower than they run float32.
+        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     return create_encoder(
         config.encoder.name,
         width=config.encoder.width,
         stem=config.encoder.stem,
-        dtype=jnp.dtype(config.encoder.dtype),
+        dtype=jnp.dtype(dtype),
     )
 
 

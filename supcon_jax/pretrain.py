@@ -270,6 +270,7 @@ class CollapseMonitor:
         self._count = 0
 
     def __call__(self, step: int, metrics: dict[str, float]) -> None:
+        """Looks at the metrics of a progress line."""
         level = metrics.get("train/collapse_loss")
         if level is None:
             return

@@ -27,7 +27,7 @@ _SHOWN = {
     "train/contrastive_top1": "contrastive top-1 {:.1%}",
     "train/top1": "top-1 {:.1%}",
     "optim/learning_rate": "lr {:.3g}",
-    "train/images_per_sec": "{:,.0f} images/s",
+    "train/images_per_sec": "{:,.1f} images/s",
 }
 
 

@@ -5,6 +5,7 @@ by analysis, and numbers from the authors' TensorFlow code.
 """
 
 import doctest
+import functools
 import json
 import math
 import pathlib
@@ -64,9 +65,7 @@ def loop_loss(
     views = [(b, v) for b in range(num_images) for v in range(num_views)]
     losses = np.zeros((num_images, num_views))
     for i, v in views:
-        mates = [
-            j for j in range(num_images) if j != i and labels[j] == labels[i] >= 0
-        ]
+        mates = [j for j in range(num_images) if j != i and labels[j] == labels[i] >= 0]
         kept = mates if positives_cap is None else mates[: positives_cap // num_views]
         positives, negatives = [], []
         for j, w in views:
@@ -102,23 +101,25 @@ def example(num_images=9, num_views=2, dimension=5, classes=3, seed=0):
     return x, labels.astype(np.int32)
 
 
-@pytest.mark.parametrize("variant", VARIANTS, ids=name_of)
-@pytest.mark.parametrize("num_views", [2, 3])
-def test_value_and_gradient_equal_the_loop(variant, num_views):
-    if variant.get("positives_cap") and num_views == 3:
-        variant = variant | {"positives_cap": 3}
-    x, labels = example(num_views=num_views)
+@functools.partial(jax.jit, static_argnums=3)
+def losses_and_pullback(x, labels, weight, options):
+    losses, pull_back = jax.vjp(
+        lambda x: supcon_loss(x, labels, reduction="none", **dict(options)), x
+    )
+    return losses, pull_back(weight.astype(losses.dtype))[0]
+
+
+def check_against_the_loop(x, labels, variant, **options):
     rng = np.random.default_rng(1)
-    weight, direction = rng.normal(size=9), rng.normal(size=x.shape)
+    weight, direction = rng.normal(size=len(x)), rng.normal(size=x.shape)
     with jax.enable_x64(True):
-        losses, vjp = jax.vjp(
-            lambda x: supcon_loss(
-                x, labels, reduction="none", block_size=4, **variant
-            ),
-            jnp.asarray(x),
+        losses, gradient = losses_and_pullback(
+            x, labels, weight, tuple((variant | options).items())
         )
-        slope = float(jnp.vdot(vjp(jnp.asarray(weight))[0], direction))
-    np.testing.assert_allclose(losses, loop_loss(x, labels, **variant), rtol=1e-12)
+        slope = float(jnp.vdot(gradient, direction))
+    np.testing.assert_allclose(
+        losses, loop_loss(x, labels, **variant), rtol=1e-12, atol=1e-12
+    )
     step = 1e-5
     change = loop_loss(x + step * direction, labels, **variant)
     change -= loop_loss(x - step * direction, labels, **variant)
@@ -128,25 +129,26 @@ def test_value_and_gradient_equal_the_loop(variant, num_views):
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=name_of)
-def test_single_view_and_no_labels(variant):
-    if "positives_cap" in variant:
-        variant = variant | {"positives_cap": 1}
-    x, labels = example(num_images=11, num_views=1)
-    with jax.enable_x64(True):
-        one_view = supcon_loss(x, labels, reduction="none", block_size=3, **variant)
-        pairs = x[:10].reshape(5, 2, -1)
-        variant.pop("positives_cap", None)
-        simclr = supcon_loss(pairs, reduction="none", block_size=3, **variant)
-    if "positives_cap" not in variant:
-        np.testing.assert_allclose(simclr, loop_loss(pairs, **variant), rtol=1e-12)
-    assert np.all(np.isfinite(one_view))
+def test_value_and_gradient_equal_the_loop(variant):
+    x, labels = example()
+    check_against_the_loop(x, labels, variant, block_size=5)
 
 
-def test_single_view_equals_the_loop():
-    x, labels = example(num_images=11, num_views=1)
-    with jax.enable_x64(True):
-        losses = supcon_loss(x, labels, reduction="none")
-    np.testing.assert_allclose(losses, loop_loss(x, labels), rtol=1e-12)
+@pytest.mark.parametrize("num_views", [1, 3])
+@pytest.mark.parametrize(
+    "variant",
+    [{}, {"summation": "inside", "temperature": 0.01}, {"positives_cap": 3}],
+    ids=name_of,
+)
+def test_other_numbers_of_views_equal_the_loop(num_views, variant):
+    x, labels = example(num_views=num_views)
+    check_against_the_loop(x, labels, variant)
+
+
+@pytest.mark.parametrize("variant", [{}, {"denominator": "one_positive"}], ids=name_of)
+def test_without_labels_equals_the_loop(variant):
+    x, _ = example()
+    check_against_the_loop(x, None, variant)
 
 
 def golden_cases():
@@ -164,34 +166,27 @@ def test_golden_values_of_the_official_code(case, options):
         data = {k: file[f"{case}/{k}"] for k in ("features", "labels", "loss", "grad")}
     labels = data["labels"] if options["supervised"] else None
 
-    def losses(x):
-        return supcon_loss(
-            x,
-            labels,
-            temperature=options["temperature"],
-            contrast_mode=options["contrast_mode"].removesuffix("_VIEWS").lower()
-            if options["contrast_mode"] == "ALL_VIEWS"
-            else "one",
-            summation=options["summation"].lower(),
-            denominator=options["denominator"].lower(),
-            positives_cap=None
-            if options["positives_cap"] < 0
-            else options["positives_cap"],
-            scale="temperature" if options["scale_by_temperature"] else "none",
-            reduction="none",
-            block_size=40,
-        )
-
+    sets = {
+        "temperature": options["temperature"],
+        "contrast_mode": {"ALL_VIEWS": "all", "ONE_VIEW": "one"}[
+            options["contrast_mode"]
+        ],
+        "summation": options["summation"].lower(),
+        "denominator": options["denominator"].lower(),
+        "positives_cap": None
+        if options["positives_cap"] < 0
+        else options["positives_cap"],
+        "scale": "temperature" if options["scale_by_temperature"] else "none",
+    }
     weight = np.full(len(data["loss"]), 1 / len(data["loss"]), np.float32)
     if options["V"] == 1:
         # The official code divides by the number of positives a second time here.
         same = data["labels"][:, None] == data["labels"][None, :]
         count = np.maximum(same.sum(1) - 1, 1)
         data["loss"], weight = data["loss"] * count, weight / count
-    value, vjp = jax.vjp(losses, data["features"])
-    gradient = vjp(jnp.float32(weight))[0]
-    if options["V"] == 1:
-        np.testing.assert_allclose(value, data["loss"], rtol=1e-5)
+    value, gradient = losses_and_pullback(
+        data["features"], labels, weight, tuple(sets.items())
+    )
     np.testing.assert_allclose(value, data["loss"], rtol=1e-5)
     error = np.abs(gradient - data["grad"]).max() / np.abs(data["grad"]).max()
     assert error < 1e-4
@@ -210,9 +205,6 @@ OFFICIAL_FEATURES = np.array(
 @pytest.mark.parametrize(
     ("options", "labels", "expected"),
     [
-        ({}, (0, 0, 1), (1.6755852, 1.7973773, 1.58471)),
-        ({"positives_cap": 4}, (0, 0, 1), (1.6755852, 1.7973773, 1.58471)),
-        ({"positives_cap": 0}, (0, 0, 1), (1.3769293, 1.0785717, 1.58471)),
         ({"positives_cap": 2}, (0, 0, 0), (1.1385298, 1.1824025, 1.1557417)),
         (
             {"denominator": "only_negatives", "summation": "inside"},
@@ -249,7 +241,7 @@ def test_collapse_level_of_the_other_denominators(denominator):
     loss, diagnostics = supcon_loss(
         x, labels, denominator=denominator, with_diagnostics=True
     )
-    assert loss == pytest.approx(diagnostics["collapse_loss"], rel=1e-5)
+    assert loss == pytest.approx(float(diagnostics["collapse_loss"]), rel=1e-5)
 
 
 def test_orthogonal_classes():
@@ -305,7 +297,7 @@ def test_relations_in_the_documentation():
 def test_scale_and_reduction():
     x, labels = example()
     losses = supcon_loss(x, labels, reduction="none")
-    assert supcon_loss(x, labels) == pytest.approx(np.mean(losses), rel=1e-6)
+    assert supcon_loss(x, labels) == pytest.approx(float(jnp.mean(losses)), rel=1e-6)
     for scale, factor in [("temperature", 0.1), (0.1 / 0.07, 0.1 / 0.07), (3, 3)]:
         scaled = supcon_loss(x, labels, scale=scale, reduction="none")
         np.testing.assert_allclose(scaled, factor * losses, rtol=1e-6)
@@ -317,7 +309,7 @@ def test_anchors_without_positives_do_not_count():
     loss, diagnostics = supcon_loss(x, labels, with_diagnostics=True)
     losses = supcon_loss(x, labels, reduction="none")
     np.testing.assert_array_equal(losses[3:], 0)
-    assert loss == pytest.approx(np.mean(losses[:3]), rel=1e-6)
+    assert loss == pytest.approx(float(losses[:3].mean()), rel=1e-6)
     assert diagnostics["num_anchors"] == 3
     assert diagnostics["no_positive_fraction"] == 0.5
     assert diagnostics["mean_positives"] == 1
@@ -341,25 +333,31 @@ def test_label_types(dtype):
         assert supcon_loss(x, np.full(200, -1, dtype)) == 0
 
 
-def test_temperature_may_be_traced_and_learned():
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"scale": "temperature"},
+        {"summation": "inside"},
+        {"denominator": "one_positive"},
+    ],
+    ids=name_of,
+)
+def test_temperature_may_be_traced_and_learned(options):
     x, labels = example()
     with jax.enable_x64(True):
-        for options in ({}, {"summation": "inside"}, {"scale": "temperature"},
-                        {"denominator": "one_positive"}):  # fmt: skip
-            loss = jax.jit(lambda t, o=options: supcon_loss(x, labels, temperature=t, **o))
-            assert loss(0.07) == pytest.approx(
-                float(supcon_loss(x, labels, temperature=0.07, **options)), rel=1e-12
+        loss = jax.jit(
+            jax.value_and_grad(
+                lambda t: supcon_loss(x, labels, temperature=t, **options)
             )
-            step = 1e-6
-            expected = (loss(0.07 + step) - loss(0.07 - step)) / (2 * step)
-            slope = jax.grad(loss)(0.07)
-            assert slope == pytest.approx(float(expected), rel=1e-7)
-            static = jax.grad(
-                lambda log_t, o=options: supcon_loss(
-                    x, labels, temperature=jnp.exp(log_t), **o
-                )
-            )(math.log(0.07))
-            assert static == pytest.approx(float(slope) * 0.07, rel=1e-9)
+        )
+        value, slope = loss(0.07)
+        step = 1e-6
+        expected = (loss(0.07 + step)[0] - loss(0.07 - step)[0]) / (2 * step)
+        static = jax.jit(lambda x: supcon_loss(x, labels, temperature=0.07, **options))(
+            x
+        )
+    assert value == pytest.approx(float(static), rel=1e-12)
+    assert slope == pytest.approx(float(expected), rel=1e-7)
 
 
 def test_random_cap_keeps_a_uniform_choice():
@@ -440,30 +438,37 @@ def test_diagnostics_change_neither_value_nor_gradient():
 
 EDGE_INPUTS = {
     "zeros": (np.zeros((4, 2, 3)), [0, 0, 1, 2]),
-    "one zero row": (np.eye(8)[:, :7].reshape(4, 2, 7), [0, 0, 1, 2]),
+    "one zero row": (np.eye(8)[:, :3].reshape(4, 2, 3), [0, 0, 1, 2]),
     "identical": (np.ones((4, 2, 3)), [0, 0, 1, 2]),
-    "one class": (example(4)[0], [1, 1, 1, 1]),
-    "two views in all": (example(1)[0], [0]),
-    "two images": (example(2, 1)[0], [0, 0]),
-    "a single view": (example(1, 1)[0], [0]),
-    "no positives": (example(5, 1)[0], [0, 1, 2, 3, 4]),
-    "unlabelled": (example(4)[0], [-1, -1, -1, -1]),
-    "huge": (example(4)[0] * 1e30, [0, 0, 1, 1]),
-    "tiny": (example(4)[0] * 1e-30, [0, 0, 1, 1]),
+    "one class": (example(4, dimension=3)[0], [1, 1, 1, 1]),
+    "unlabelled": (example(4, dimension=3)[0], [-1, -1, -1, -1]),
+    "huge": (example(4, dimension=3)[0] * 1e30, [0, 0, 1, 1]),
+    "tiny": (example(4, dimension=3)[0] * 1e-30, [0, 0, 1, 1]),
+    "two views in all": (example(1, dimension=3)[0], [0]),
+    "no positives": (example(2, 1, dimension=3)[0], [0, 1]),
+    "a single view": (example(1, 1, dimension=3)[0], [0]),
 }
 
 
-@pytest.mark.parametrize("name", EDGE_INPUTS)
-def test_edge_cases_are_finite(name):
-    x, labels = EDGE_INPUTS[name]
-    for variant in VARIANTS:
+@functools.partial(jax.jit, static_argnums=2)
+def value_and_gradient(x, labels, options):
+    return jax.value_and_grad(lambda x: supcon_loss(x, labels, **dict(options)))(x)
+
+
+@pytest.mark.parametrize(
+    "variant", [v for v in VARIANTS if v.get("contrast_mode") != "one"], ids=name_of
+)
+def test_edge_cases_are_finite(variant):
+    for name, (x, labels) in EDGE_INPUTS.items():
         if variant.get("normalize") is False and name == "huge":
             continue  # The logits themselves leave the range of float32.
-        loss, gradient = jax.value_and_grad(
-            lambda x, v=variant: supcon_loss(x, np.array(labels), **v)
-        )(np.float32(x))
-        assert np.isfinite(loss), variant
-        assert np.all(np.isfinite(gradient)), variant
+        if len(x) < 4 and len(variant) == 2:
+            continue  # Each shape is another compilation.
+        loss, gradient = value_and_gradient(
+            np.float32(x), np.array(labels), tuple(variant.items())
+        )
+        assert np.isfinite(loss), name
+        assert np.all(np.isfinite(gradient)), name
         if name in ("no positives", "a single view"):
             assert loss == 0
             np.testing.assert_array_equal(gradient, 0)
@@ -519,7 +524,7 @@ GOOD = np.ones((4, 2, 3), np.float32)
         ((GOOD,), {"temperature": 0.0}, ("positive", "0.0")),
         ((GOOD,), {"temperature": -1}, ("positive", "-1")),
         ((GOOD,), {"temperature": math.nan}, ("positive", "nan")),
-        ((GOOD,), {"temperature": np.ones(3)}, ("scalar", "[1. 1. 1.]")),
+        ((GOOD,), {"temperature": np.ones(3)}, ("scalar", "[1., 1., 1.]")),
         ((GOOD,), {"temperature": "hot"}, ("scalar", "'hot'")),
         ((GOOD,), {"contrast_mode": "ALL"}, ("'all'", "'one'", "'ALL'")),
         ((GOOD,), {"summation": "out"}, ("'outside'", "'inside'", "'out'")),

@@ -17,8 +17,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from supcon_jax.data.sources import ArraySource, Source, TfdsSource
-from supcon_jax.data.sources import import_tensorflow_datasets
+from supcon_jax.data.sources import (
+    ArraySource,
+    Source,
+    TfdsSource,
+    import_tensorflow_datasets,
+)
 
 Batch = dict[str, np.ndarray]
 
@@ -170,6 +174,7 @@ def _tfds_train_batches(
     first_epoch, offset = divmod(start_step * batch_size, source.num_examples)
     rows = process_rows(batch_size)
 
+    @tf.autograph.experimental.do_not_convert
     def epoch_examples(epoch: Any) -> Any:
         order_seed = epoch + tf.constant(seed, tf.int64) * 1_000_003
         shuffled = _encoded_examples(tf, tfds, source).shuffle(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import logging
 import os
 import pathlib
 import re
@@ -15,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+logger = logging.getLogger(__name__)
 TFDS_HOME = "~/tensorflow_datasets"
 NO_DATA_NEEDED = "configs/digits.py runs without any data"
 
@@ -35,6 +37,7 @@ class ArraySource:
 
     @property
     def num_examples(self) -> int:
+        """Examples in the split."""
         return len(self.labels)
 
 
@@ -222,6 +225,8 @@ def _open_tfds(name: str, split: str, dir: str) -> TfdsSource:
         raise ValueError(
             f"data directory {dir} has no {name}; {holds} (--config.data.dir); {how}"
         )
+    if prepared is None and name == "imagenet2012":
+        raise ValueError(f"no {name} in {directory} (--config.data.dir); {how}")
     _, tfds = import_tensorflow_datasets()
     if prepared is not None:
         builder = tfds.builder_from_directory(prepared)
@@ -268,14 +273,13 @@ def _download(tfds: Any, name: str, directory: pathlib.Path, how: str) -> Any:
         nearest = difflib.get_close_matches(name, [*known, "digits", "arrays"], n=3)
         hint = f"; nearest: {', '.join(nearest)}" if nearest else ""
         raise ValueError(f"unknown data set {name!r}{hint} (--config.data.name)")
-    if name == "imagenet2012":
-        raise ValueError(f"no {name} in {directory} (--config.data.dir); {how}")
     if jax.process_count() > 1:
         # Several hosts that download at once destroy each other's files.
         raise ValueError(
             f"no {name} in {directory}; prepare it once before a multi-host job: "
             f"`tfds build {name} --data_dir=DIR`, then --config.data.dir=DIR"
         )
+    logger.info("downloading %s into %s", name, directory)
     try:
         builder = tfds.builder(name, data_dir=directory)
         builder.download_and_prepare()

@@ -44,6 +44,7 @@ class ProjectionHead(nn.Module):
 
     @nn.compact
     def __call__(self, embeddings: jax.Array, *, train: bool) -> jax.Array:
+        """Projections `[N, output_dim]`; with `train` BatchNorm uses these N."""
         x = l2_normalize(embeddings) if self.normalize_embedding else embeddings
         kernel_init = nn.initializers.normal(0.01)
         for index, width in enumerate(self.hidden_dims, start=1):
@@ -71,7 +72,7 @@ class Classifier(nn.Module):
 
     Attributes:
       num_classes: number of classes C.
-      init: key of `CLASSIFIER_INITS` for the kernel; the bias starts at zero.
+      init_name: key of `CLASSIFIER_INITS` for the kernel; the bias starts at zero.
       normalize_embedding: scale the embedding to unit length first.
     """
 
@@ -81,6 +82,7 @@ class Classifier(nn.Module):
 
     @nn.compact
     def __call__(self, embeddings: jax.Array, *, train: bool) -> jax.Array:
+        """Logits `[N, num_classes]`."""
         del train  # the same in training and in evaluation
         x = l2_normalize(embeddings) if self.normalize_embedding else embeddings
         return nn.Dense(

@@ -51,6 +51,7 @@ class BasicBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps `[N, H, W, C]` to `[N, H / strides, W / strides, width]`."""
         conv = functools.partial(_conv, dtype=self.dtype)
         y = conv(self.width, 3, self.strides, name="conv1")(x)
         y = nn.relu(self.norm(name="batch_norm1")(y))
@@ -74,6 +75,7 @@ class BottleneckBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps `[N, H, W, C]` to `[N, H / strides, W / strides, 4 width]`."""
         conv = functools.partial(_conv, dtype=self.dtype)
         features = self.width * self.expansion
         y = conv(self.width, 1, name="conv1")(x)

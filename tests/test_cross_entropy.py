@@ -1,0 +1,92 @@
+"""Cross-entropy against its definition, term by term."""
+
+import doctest
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from supcon_jax.losses import cross_entropy
+from supcon_jax.losses.cross_entropy import cross_entropy_loss
+
+
+def loop_cross_entropy(logits, labels, smoothing):
+    losses = []
+    for row, label in zip(np.asarray(logits, np.float64), labels, strict=True):
+        log_total = math.log(sum(math.exp(value) for value in row))
+        loss = 0.0
+        for c, value in enumerate(row):
+            target = (1 - smoothing) * (c == label) + smoothing / len(row)
+            loss -= target * (value - log_total)
+        losses.append(loss)
+    return losses
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.9])
+def test_equals_the_definition(smoothing):
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(6, 5)).astype(np.float32) * 3
+    labels = np.array([0, 4, 2, 2, 1, 3])
+    losses = cross_entropy_loss(logits, labels, label_smoothing=smoothing)
+    assert losses.shape == (6,) and losses.dtype == jnp.float32
+    np.testing.assert_allclose(
+        losses, loop_cross_entropy(logits, labels, smoothing), rtol=1e-5
+    )
+
+
+def test_analytic_values():
+    """One logit ahead by g: `log(1 + (C-1) e^-g)`, plus `s g (C-1)/C` smoothed."""
+    gap, classes, smoothing = 2.0, 4, 0.2
+    logits = jnp.zeros((1, classes)).at[0, 1].set(gap)
+    plain = math.log(1 + (classes - 1) * math.exp(-gap))
+    label = jnp.array([1])
+    np.testing.assert_allclose(cross_entropy_loss(logits, label)[0], plain, rtol=1e-6)
+    np.testing.assert_allclose(
+        cross_entropy_loss(logits, label, label_smoothing=smoothing)[0],
+        plain + smoothing * gap * (classes - 1) / classes,
+        rtol=1e-6,
+    )
+
+
+def test_gradient_is_softmax_minus_target():
+    rng = np.random.default_rng(1)
+    logits = rng.normal(size=(3, 4)).astype(np.float32)
+    labels = np.array([3, 0, 1])
+    gradient = jax.grad(
+        lambda x: jnp.sum(cross_entropy_loss(x, labels, label_smoothing=0.1))
+    )(logits)
+    softmax = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    target = 0.9 * np.eye(4)[labels] + 0.1 / 4
+    np.testing.assert_allclose(gradient, softmax - target, atol=1e-6)
+
+
+def test_large_and_low_precision_logits():
+    """A million apart stays finite; bfloat16 logits are summed in float32."""
+    far = jnp.array([[1e6, 0.0], [0.0, 1e6]])
+    np.testing.assert_allclose(cross_entropy_loss(far, jnp.array([0, 0])), [0, 1e6])
+    # 1,000 equal logits: bfloat16 sums would miss log(1000) by several percent.
+    losses = cross_entropy_loss(jnp.ones((1, 1000), jnp.bfloat16), jnp.array([0]))
+    assert losses.dtype == jnp.float32
+    np.testing.assert_allclose(losses, math.log(1000), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("logits", "labels"), [((2, 3), (3,)), ((2, 3), (2, 1)), ((2, 2, 3), (2,))]
+)
+def test_refuses_shapes_that_do_not_fit(logits, labels):
+    with pytest.raises(ValueError, match=r"expected \[N, C\] and \[N\]"):
+        cross_entropy_loss(jnp.zeros(logits), jnp.zeros(labels, jnp.int32))
+
+
+@pytest.mark.parametrize("smoothing", [-0.1, 1.0])
+def test_refuses_smoothing_outside_its_range(smoothing):
+    with pytest.raises(ValueError, match="label_smoothing"):
+        cross_entropy_loss(
+            jnp.zeros((1, 2)), jnp.zeros(1, jnp.int32), label_smoothing=smoothing
+        )
+
+
+def test_docstring_example():
+    assert doctest.testmod(cross_entropy).failed == 0
