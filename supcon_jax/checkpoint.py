@@ -7,7 +7,6 @@ linear evaluation and users need) and "training" (everything else of the TrainSt
 from __future__ import annotations
 
 import json
-import logging
 import pathlib
 from typing import Any
 
@@ -24,7 +23,6 @@ from supcon_jax.train_state import TrainState
 
 PyTree = Any
 BEST_METRIC = "knn/top1"
-logger = logging.getLogger(__name__)
 
 
 def _split(state: TrainState) -> dict[str, PyTree]:

@@ -198,6 +198,7 @@ def open_run(config: ConfigDict, workdir: str | pathlib.Path) -> Run:
     build_optimizer(config, total_steps, steps_per_epoch)
     build_encoder(config)
     path = open_workdir(config, workdir)
+    logger.info("workdir %s", os.path.relpath(path))
     return Run(
         config=config,
         workdir=path,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import logging
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -17,10 +16,11 @@ from ml_collections import ConfigDict
 
 from supcon_jax import experiment, loop, parallel
 from supcon_jax.checkpoint import read_config, restore_encoder
+from supcon_jax.experiment import Run
+from supcon_jax.loop import Evaluate, Step
 from supcon_jax.pretrain import cross_entropy_of_views
 from supcon_jax.train_state import TrainState
 
-logger = logging.getLogger(__name__)
 PyTree = Any
 RANDOM = "random"
 
@@ -40,12 +40,28 @@ def linear_eval(config: ConfigDict, workdir: str | pathlib.Path) -> dict[str, An
     experiment.check_config(config)
     check_pretrained(config)
     run = experiment.open_run(config, workdir)
+    encoder_variables = load_encoder(config, run.mesh)
+    init, step, evaluate = build(run, encoder_variables)
+    return loop.train(
+        run, init=init, step=step, evaluate=evaluate, frozen=(encoder_variables,)
+    )
+
+
+def build(
+    run: Run, encoder_variables: PyTree
+) -> tuple[Callable[[], TrainState], Step, Evaluate]:
+    """The three functions that make up stage 2, from an opened run.
+
+    Returns:
+      `init() -> state`, `step(state, batch, encoder_variables) -> (state, metrics)`,
+      both pure, and `evaluate(state) -> metrics`.
+    """
+    config = run.config
     encoder = experiment.build_encoder(config)
     head = experiment.build_classifier(config, run.train_source.num_classes)
     optimizer, schedule = experiment.build_optimizer(
         config, run.total_steps, run.steps_per_epoch
     )
-    encoder_variables = load_encoder(config, encoder, run.mesh)
     init = functools.partial(
         init_state,
         encoder=encoder,
@@ -73,9 +89,7 @@ def linear_eval(config: ConfigDict, workdir: str | pathlib.Path) -> dict[str, An
         }
         return predictor.classify(variables, run.eval_source)
 
-    return loop.train(
-        run, init=init, step=step, evaluate=evaluate, frozen=(encoder_variables,)
-    )
+    return init, step, evaluate
 
 
 def check_pretrained(config: ConfigDict) -> None:
@@ -106,13 +120,13 @@ def check_pretrained(config: ConfigDict) -> None:
             )
 
 
-def load_encoder(config: ConfigDict, encoder: nn.Module, mesh: Mesh) -> PyTree:
+def load_encoder(config: ConfigDict, mesh: Mesh) -> PyTree:
     """The frozen encoder's variables, on every device."""
     everywhere = parallel.replicated(mesh)
     if config.pretrained != RANDOM:
         return restore_encoder(config.pretrained, sharding=everywhere)
     images = jnp.zeros((2, config.data.image_size, config.data.image_size, 3))
-    init = functools.partial(encoder.init, train=True)
+    init = functools.partial(experiment.build_encoder(config).init, train=True)
     return jax.jit(init, out_shardings=everywhere)(jax.random.key(config.seed), images)
 
 

@@ -26,7 +26,9 @@ from supcon_jax.writers import MetricWriter, add_log_file, format_duration
 logger = logging.getLogger(__name__)
 Metrics = dict[str, float]
 PyTree = Any
+# (state, batch, *frozen) -> (state, scalar metrics)
 Step = Callable[..., tuple[TrainState, dict[str, jax.Array]]]
+Evaluate = Callable[[TrainState], Metrics]
 
 
 def train(
@@ -34,7 +36,7 @@ def train(
     *,
     init: Callable[[], TrainState],
     step: Step,
-    evaluate: Callable[[TrainState], Metrics],
+    evaluate: Evaluate,
     frozen: tuple[PyTree, ...] = (),
     watch: Callable[[int, Metrics], None] = lambda step, metrics: None,
 ) -> dict[str, Any]:
@@ -225,9 +227,7 @@ def _fetch(step: int, device_metrics: dict[str, jax.Array]) -> Metrics:
     return metrics
 
 
-def _evaluate(
-    evaluate: Callable[[TrainState], Metrics], state: TrainState, step: int
-) -> Metrics:
+def _evaluate(evaluate: Evaluate, state: TrainState, step: int) -> Metrics:
     start = time.monotonic()
     metrics = evaluate(state)
     if metrics:

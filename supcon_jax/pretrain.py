@@ -19,6 +19,7 @@ from supcon_jax import experiment, loop, parallel
 from supcon_jax.data.sources import take_subset
 from supcon_jax.evaluation.knn import knn_accuracy
 from supcon_jax.experiment import Run
+from supcon_jax.loop import Evaluate, Step
 from supcon_jax.losses import supcon_loss
 from supcon_jax.losses.cross_entropy import cross_entropy_loss
 from supcon_jax.models import ProjectionHead
@@ -45,6 +46,20 @@ def pretrain(config: ConfigDict, workdir: str | pathlib.Path) -> dict[str, Any]:
     """
     experiment.check_config(config)
     run = experiment.open_run(config, workdir)
+    init, step, evaluate = build(run)
+    return loop.train(
+        run, init=init, step=step, evaluate=evaluate, watch=CollapseMonitor()
+    )
+
+
+def build(run: Run) -> tuple[Callable[[], TrainState], Step, Evaluate]:
+    """The three functions that make up stage 1, from an opened run.
+
+    Returns:
+      `init() -> state`, `step(state, batch) -> (state, metrics)`, both pure, and
+      `evaluate(state) -> metrics`.
+    """
+    config = run.config
     encoder = experiment.build_encoder(config)
     head = build_head(config, run.train_source.num_classes)
     optimizer, schedule = experiment.build_optimizer(
@@ -67,13 +82,7 @@ def pretrain(config: ConfigDict, workdir: str | pathlib.Path) -> dict[str, Any]:
         augment=experiment.build_augmentation(config, run.train_source),
         loss_function=build_loss(config, run.mesh),
     )
-    return loop.train(
-        run,
-        init=init,
-        step=step,
-        evaluate=build_evaluation(run, encoder, head),
-        watch=CollapseMonitor(),
-    )
+    return init, step, build_evaluation(run, encoder, head)
 
 
 def build_head(config: ConfigDict, num_classes: int) -> nn.Module:
@@ -225,9 +234,7 @@ def train_step(
     return state, metrics
 
 
-def build_evaluation(
-    run: Run, encoder: nn.Module, head: nn.Module
-) -> Callable[[TrainState], dict[str, float]]:
+def build_evaluation(run: Run, encoder: nn.Module, head: nn.Module) -> Evaluate:
     """Online evaluation: kNN on the embeddings, and the classifier where there is one.
 
     The bank is made of training images without augmentation; the queries are the whole

@@ -1,0 +1,52 @@
+"""Tiny runs that several test files share."""
+
+import numpy as np
+
+from configs import digits, linear_digits
+
+
+def shrink(config):
+    """Seconds instead of a minute: 4 channels, 12 steps of 16 images."""
+    config.update_from_flattened_dict(
+        {
+            "batch_size": 16,
+            "total_steps": 12,
+            "log_every": 5,
+            "eval_every": 0,
+            "checkpoint_every": 0,
+            "encoder.width": 0.25,
+            "optimizer.warmup_epochs": 0.02,
+            "knn.bank": 200,
+            "compilation_cache": False,
+        }
+    )
+    return config
+
+
+def pretrain_config(**overrides):
+    """A tiny pretraining run on the digits."""
+    config = shrink(digits.get_config())
+    config.update_from_flattened_dict(overrides)
+    return config
+
+
+def linear_config(pretrained, **overrides):
+    """A tiny linear evaluation of a tiny run."""
+    config = shrink(linear_digits.get_config())
+    config.pretrained = str(pretrained)
+    config.update_from_flattened_dict(overrides)
+    return config
+
+
+def snapshot(folder):
+    """Every file below a folder with its bytes."""
+    return {p: p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def assert_trees_equal(ours, theirs):
+    """Same structure, bitwise the same arrays."""
+    import jax
+
+    assert jax.tree.structure(ours) == jax.tree.structure(theirs)
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))

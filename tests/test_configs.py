@@ -1,0 +1,335 @@
+"""Every config loads, every key is documented, and every key changes something."""
+
+import importlib
+import pathlib
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import common
+from supcon_jax import experiment, linear_eval, pretrain
+from supcon_jax.evaluation.knn import knn_accuracy
+
+CONFIGS = pathlib.Path(common.__file__).parent
+VARIANTS = {
+    "linear_digits": ["", "random"],
+    "supcon_cifar10": ["", "pytorch"],
+    "linear_cifar10": ["", "pytorch"],
+}
+FILES = sorted(p.stem for p in CONFIGS.glob("[!_]*.py") if p.stem != "common")
+
+
+def load(stem, variant=""):
+    get_config = importlib.import_module(f"configs.{stem}").get_config
+    return get_config(variant) if variant else get_config()
+
+
+@pytest.mark.parametrize(
+    "stem, variant", [(s, v) for s in FILES for v in VARIANTS.get(s, [""])]
+)
+def test_config_is_valid_and_locked(stem, variant):
+    config = load(stem, variant)
+    experiment.check_config(config)
+    with pytest.raises(AttributeError):
+        config.optimizer.lr = 1.0
+    if config.next_config:
+        path, _, next_variant = config.next_config.partition(":")
+        following = load(pathlib.Path(path).stem, next_variant)
+        if following.mode == "linear_eval":
+            ours, theirs = config.to_dict(), following.to_dict()
+            ours, theirs = experiment.flatten(ours), experiment.flatten(theirs)
+            for key in experiment.ENCODER_KEYS:
+                assert ours[key] == theirs[key], key
+
+
+@pytest.mark.parametrize("stem", FILES)
+def test_config_header_says_command_hardware_and_time(stem):
+    header = importlib.import_module(f"configs.{stem}").__doc__
+    assert f"python main.py --config=configs/{stem}.py" in header
+    for word in ("ardware|accelerator|CPU", "Time|minutes"):
+        assert re.search(word, header), word
+
+
+def test_unknown_variant_is_refused():
+    with pytest.raises(ValueError, match="unknown variant 'rand'.*'random'"):
+        load("linear_digits", "rand")
+
+
+def test_every_key_is_documented_and_has_a_rule():
+    config = common.get_config()
+    assert set(experiment.flatten(config.to_dict())) == set(experiment.RULES)
+    text = pathlib.Path(common.__file__).read_text()
+    lines = re.findall(r"^    config\.([\w.]+) = (?!ConfigDict).*", text, re.M)
+    assert sorted(lines) == sorted(experiment.RULES)
+
+
+def test_check_config_names_what_is_wrong():
+    config = common.get_config()
+    with config.unlocked():
+        config.optimizer.learning_rat = 1.0
+    with pytest.raises(ValueError, match="did you mean optimizer.learning_rate"):
+        experiment.check_config(config)
+    config = common.get_config()
+    with config.unlocked():
+        del config.knn.k
+    with pytest.raises(ValueError, match=r"knn\.k.*missing"):
+        experiment.check_config(config)
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("mode", "train"),
+        ("batch_size", 0),
+        ("epochs", 0.0),
+        ("epochs", float("nan")),
+        ("seed", -1),
+        ("encoder.name", "resnet51"),
+        ("augment.crop_area", (0.5, 0.2)),
+        ("augment.crop_area", (0.5,)),
+        ("data.std", (1.0, 0.0, 1.0)),
+        ("data.mean", (1.0, 0.0)),
+        ("loss.temperature", 0.0),
+        ("loss.scale", "big"),
+        ("loss.scale", "-1"),
+        ("loss.label_smoothing", 1.0),
+        ("optimizer.name", "adam"),
+        ("optimizer.momentum", 1.0),
+        ("optimizer.exclude", ("",)),
+        ("data.eval_resize", 16),
+    ],
+)
+def test_refused_values(key, value):
+    config = common.get_config()
+    config.update_from_flattened_dict({key: value})
+    with pytest.raises(ValueError, match=rf"--config\.{re.escape(key)}") as refusal:
+        experiment.check_config(config)
+    assert "\n" not in str(refusal.value)
+    assert "allowed" in str(refusal.value)
+
+
+# What a run is made of, as text: any key that changes the computation shows here.
+def tiny(**overrides):
+    config = load("digits")
+    config.update_from_flattened_dict(
+        {
+            "batch_size": 16,
+            "encoder.width": 0.25,
+            "projection.hidden_dims": (8,),
+            "optimizer.warmup_epochs": 0.1,
+            "compilation_cache": False,
+        }
+    )
+    config.update_from_flattened_dict(overrides)
+    return config
+
+
+_fingerprints = {}
+
+
+def fingerprint(workdir, **overrides):
+    """The lowered step, the initial shapes and program, and the first batch."""
+    known = repr(sorted(overrides.items()))
+    if known in _fingerprints:
+        return _fingerprints[known]
+    config = tiny(**overrides)
+    experiment.check_config(config)
+    run = experiment.open_run(config, workdir / str(len(_fingerprints)))
+    if config.mode == "pretrain":
+        init, step, _ = pretrain.build(run)
+        frozen = ()
+    else:
+        frozen = (linear_eval.load_encoder(config, run.mesh),)
+        init, step, _ = linear_eval.build(run, *frozen)
+    state = jax.eval_shape(init)
+    batch = next(experiment.build_train_batches(run, 0))
+    text = jax.jit(step).lower(state, batch, *frozen).as_text()
+    program = str(jax.make_jaxpr(init)())
+    result = (text, program, batch["id"].tobytes(), run.total_steps)
+    _fingerprints[known] = result
+    return result
+
+
+CROSS_ENTROPY = {"loss.name": "cross_entropy"}
+JITTER = {"augment.jitter_strength": 0.5}
+IN_STEP = {
+    "seed": (1, {}),
+    "batch_size": (32, {}),
+    "epochs": (7.0, {}),
+    "total_steps": (9, {}),
+    "data.views": (3, {}),
+    "data.mean": ((0.4, 0.5, 0.5), {}),
+    "data.std": ((0.4, 0.5, 0.5), {}),
+    "augment.crop_area": ((0.3, 0.9), {}),
+    "augment.flip": (True, {}),
+    "augment.jitter_strength": (0.5, {}),
+    "augment.jitter_probability": (0.3, JITTER),
+    "augment.grayscale_probability": (0.2, {}),
+    "encoder.name": ("resnet18", {}),
+    "encoder.width": (0.5, {}),
+    "encoder.stem": ("imagenet", {}),
+    "encoder.dtype": ("bfloat16", {}),
+    "encoder.normalize_embedding": (True, {}),
+    "projection.hidden_dims": ((9,), {}),
+    "projection.output_dim": (5, {}),
+    "projection.batch_norm": (True, {}),
+    "classifier.init": ("zeros", CROSS_ENTROPY),
+    "loss.name": ("simclr", {}),
+    "loss.temperature": (0.2, {}),
+    "loss.contrast_mode": ("one", {}),
+    "loss.summation": ("inside", {}),
+    "loss.denominator": ("one_positive", {}),
+    "loss.positives_cap": (2, {}),
+    "loss.scale": ("temperature", {}),
+    "loss.label_smoothing": (0.1, CROSS_ENTROPY),
+    "optimizer.name": ("lars", {}),
+    "optimizer.learning_rate": (0.2, {}),
+    "optimizer.learning_rate_batch": (0, {}),
+    "optimizer.schedule": ("constant", {}),
+    "optimizer.warmup_epochs": (0.5, {}),
+    "optimizer.decay_rate": (0.5, {"optimizer.schedule": "staircase"}),
+    "optimizer.decay_epochs": (2.0, {"optimizer.schedule": "staircase"}),
+    "optimizer.boundaries_epochs": ((1.0,), {"optimizer.schedule": "piecewise"}),
+    "optimizer.weight_decay": (1e-3, {}),
+    "optimizer.momentum": (0.5, {}),
+    "optimizer.trust_coefficient": (0.01, {"optimizer.name": "lars"}),
+    "optimizer.rmsprop_decay": (0.5, {"optimizer.name": "rmsprop"}),
+    "optimizer.rmsprop_epsilon": (0.1, {"optimizer.name": "rmsprop"}),
+    "optimizer.exclude": ((), {}),
+    "mode": ("linear_eval", {"pretrained": "random"}),
+}
+
+
+@pytest.mark.parametrize("key", IN_STEP)
+def test_key_changes_what_is_computed(key, tmp_path):
+    value, context = IN_STEP[key]
+    before = fingerprint(tmp_path / "before", **context)
+    after = fingerprint(tmp_path / "after", **context, **{key: value})
+    assert before != after
+    # Lowering twice gives the same text, so the difference is the key's doing.
+    _fingerprints.pop(repr(sorted(context.items())))
+    assert before == fingerprint(tmp_path / "again", **context)
+
+
+# Keys whose effect is seen elsewhere, with the test that sees it.
+ELSEWHERE = {
+    "log_every": "test_pretrain.py::test_periods",
+    "eval_every": "test_pretrain.py::test_periods",
+    "checkpoint_every": "test_pretrain.py::test_periods",
+    "keep_checkpoints": "test_pretrain.py::test_periods",
+    "next_config": "test_pretrain.py::test_next_command",
+    "pretrained": "test_linear_eval.py::test_random_encoder_differs",
+    "compilation_cache": "test_configs.py::test_compilation_cache",
+    "data.name": "test_configs.py::test_data_keys",
+    "data.dir": "test_configs.py::test_data_keys",
+    "data.root": "test_configs.py::test_data_keys",
+    "data.train_split": "test_configs.py::test_data_keys",
+    "data.eval_split": "test_configs.py::test_data_keys",
+    "data.image_size": "test_configs.py::test_data_keys",
+    "data.eval_resize": "test_configs.py::test_eval_resize",
+    "knn.bank": "test_configs.py::test_knn_keys",
+    "knn.k": "test_configs.py::test_knn_keys",
+    "knn.temperature": "test_configs.py::test_knn_keys",
+}
+
+
+def test_every_key_has_a_test_of_its_effect():
+    assert set(IN_STEP) | set(ELSEWHERE) == set(experiment.RULES)
+    for place in ELSEWHERE.values():
+        file, name = place.split("::")
+        text = (pathlib.Path(__file__).parent / file).read_text()
+        assert f"def {name}(" in text, place
+
+
+def test_data_keys(tmp_path):
+    for size, name in ((8, "a.npz"), (6, "b.npz")):
+        images = np.full((20, size, size, 3), size, np.uint8)
+        labels = np.arange(20) % 4
+        np.savez(
+            tmp_path / name,
+            train_images=images,
+            train_labels=labels,
+            test_images=images[:9],
+            test_labels=labels[:9],
+        )
+
+    def sources(**overrides):
+        return experiment.open_sources(tiny(**overrides))
+
+    digits = sources()
+    assert [s.num_examples for s in digits] == [1297, 500]
+    arrays = {"data.name": "arrays", "data.root": str(tmp_path / "a.npz")}
+    assert [s.num_examples for s in sources(**arrays)] == [20, 9]
+    other = arrays | {"data.root": str(tmp_path / "b.npz"), "data.image_size": 6}
+    assert sources(**other)[0].images.shape == (20, 6, 6, 3)
+    with pytest.raises(ValueError, match="set --config.data.image_size=6"):
+        sources(**(other | {"data.image_size": 8}))
+    swapped = {"data.train_split": "test", "data.eval_split": "train"}
+    assert [s.num_examples for s in sources(**swapped)] == [500, 1297]
+    with pytest.raises(ValueError, match=r"/nowhere does not exist.*--config\.data\.dir"):
+        sources(**{"data.name": "cifar10", "data.dir": "/nowhere"})
+    with pytest.raises(ValueError, match="larger than the 20 training images"):
+        sources(**arrays, **{"batch_size": 21})
+
+
+def test_eval_resize(tmp_path, tfds_dir):
+    config = load("supcon_r50")
+    config.data.dir = tfds_dir
+    config.data.image_size = 32
+    config.batch_size = 8
+    first = []
+    for resize in (32, 64):
+        config.data.eval_resize = resize
+        run = experiment.open_run(config, tmp_path / str(resize))
+        predictor = experiment.build_predictor(run, experiment.build_encoder(config), None)
+        first.append(np.asarray(next(predictor._batches(run.eval_source, ""))["image"]))
+    assert first[0].shape == first[1].shape == (8, 1, 32, 32, 3)
+    assert not np.array_equal(*first)
+
+
+def test_knn_keys(tmp_path, monkeypatch):
+    seen = {}
+
+    def spy(bank, bank_labels, queries, query_labels, **options):
+        seen.update(options, bank=len(bank))
+        return knn_accuracy(bank, bank_labels, queries, query_labels, **options)
+
+    monkeypatch.setattr(pretrain, "knn_accuracy", spy)
+    config = tiny(**{"knn.bank": 100, "knn.k": 3, "knn.temperature": 0.5})
+    run = experiment.open_run(config, tmp_path)
+    init, _, evaluate = pretrain.build(run)
+    state = jax.jit(init)()
+    metrics = evaluate(state)
+    assert 0.1 < metrics["knn/top1"] <= 1
+    assert (seen["bank"], seen["k"], seen["temperature"]) == (100, 3, 0.5)
+    config.knn.bank = 0
+    assert pretrain.build(run)[2](state) == {}
+
+
+def test_compilation_cache(tmp_path, monkeypatch):
+    before = {
+        "dir": jax.config.jax_compilation_cache_dir,
+        "on": jax.config.jax_enable_compilation_cache,
+    }
+    try:
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        jax.config.update("jax_compilation_cache_dir", None)
+        experiment.setup_compilation_cache(enabled=True)
+        assert jax.config.jax_compilation_cache_dir == str(tmp_path / "supcon_jax/jax")
+        assert jax.config.jax_enable_compilation_cache
+        experiment.setup_compilation_cache(enabled=False)
+        assert not jax.config.jax_enable_compilation_cache
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before["dir"])
+        jax.config.update("jax_enable_compilation_cache", before["on"])
+
+
+def test_auto_dtype_is_float32_on_a_processor():
+    config = load("supcon_r50")
+    assert config.encoder.dtype == "auto"
+    assert experiment.build_encoder(config).dtype == jnp.float32
+    config.encoder.dtype = "bfloat16"
+    assert experiment.build_encoder(config).dtype == jnp.bfloat16

@@ -1,0 +1,158 @@
+"""Stage 2: the encoder is restored, stays frozen, and the split is counted whole."""
+
+import jax
+import numpy as np
+import pytest
+
+from supcon_jax import linear_eval, pretrain
+from supcon_jax.checkpoint import Checkpointer, restore_encoder
+from supcon_jax.writers import read_metrics
+from tests.runs import (
+    assert_trees_equal,
+    linear_config,
+    pretrain_config,
+    snapshot,
+)
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("pretrained")
+    pretrain.pretrain(pretrain_config(**{"knn.bank": 0}), workdir)
+    return workdir
+
+
+def test_linear_evaluation(pretrained, tmp_path):
+    before = snapshot(pretrained)
+    final = linear_eval.linear_eval(linear_config(pretrained), tmp_path)
+    assert snapshot(pretrained) == before
+    assert final["eval/num_examples"] == 500  # 500 is no multiple of 16
+    assert 0.1 < final["eval/top1"] <= final["eval/top5"] <= 1
+    assert read_metrics(tmp_path)[-1]["final"] is True
+    # The head is saved, and the encoder is not saved twice.
+    step = tmp_path / "checkpoints" / "12"
+    assert (step / "training").is_dir() and not (step / "encoder").exists()
+    with pytest.raises(ValueError, match="saved no encoder"):
+        restore_encoder(tmp_path)
+
+
+def test_accuracy_is_that_of_the_restored_encoder_in_inference_mode(
+    pretrained, tmp_path
+):
+    """Head and encoder from disk, applied by hand to the whole test split."""
+    from supcon_jax import experiment
+
+    config = linear_config(pretrained)
+    final = linear_eval.linear_eval(config, tmp_path)
+    run = experiment.open_run(config, tmp_path)
+    variables = restore_encoder(pretrained)
+    init, _, _ = linear_eval.build(run, variables)
+    checkpointer = Checkpointer(tmp_path)
+    state = checkpointer.restore(
+        jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(
+                x.shape,
+                x.dtype,
+                sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0]),
+            ),
+            jax.eval_shape(init),
+        ),
+        12,
+    )
+    checkpointer.close()
+    source = run.eval_source
+    images = (source.images / 255.0 - 0.5) / 0.5
+    encoder = experiment.build_encoder(config)
+    embeddings = encoder.apply(variables, images.astype(np.float32), train=False)
+    dense = state.params["head"]["dense_out"]
+    logits = np.asarray(embeddings) @ np.asarray(dense["kernel"]) + dense["bias"]
+    top1 = np.mean(np.argmax(logits, axis=1) == source.labels)
+    assert final["eval/top1"] == pytest.approx(top1, abs=0.0021)
+
+
+def test_step_changes_the_head_and_nothing_else(pretrained, tmp_path):
+    from supcon_jax import experiment
+
+    run = experiment.open_run(linear_config(pretrained), tmp_path)
+    variables = restore_encoder(pretrained)
+    init, step, _ = linear_eval.build(run, variables)
+    state = jax.jit(init)()
+    assert set(state.params) == {"head"}
+    batch = next(experiment.build_train_batches(run, 0))
+    # Step 0 of the warm-up has learning rate 0.
+    after, _ = jax.jit(step)(state.replace(step=state.step + 5), batch, variables)
+    after, _ = jax.jit(step)(after, batch, variables)
+    kernel = state.params["head"]["dense_out"]["kernel"]
+    assert np.abs(after.params["head"]["dense_out"]["kernel"] - kernel).max() > 0
+    assert_trees_equal(variables, restore_encoder(pretrained))
+
+
+def test_random_encoder_differs(pretrained, tmp_path):
+    trained = linear_eval.load_encoder(
+        linear_config(pretrained), pretrain.parallel.create_mesh()
+    )
+    random = linear_eval.load_encoder(
+        linear_config("random"), pretrain.parallel.create_mesh()
+    )
+    assert jax.tree.structure(trained) == jax.tree.structure(random)
+    assert any(
+        not np.array_equal(a, b)
+        for a, b in zip(jax.tree.leaves(trained), jax.tree.leaves(random), strict=True)
+    )
+    final = linear_eval.linear_eval(linear_config("random"), tmp_path)
+    assert final["eval/num_examples"] == 500
+
+
+def test_resumes(pretrained, tmp_path, monkeypatch):
+    from supcon_jax import loop
+
+    whole = linear_eval.linear_eval(linear_config(pretrained), tmp_path / "whole")
+    config = linear_config(pretrained, checkpoint_every=4)
+    save = Checkpointer.save
+
+    def save_and_stop(self, state, step, metrics):
+        save(self, state, step, metrics)
+        if step == 8:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Checkpointer, "save", save_and_stop)
+        with pytest.raises(KeyboardInterrupt):
+            linear_eval.linear_eval(config, tmp_path / "stopped")
+    resumed = linear_eval.linear_eval(config, tmp_path / "stopped")
+    for name in ("train/loss", "eval/top1", "eval/loss"):
+        assert resumed[name] == whole[name], name
+
+
+@pytest.mark.parametrize("missing", ["", "nowhere"])
+def test_missing_pretraining_run_is_refused(missing, tmp_path):
+    with pytest.raises(ValueError, match=r"no pretraining run.*--config\.pretrained"):
+        linear_eval.linear_eval(linear_config(missing), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_other_architecture_is_refused_with_both_named(pretrained, tmp_path):
+    config = linear_config(pretrained, **{"encoder.name": "resnet18"})
+    with pytest.raises(ValueError) as refusal:
+        linear_eval.linear_eval(config, tmp_path / "run")
+    assert "'resnet8'" in str(refusal.value) and "'resnet18'" in str(refusal.value)
+    assert "--config.encoder.name" in str(refusal.value)
+    assert not (tmp_path / "run").exists()
+    config = linear_config(pretrained, **{"data.mean": (0.1, 0.5, 0.5)})
+    with pytest.raises(ValueError, match=r"data\.mean"):
+        linear_eval.linear_eval(config, tmp_path / "run")
+
+
+def test_linear_run_is_not_a_pretraining_run(pretrained, tmp_path):
+    linear_eval.linear_eval(linear_config(pretrained, total_steps=1), tmp_path / "a")
+    with pytest.raises(ValueError, match="no pretraining run"):
+        linear_eval.linear_eval(linear_config(tmp_path / "a"), tmp_path / "b")
+
+
+def test_pretraining_run_without_a_checkpoint(pretrained, tmp_path):
+    (tmp_path / "config.json").write_bytes((pretrained / "config.json").read_bytes())
+    with pytest.raises(ValueError, match="no checkpoints in"):
+        linear_eval.linear_eval(linear_config(tmp_path), tmp_path / "run")
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(ValueError, match="no complete checkpoint"):
+        linear_eval.linear_eval(linear_config(tmp_path), tmp_path / "run")

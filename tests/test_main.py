@@ -1,0 +1,67 @@
+"""The command line: one line and exit code 2 for every mistake."""
+
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
+
+
+def run(*arguments, cwd=REPOSITORY, env=None):
+    return subprocess.run(
+        [sys.executable, "main.py", *arguments],
+        cwd=cwd,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+@pytest.mark.parametrize(
+    "arguments, says",
+    [
+        ([], "--config=FILE"),
+        (["--config=configs/digit.py"], "configs/digits.py"),
+        (["--config=configs/linear_digits.py:rand"], "unknown variant 'rand'"),
+        (["--config=configs/digits.py", "--config.loss.temperatur=1"], "loss.temperature"),
+        (["--config=configs/digits.py", "--config.learning_rate=1"], "optimizer.learning"),
+        (["--config=configs/digits.py", "--config.batch_size=many"], "batch_size"),
+        (["--config=configs/digits.py", "--wrkdir=x"], "workdir"),
+        (["--config=configs/digits.py", "again"], "unexpected argument 'again'"),
+        (["--config=configs/digits.py", "--config.mode=train"], "pretrain, linear_eval"),
+        (["--config=configs/digits.py", "--config.loss.temperature=0"], "above 0"),
+        (["--config=configs/linear_digits.py", "--config.pretrained=no"], "'no'"),
+        (["--config=configs/supcon_r50.py", "--config.data.dir=no"], "image-net.org"),
+    ],
+)
+def test_mistake_is_one_line_and_code_2(arguments, says, tmp_path):
+    workdir = tmp_path / "run"
+    result = run(*arguments, *([f"--workdir={workdir}"] if arguments else []))
+    assert result.returncode == 2, result.stderr
+    assert says in result.stderr
+    errors = [line for line in result.stderr.splitlines() if "error:" in line]
+    assert len(errors) == 1 and "Traceback" not in result.stderr
+    assert not workdir.exists()
+
+
+def test_default_workdir_and_output(tmp_path):
+    """The README's command, cut short: what a user sees."""
+    for name in ("main.py", "configs", "supcon_jax"):
+        (tmp_path / name).symlink_to(REPOSITORY / name)
+    result = run(
+        "--config=configs/digits.py",
+        "--config.total_steps=2",
+        "--config.batch_size=16",
+        "--config.encoder.width=0.25",
+        "--config.knn.bank=100",
+        cwd=tmp_path,
+    )
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "runs" / "digits" / "metrics.jsonl").exists()
+    assert result.stdout.startswith("workdir runs/digits\n")
+    for words in ("ETA", "images/s", "collapse", "Result:", "Next:    python main.py"):
+        assert words in result.stdout, words
+    assert "Traceback" not in result.stderr

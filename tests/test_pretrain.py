@@ -1,0 +1,329 @@
+"""Stage 1 from the outside: files, metrics, resume, devices, refusals."""
+
+import functools
+import json
+import logging
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from supcon_jax import experiment, loop, parallel, pretrain
+from supcon_jax.checkpoint import restore_encoder
+from supcon_jax.writers import read_metrics
+from tests.runs import assert_trees_equal, pretrain_config, snapshot
+
+REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished tiny run: workdir, final metrics, and times train_step was traced."""
+    workdir = tmp_path_factory.mktemp("finished")
+    traces = []
+    original = pretrain.train_step
+
+    def counting(*args, **kwargs):
+        traces.append(1)
+        return original(*args, **kwargs)
+
+    pretrain.train_step = counting
+    try:
+        final = pretrain.pretrain(
+            pretrain_config(eval_every=5, checkpoint_every=5), workdir
+        )
+    finally:
+        pretrain.train_step = original
+    return workdir, final, len(traces)
+
+
+def test_workdir_and_metrics(finished):
+    workdir, final, _ = finished
+    for name in ("config.json", "metrics.jsonl", "log.txt", "figures/curves.png"):
+        assert (workdir / name).stat().st_size > 0, name
+    assert list((workdir / "tensorboard").glob("events.out.tfevents.*"))
+    assert json.loads((workdir / "config.json").read_text())["batch_size"] == 16
+    records = read_metrics(workdir)
+    assert all({"step", "epoch", "wall_s"} <= set(r) for r in records)
+    assert [r.get("final", False) for r in records] == [False] * (len(records) - 1) + [True]
+    last = records[-1]
+    assert last["step"] == 12
+    assert last["epoch"] == pytest.approx(12 * 16 / 1297, abs=1e-4)
+    for name in (
+        "train/loss",
+        "train/collapse_loss",
+        "train/contrastive_top1",
+        "train/images_per_sec",
+        "optim/learning_rate",
+        "knn/top1",
+    ):
+        assert last[name] == final[name], name
+    assert last["train/collapse_loss"] == pytest.approx(np.log(2 * 16 - 1), rel=1e-6)
+    assert last["knn/top1"] > 0.3
+
+
+def test_compiled_once(finished):
+    assert finished[2] == 1
+
+
+def test_periods(finished):
+    workdir, _, _ = finished
+    records = read_metrics(workdir)
+    assert [r["step"] for r in records if "train/loss" in r] == [1, 5, 10, 12]
+    assert [r["step"] for r in records if "knn/top1" in r] == [5, 10, 12]
+    steps = sorted(int(p.name) for p in (workdir / "checkpoints").iterdir())
+    best = max((r for r in records if "knn/top1" in r), key=lambda r: r["knn/top1"])
+    # The last two (keep_checkpoints) and the best by kNN.
+    assert set(steps) == {10, 12, best["step"]}
+
+
+def test_keep_checkpoints(tmp_path):
+    config = pretrain_config(
+        total_steps=4, checkpoint_every=1, keep_checkpoints=1, **{"knn.bank": 0}
+    )
+    pretrain.pretrain(config, tmp_path)
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["4"]
+
+
+def test_same_command_again_changes_nothing(finished, caplog):
+    workdir, final, _ = finished
+    before = snapshot(workdir)
+    config = pretrain_config(eval_every=5, checkpoint_every=5)
+    again = pretrain.pretrain(config, workdir)
+    assert {k: v for k, v in again.items() if "/" in k} == {
+        k: v for k, v in final.items() if "/" in k
+    }
+    changed = [p.name for p, data in snapshot(workdir).items() if before.get(p) != data]
+    assert set(changed) <= {"config.json", "curves.png"}
+
+
+def test_resumed_run_equals_an_uninterrupted_one(finished, tmp_path, monkeypatch):
+    """Stopped between two checkpoints, continued by the same call: same bits."""
+    config = pretrain_config(eval_every=5, checkpoint_every=5)
+
+    def stop(self, step, metrics):
+        if step == 10:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pretrain.CollapseMonitor, "__call__", stop)
+        with pytest.raises(KeyboardInterrupt):
+            pretrain.pretrain(config, tmp_path)
+    written = [r["step"] for r in read_metrics(tmp_path)]
+    assert max(written) == 10
+    saved = max(int(p.name) for p in (tmp_path / "checkpoints").glob("[0-9]*"))
+    assert saved < 12
+
+    traces = []
+    original = pretrain.train_step
+    monkeypatch.setattr(
+        pretrain,
+        "train_step",
+        lambda *a, **k: traces.append(1) or original(*a, **k),
+    )
+    final = pretrain.pretrain(config, tmp_path)
+    assert len(traces) == 1
+    assert_trees_equal(restore_encoder(tmp_path), restore_encoder(finished[0]))
+    for name in ("train/loss", "knn/top1", "optim/learning_rate"):
+        assert final[name] == finished[1][name], name
+    steps = [r["step"] for r in read_metrics(tmp_path) if "train/loss" in r]
+    assert steps == sorted(set(steps)) and steps[-1] == 12
+
+
+def test_another_config_is_refused_and_nothing_is_harmed(finished):
+    workdir, _, _ = finished
+    before = snapshot(workdir)
+    config = pretrain_config(eval_every=5, checkpoint_every=5)
+    config.loss.temperature = 0.5
+    config.seed = 3
+    with pytest.raises(ValueError) as refusal:
+        pretrain.pretrain(config, workdir)
+    message = str(refusal.value)
+    assert "loss.temperature (there 0.1, now 0.5)" in message
+    assert "seed (there 0, now 3)" in message and "--workdir" in message
+    assert "\n" not in message
+    assert snapshot(workdir) == before
+
+
+def test_workdir_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="cannot.*--workdir|is it a workdir"):
+        pretrain.pretrain(pretrain_config(), tmp_path / "file" / "run")
+    assert (tmp_path / "file").read_text() == ""
+    with pytest.raises(ValueError, match="--workdir takes a local or mounted path"):
+        pretrain.pretrain(pretrain_config(), "gs://bucket/run")
+
+
+def test_batch_that_the_devices_cannot_share(tmp_path):
+    with pytest.raises(ValueError, match="set --config.batch_size=8 or 16"):
+        pretrain.pretrain(pretrain_config(batch_size=12), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_diverged_loss_stops_before_it_is_saved(tmp_path):
+    config = pretrain_config(checkpoint_every=2)
+    config.optimizer.learning_rate = 1e30
+    config.loss.scale = "1e30"
+    with pytest.raises(FloatingPointError, match="at step .*learning_rate"):
+        pretrain.pretrain(config, tmp_path)
+    steps = [p.name for p in (tmp_path / "checkpoints").glob("[0-9]*")]
+    for step in steps:
+        for leaf in jax.tree.leaves(restore_encoder(tmp_path, step=int(step))):
+            assert np.isfinite(np.asarray(leaf)).all()
+
+
+def _one_step(devices, config, workdir):
+    """Loss, gradients and statistics of one step on so many devices."""
+    mesh = parallel.create_mesh(jax.devices()[:devices])
+    run = experiment.open_run(config, workdir)
+    run = experiment.dataclasses.replace(run, mesh=mesh)
+    init, step, _ = pretrain.build(run)
+    # With plain SGD of learning rate 1 the update is the gradient.
+    optimizer = pretrain.optax.sgd(1.0)
+    init = functools.partial(init, optimizer=optimizer)
+    step = functools.partial(step, optimizer=optimizer)
+    state = loop.jax.jit(init, out_shardings=parallel.replicated(mesh))()
+    before = jax.device_get(state.params)
+    batch = parallel.to_global(next(experiment.build_train_batches(run, 0)), mesh)
+    compiled = loop.compile_step(step, state, batch, mesh)
+    state, metrics = compiled(state, batch)
+    gradients = jax.tree.map(lambda a, b: a - np.asarray(b), before, state.params)
+    return jax.device_get((metrics, gradients, state.batch_stats))
+
+
+@pytest.mark.parametrize("loss", ["supcon", "simclr", "cross_entropy"])
+def test_eight_devices_equal_one(loss, tmp_path):
+    config = pretrain_config(**{"loss.name": loss, "projection.batch_norm": True})
+    config.projection.hidden_dims = (8,)
+    one = _one_step(1, config, tmp_path)
+    eight = _one_step(8, config, tmp_path)
+    assert jax.tree.structure(one) == jax.tree.structure(eight)
+    for name, a, b in zip(("metrics", "gradients", "stats"), one, eight, strict=True):
+        for path, x in jax.tree_util.tree_leaves_with_path(a):
+            y = functools.reduce(lambda t, k: t[k.key], path, b)
+            scale = max(float(np.max(np.abs(x))), 1e-3)
+            np.testing.assert_allclose(
+                y / scale, x / scale, atol=1e-5, err_msg=f"{name} {path}"
+            )
+    assert max(float(np.max(np.abs(g))) for g in jax.tree.leaves(one[1])) > 1e-3
+
+
+def test_state_is_donated(tmp_path):
+    config = pretrain_config()
+    run = experiment.open_run(config, tmp_path)
+    init, step, _ = pretrain.build(run)
+    state = jax.jit(init, out_shardings=parallel.replicated(run.mesh))()
+    batch = parallel.to_global(next(experiment.build_train_batches(run, 0)), run.mesh)
+    compiled = loop.compile_step(step, state, batch, run.mesh)
+    compiled(state, batch)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.params))
+
+
+def test_step_is_a_function_of_state_and_batch(tmp_path):
+    """Twice the same call, twice the same bits; another seed, other views."""
+    results = []
+    for seed in (0, 0, 1):
+        run = experiment.open_run(pretrain_config(seed=seed), tmp_path / str(seed))
+        init, step, _ = pretrain.build(run)
+        batch = next(experiment.build_train_batches(run, 0))
+        results.append(jax.device_get(jax.jit(step)(jax.jit(init)(), batch)))
+    assert_trees_equal(results[0], results[1])
+    assert results[0][1]["train/loss"] != results[2][1]["train/loss"]
+
+
+def test_cross_entropy_baseline(tmp_path):
+    config = pretrain_config(**{"loss.name": "cross_entropy"})
+    final = pretrain.pretrain(config, tmp_path)
+    assert final["eval/num_examples"] == 500
+    assert 0.1 < final["eval/top1"] <= final["eval/top5"] <= 1
+    assert final["eval/loss"] > 0 and "train/top1" in final
+
+
+def test_cross_entropy_of_views_against_a_loop():
+    logits = jax.random.normal(jax.random.key(0), (3, 2, 4))
+    labels = jnp.array([0, 3, 1])
+    loss, metrics = pretrain.cross_entropy_of_views(logits, labels)
+    expected, hits = [], []
+    for b in range(3):
+        for v in range(2):
+            row = np.asarray(logits[b, v], np.float64)
+            expected.append(np.log(np.exp(row).sum()) - row[int(labels[b])])
+            hits.append(row.argmax() == int(labels[b]))
+    assert float(loss) == pytest.approx(np.mean(expected), rel=1e-6)
+    assert float(metrics["top1"]) == pytest.approx(np.mean(hits))
+
+
+def test_collapse_is_said_once_in_plain_words(caplog):
+    monitor = pretrain.CollapseMonitor(patience=3)
+    logging.getLogger("supcon_jax").propagate = True
+    plateau = {"train/loss": 3.43, "train/collapse_loss": 3.434}
+    with caplog.at_level(logging.WARNING, logger="supcon_jax"):
+        for step in range(2):
+            monitor(step, plateau)
+        monitor(2, plateau | {"train/loss": 3.2})
+        for step in range(3, 9):
+            monitor(step, plateau)
+    logging.getLogger("supcon_jax").propagate = False
+    assert len(caplog.records) == 1
+    assert "collapsed" in caplog.text and "warmup_epochs" in caplog.text
+    monitor(9, {"train/loss": 1.0})  # cross-entropy has no such level
+
+
+def test_next_command(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = pretrain_config(next_config="configs/linear_digits.py")
+    run = experiment.open_run(config, "a run")
+    assert experiment.next_command(run) == (
+        "python main.py --config=configs/linear_digits.py '--config.pretrained=a run'"
+    )
+
+
+@pytest.mark.slow
+def test_killed_process_resumes_to_the_same_bits(tmp_path):
+    """SIGKILL at any moment, then the same command, until it is done."""
+
+    def command(workdir):
+        return [
+            sys.executable,
+            "main.py",
+            "--config=configs/digits.py",
+            f"--workdir={workdir}",
+            "--config.batch_size=16",
+            "--config.total_steps=200",
+            "--config.checkpoint_every=20",
+            "--config.encoder.width=0.25",
+            "--config.log_every=10",
+            "--config.knn.bank=200",
+        ]
+
+    subprocess.run(
+        command(tmp_path / "whole"), cwd=REPOSITORY, check=True, capture_output=True
+    )
+    rng = np.random.default_rng(0)
+    kills = 0
+    while True:
+        process = subprocess.Popen(
+            command(tmp_path / "killed"),
+            cwd=REPOSITORY,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        deadline = time.monotonic() + (rng.uniform(3, 12) if kills < 6 else 600)
+        while process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+        if process.poll() is not None:
+            break
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        kills += 1
+    assert process.returncode == 0 and kills > 0
+    assert_trees_equal(
+        restore_encoder(tmp_path / "killed"), restore_encoder(tmp_path / "whole")
+    )
