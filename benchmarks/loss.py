@@ -359,6 +359,7 @@ def accuracy(output):
                 streaming.matmul = one_pass if loss == "one pass" else full
                 loss = ours if loss == "one pass" else loss
                 got = jax.grad(loss)(x, labels, temperature)
+                got, exact = np.asarray(got), np.asarray(exact)
                 errors.append(np.linalg.norm(got - exact) / np.linalg.norm(exact))
             name = "ordinary" if spread is None else f"collapsed, spread {spread}"
             cells = " | ".join(f"{error:.1e}" for error in errors)

@@ -3,7 +3,7 @@
     python main.py --config=configs/linear_cifar10.py --config.data.dir=DIR
     python main.py --config=configs/linear_cifar10.py:pytorch --config.data.dir=DIR
 
-Default: ResNet-8, 10 epochs; 2 CPU cores, minutes, docs/results.md.
+Default: the small encoder, 10 epochs; 2 CPU cores, minutes, docs/results.md.
 `:pytorch`: ResNet-50, 100 epochs, the settings of the authors' PyTorch code; an
 accelerator. Expected: 96.0 % top-1 (Table 2), not measured here.
 Source: github.com/HobbitLong/SupContrast, main_linear.py at 66a8fe5.
@@ -26,7 +26,7 @@ def get_config(variant: str = ""):
     config.data.views = 1
     config.augment.jitter_strength = 0.0
     config.augment.grayscale_probability = 0.0
-    config.encoder.name = "resnet50" if full else "resnet8"
+    supcon_cifar10.set_encoder(config, full)
     config.optimizer.name = "momentum"
     config.optimizer.learning_rate = 5.0
     config.optimizer.learning_rate_batch = 512

@@ -172,7 +172,11 @@ def restore_or_init(
     everywhere = parallel.replicated(mesh)
     latest = checkpointer.latest_step()
     if latest is None:
-        return jax.jit(init, out_shardings=everywhere)()
+        # Runs once, and is mostly random numbers: on a processor, optimising the
+        # program takes four times as long as compiling and running it plainly.
+        plain = {"xla_backend_optimization_level": 0}
+        options = plain if jax.default_backend() == "cpu" else None
+        return jax.jit(init, out_shardings=everywhere, compiler_options=options)()
     abstract = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere),
         jax.eval_shape(init),

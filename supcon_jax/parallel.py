@@ -70,7 +70,7 @@ def check_batch_size(batch_size: int, mesh: Mesh) -> None:
     Raises:
       ValueError: naming the nearest batch sizes that they can.
     """
-    below = batch_size // mesh.size * mesh.size
+    below = max(batch_size, 0) // mesh.size * mesh.size
     if batch_size < 1 or below != batch_size:
         nearest = [str(size) for size in (below, below + mesh.size) if size > 0]
         raise ValueError(

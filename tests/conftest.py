@@ -21,6 +21,14 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def logging_as_in_main() -> None:
+    """Runs log as the program does, so that log.txt and captured output hold it."""
+    from supcon_jax.writers import setup_logging
+
+    setup_logging()
+
+
 @pytest.fixture(scope="session")
 def shared_dir() -> pathlib.Path:
     """Real data and golden values beside the checkout; skips where there are none."""

@@ -17,7 +17,6 @@ def shrink(config):
             "encoder.width": 0.25,
             "optimizer.warmup_epochs": 0.02,
             "knn.bank": 200,
-            "compilation_cache": False,
         }
     )
     return config

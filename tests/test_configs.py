@@ -269,7 +269,9 @@ def test_data_keys(tmp_path):
         sources(**(other | {"data.image_size": 8}))
     swapped = {"data.train_split": "test", "data.eval_split": "train"}
     assert [s.num_examples for s in sources(**swapped)] == [500, 1297]
-    with pytest.raises(ValueError, match=r"/nowhere does not exist.*--config\.data\.dir"):
+    with pytest.raises(
+        ValueError, match=r"/nowhere does not exist.*--config\.data\.dir"
+    ):
         sources(**{"data.name": "cifar10", "data.dir": "/nowhere"})
     with pytest.raises(ValueError, match="larger than the 20 training images"):
         sources(**arrays, **{"batch_size": 21})
@@ -284,7 +286,9 @@ def test_eval_resize(tmp_path, tfds_dir):
     for resize in (32, 64):
         config.data.eval_resize = resize
         run = experiment.open_run(config, tmp_path / str(resize))
-        predictor = experiment.build_predictor(run, experiment.build_encoder(config), None)
+        predictor = experiment.build_predictor(
+            run, experiment.build_encoder(config), None
+        )
         first.append(np.asarray(next(predictor._batches(run.eval_source, ""))["image"]))
     assert first[0].shape == first[1].shape == (8, 1, 32, 32, 3)
     assert not np.array_equal(*first)

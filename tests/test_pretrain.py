@@ -52,7 +52,9 @@ def test_workdir_and_metrics(finished):
     assert json.loads((workdir / "config.json").read_text())["batch_size"] == 16
     records = read_metrics(workdir)
     assert all({"step", "epoch", "wall_s"} <= set(r) for r in records)
-    assert [r.get("final", False) for r in records] == [False] * (len(records) - 1) + [True]
+    assert [r.get("final", False) for r in records] == [False] * (len(records) - 1) + [
+        True
+    ]
     last = records[-1]
     assert last["step"] == 12
     assert last["epoch"] == pytest.approx(12 * 16 / 1297, abs=1e-4)

@@ -14,8 +14,8 @@ half of the tiles suffice; across devices each one has all it needs for its own 
 once two numbers per anchor were gathered, and no N x D gradient travels.
 
 The positives are masked inside the tile on purpose. Class sums give the same gradient
-on paper and fewer operations, but the terms cancel when classes collapse: measured
-errors are 10 to 5000 times larger, up to 27 % of the gradient.
+on paper, but their terms cancel when classes collapse: errors 30 to 600 times larger,
+15 % of the gradient at worst (the accuracy table in docs/losses.md).
 """
 
 import functools

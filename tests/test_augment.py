@@ -1,0 +1,373 @@
+"""Augmentations against colorsys, Pillow and loops; their randomness by statistics."""
+
+import colorsys
+import functools
+import itertools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image, ImageEnhance
+
+from supcon_jax.data import augment
+
+RNG = np.random.default_rng(0)
+IMAGE = RNG.uniform(size=(6, 5, 3)).astype(np.float32)
+KEYS = jax.random.split(jax.random.key(7), 2000)
+
+
+def assert_uniform(samples, low, high):
+    """Kolmogorov-Smirnov at a level that a right sampler fails once in 10^5 seeds."""
+    samples = np.sort(np.asarray(samples, np.float64))
+    assert low - 1e-4 <= samples[0] and samples[-1] <= high + 1e-4
+    expected = (samples - low) / (high - low)
+    empirical = np.arange(1, len(samples) + 1) / len(samples)
+    distance = np.abs(empirical - expected).max()
+    assert distance < 2.47 / math.sqrt(len(samples)), distance
+
+
+def assert_share(hits, probability):
+    """Within 4.5 standard deviations of a binomial share."""
+    spread = math.sqrt(probability * (1 - probability) / len(hits))
+    assert abs(np.mean(hits) - probability) <= 4.5 * spread, np.mean(hits)
+
+
+# --- crop ---
+
+
+def crops(image, area):
+    """The crops of one image for all of KEYS."""
+    crop = functools.partial(augment.random_resized_crop, area=area)
+    return np.asarray(jax.jit(jax.vmap(crop, in_axes=(0, None)))(KEYS, image))
+
+
+def rectangles(size, area):
+    """(top, left, height, width) of the crops, read off ramps of coordinates.
+
+    A bilinear resize of a ramp is a ramp: pixel j shows `left + (j + 1/2) w / W - 1/2`.
+    """
+    rows, columns = np.meshgrid(np.arange(size), np.arange(size), indexing="ij")
+    ramps = np.stack([rows, columns, rows], axis=-1).astype(np.float32)
+    out = crops(ramps, area).astype(np.float64)
+    found = []
+    middle = slice(size // 4, 3 * size // 4)  # away from the clamped border
+    centers = np.arange(size)[middle] + 0.5
+    for line in (out[:, middle, size // 2, 0], out[:, size // 2, middle, 1]):
+        slope = (line[:, -1] - line[:, 0]) / (centers[-1] - centers[0])
+        np.testing.assert_allclose(
+            line, line[:, :1] + slope[:, None] * (centers - centers[0]), atol=1e-3
+        )
+        found.append((line[:, 0] + 0.5 - slope * centers[0], slope * size))
+    (top, height), (left, width) = found
+    return top, left, height, width
+
+
+def test_crop_covers_a_random_share_with_a_random_aspect():
+    size, area = 16, (0.1, 0.5)  # at most 0.82 of a side: nothing is clipped
+    top, left, height, width = rectangles(size, area)
+    assert_uniform(height * width / size**2, *area)
+    assert_uniform(np.log(width / height), math.log(3 / 4), math.log(4 / 3))
+    assert_uniform(top / (size - height), 0, 1)
+    assert_uniform(left / (size - width), 0, 1)
+    corners = np.stack([top / (size - height), left / (size - width)])
+    assert abs(np.corrcoef(corners)[0, 1]) < 0.1
+
+
+def test_crop_stays_inside_the_image():
+    top, left, height, width = rectangles(16, (0.8, 1.0))
+    assert min(top.min(), left.min()) > -1e-3
+    assert max((top + height).max(), (left + width).max()) < 16 + 1e-3
+    assert np.mean(width > 15.99) > 0.1  # wide ones are clipped to the image
+
+
+def test_crop_equals_a_bilinear_loop():
+    size, area = 8, (0.2, 0.9)
+    image = RNG.uniform(size=(size, size, 3)).astype(np.float32)
+    out = crops(image, area)
+    for top, left, height, width, got in itertools.islice(
+        zip(*rectangles(size, area), out, strict=True), 20
+    ):
+        expected = np.zeros_like(image)
+        for i, j in itertools.product(range(size), repeat=2):
+            y = np.clip(top + (i + 0.5) * height / size - 0.5, 0, size - 1)
+            x = np.clip(left + (j + 0.5) * width / size - 0.5, 0, size - 1)
+            y0, x0 = min(int(y), size - 2), min(int(x), size - 2)
+            fy, fx = y - y0, x - x0
+            upper = (1 - fx) * image[y0, x0] + fx * image[y0, x0 + 1]
+            lower = (1 - fx) * image[y0 + 1, x0] + fx * image[y0 + 1, x0 + 1]
+            expected[i, j] = (1 - fy) * upper + fy * lower
+        np.testing.assert_allclose(got, expected, atol=2e-3)
+
+
+# --- flip ---
+
+
+def test_flip_mirrors_left_to_right_half_of_the_time():
+    out = np.asarray(jax.vmap(augment.random_flip, in_axes=(0, None))(KEYS, IMAGE))
+    mirrored = np.all(out == IMAGE[:, ::-1], axis=(1, 2, 3))
+    assert np.all(mirrored | np.all(out == IMAGE, axis=(1, 2, 3)))
+    assert_share(mirrored, 0.5)
+
+
+# --- colour ---
+
+
+def test_grayscale_is_the_luma():
+    expected = IMAGE @ np.array([0.299, 0.587, 0.114])
+    out = augment.to_grayscale(IMAGE)
+    np.testing.assert_allclose(out, np.repeat(expected[..., None], 3, -1), rtol=1e-6)
+
+
+@pytest.mark.parametrize("factor", [0.0, 0.3, 1.7])
+@pytest.mark.parametrize(
+    ("adjust", "enhancer"),
+    [
+        (augment.adjust_brightness, ImageEnhance.Brightness),
+        (augment.adjust_contrast, ImageEnhance.Contrast),
+        (augment.adjust_saturation, ImageEnhance.Color),
+    ],
+)
+def test_factors_equal_pillow(adjust, enhancer, factor):
+    """Pillow rounds the grey it blends with, and the result, to integers."""
+    pixels = RNG.integers(0, 256, size=(7, 9, 3), dtype=np.uint8)
+    expected = np.asarray(enhancer(Image.fromarray(pixels)).enhance(factor), float)
+    out = adjust(pixels.astype(np.float32) / 255, factor)
+    np.testing.assert_allclose(out, expected / 255, atol=2.01 / 255)
+    assert out.min() >= 0 and out.max() <= 1
+
+
+@pytest.mark.parametrize("factor", [0.0, 0.4, 1.8])
+def test_factors_equal_their_formulas(factor):
+    luma = IMAGE.astype(np.float64) @ np.array([0.299, 0.587, 0.114])
+    for adjust, other in [
+        (augment.adjust_brightness, 0.0),
+        (augment.adjust_contrast, luma.mean()),
+        (augment.adjust_saturation, luma[..., None]),
+    ]:
+        expected = np.clip(factor * IMAGE + (1 - factor) * other, 0, 1)
+        np.testing.assert_allclose(adjust(IMAGE, factor), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("shift", [-0.5, -0.1, 0.07, 1 / 3, 0.9])
+def test_hue_equals_colorsys(shift):
+    corners = np.array(list(itertools.product([0.0, 0.5, 1.0], repeat=3)))
+    pixels = np.concatenate([corners, RNG.uniform(size=(200, 3))])
+    expected = []
+    for rgb in pixels:
+        hue, saturation, value = colorsys.rgb_to_hsv(*rgb)
+        expected.append(colorsys.hsv_to_rgb((hue + shift) % 1.0, saturation, value))
+    out = augment.adjust_hue(jnp.asarray(pixels, jnp.float32)[None], shift)[0]
+    np.testing.assert_allclose(out, expected, atol=2e-6)
+
+
+def test_identities():
+    for adjust in (
+        augment.adjust_brightness,
+        augment.adjust_contrast,
+        augment.adjust_saturation,
+    ):
+        np.testing.assert_allclose(adjust(IMAGE, 1.0), IMAGE, atol=1e-6)
+    np.testing.assert_allclose(augment.adjust_hue(IMAGE, 0.0), IMAGE, atol=1e-6)
+    np.testing.assert_allclose(augment.adjust_hue(IMAGE, 1.0), IMAGE, atol=2e-6)
+
+
+def recorded_jitter(monkeypatch, strength):
+    """Factors `[n, 4]` and orders `[n]` of color_jitter, written by stand-ins."""
+    names = ("brightness", "contrast", "saturation", "hue")
+    for position, name in enumerate(names):
+
+        def record(x, factor, position=position):
+            order = 10 * x[4] + position + 1
+            return x.at[position].set(factor).at[4].set(order)
+
+        monkeypatch.setattr(augment, f"adjust_{name}", record)
+    jitter = functools.partial(augment.color_jitter, strength=strength)
+    out = jax.jit(jax.vmap(jitter, in_axes=(0, None)))(KEYS, jnp.zeros(5))
+    return np.asarray(out[:, :4]), np.asarray(out[:, 4]).astype(int)
+
+
+def test_jitter_factors_and_order(monkeypatch):
+    factors, orders = recorded_jitter(monkeypatch, strength=0.5)
+    for position in range(3):
+        assert_uniform(factors[:, position], 0.6, 1.4)
+    assert_uniform(factors[:, 3], -0.1, 0.1)
+    correlation = np.corrcoef(factors.T) - np.eye(4)
+    assert np.abs(correlation).max() < 0.1  # drawn apart
+    permutations = {int("".join(digits)) for digits in itertools.permutations("1234")}
+    found, counts = np.unique(orders, return_counts=True)
+    assert set(found) == permutations
+    assert counts.min() > len(KEYS) / 24 / 2
+
+
+def test_jitter_factors_are_never_negative(monkeypatch):
+    factors, _ = recorded_jitter(monkeypatch, strength=2.0)
+    for position in range(3):
+        assert_uniform(factors[:, position], 0.0, 2.6)
+
+
+def test_jitter_applies_the_operations():
+    """A grey image knows brightness only; the rest must leave it alone."""
+    grey = jnp.full((2, 2, 3), 0.3)
+    jitter = functools.partial(augment.color_jitter, strength=0.5)
+    out = np.asarray(jax.jit(jax.vmap(jitter, in_axes=(0, None)))(KEYS, grey))
+    np.testing.assert_allclose(out, out[:, :1, :1, :1] + 0 * out, atol=1e-6)
+    assert_uniform(out[:, 0, 0, 0] / 0.3, 0.6, 1.4)
+    # The hue of one flat colour is turned by the shift, whatever else happens.
+    color = jnp.broadcast_to(jnp.array([0.4, 0.3, 0.25]), (2, 2, 3))
+    out = np.asarray(jax.jit(jax.vmap(jitter, in_axes=(0, None)))(KEYS, color))
+    hue = np.array([colorsys.rgb_to_hsv(*pixel)[0] for pixel in out[:, 0, 0]])
+    before = colorsys.rgb_to_hsv(0.4, 0.3, 0.25)[0]
+    assert_uniform((hue - before + 0.5) % 1.0 - 0.5, -0.1, 0.1)
+
+
+# --- batches ---
+
+BATCH = RNG.integers(0, 256, size=(4, 1, 6, 6, 3), dtype=np.uint8)
+IDS = np.array([[0, 10], [0, 11], [3, 10], [3, 11]], np.int32)
+ALL = {
+    "crop_area": (0.3, 0.9),
+    "flip": True,
+    "jitter_strength": 0.5,
+    "jitter_probability": 0.8,
+    "grayscale_probability": 0.2,
+}
+
+
+@functools.lru_cache
+def compiled(seed, views, **keywords):
+    return jax.jit(
+        functools.partial(augment.augment_batch, seed=seed, views=views, **keywords)
+    )
+
+
+def augmented(images, ids, seed=0, views=3, **keywords):
+    return np.asarray(compiled(seed, views, **(keywords or ALL))(images, ids))
+
+
+def test_shape_type_and_range():
+    out = augmented(BATCH, IDS)
+    assert out.shape == (4, 3, 6, 6, 3) and out.dtype == np.float32
+    assert out.min() >= 0 and out.max() <= 1
+
+
+def test_views_are_functions_of_seed_epoch_index_and_view_alone():
+    out = augmented(BATCH, IDS)
+    np.testing.assert_array_equal(augmented(BATCH, IDS), out)
+    order = np.array([2, 0, 3, 1])
+    np.testing.assert_allclose(
+        augmented(BATCH[order], IDS[order]), out[order], atol=1e-6
+    )
+    # Alone, and without a third view: the first two stay as they are.
+    alone = augmented(BATCH[1:2], IDS[1:2], views=2)
+    np.testing.assert_allclose(alone, out[1:2, :2], atol=1e-6)
+
+
+def test_every_part_of_the_identity_matters():
+    same = np.repeat(BATCH[:1], 4, axis=0)
+    out = augmented(same, IDS)  # one image under four (epoch, index)
+    other = augmented(same, IDS, seed=1)
+    views = [*out.reshape(12, -1), *other.reshape(12, -1)]
+    for one, two in itertools.combinations(views, 2):
+        assert np.abs(one - two).max() > 0.01
+    # (epoch, index) is not confused with (index, epoch).
+    swapped = augmented(same[:1], IDS[2:3, ::-1].copy(), views=2)
+    assert np.abs(swapped[0] - out[2, :2]).max() > 0.01
+
+
+def test_keys_fold_in_epoch_index_view():
+    keys = augment.view_keys(5, jnp.asarray(IDS), 2)
+    fold_in = jax.random.fold_in
+    expected = fold_in(fold_in(fold_in(jax.random.key(5), 3), 10), 1)
+    assert keys.shape == (4, 2)
+    assert keys[2, 1] == expected
+
+
+def test_without_augmentation_the_pixels_pass():
+    out = augmented(BATCH, IDS, jitter_probability=0.0, jitter_strength=1.0, views=3)
+    assert out.shape == (4, 3, 6, 6, 3)
+    expected = np.repeat(BATCH, 3, axis=1).astype(np.float32) / 255
+    np.testing.assert_allclose(out, expected, rtol=1e-6)
+
+
+def test_views_made_by_the_host_are_refined_one_by_one():
+    views = RNG.integers(0, 256, size=(4, 2, 6, 6, 3), dtype=np.uint8)
+    out = augmented(views, IDS, views=2, grayscale_probability=1.0)
+    luma = (views / 255.0) @ np.array([0.299, 0.587, 0.114])
+    np.testing.assert_allclose(out, np.repeat(luma[..., None], 3, -1), atol=1e-6)
+
+
+def many_views(**keywords):
+    """1,000 views of one image."""
+    ids = np.stack([np.zeros(500), np.arange(500)], axis=1).astype(np.int32)
+    images = np.repeat(BATCH[:1], 500, axis=0)
+    out = augmented(images, ids, views=2, **keywords)
+    return out.reshape(1000, 6, 6, 3), BATCH[0, 0] / np.float32(255)
+
+
+@pytest.mark.parametrize("probability", [0.2, 1.0])
+def test_grayscale_probability(probability):
+    out, _ = many_views(grayscale_probability=probability)
+    grey = np.all(np.ptp(out, axis=-1) < 1e-6, axis=(1, 2))
+    assert_share(grey, probability)
+
+
+@pytest.mark.parametrize("probability", [0.0, 0.8, 1.0])
+def test_jitter_probability(monkeypatch, probability):
+    def invert(key, image, *, strength):
+        assert strength == 0.7
+        return 1 - image
+
+    monkeypatch.setattr(augment, "color_jitter", invert)
+    compiled.cache_clear()
+    out, image = many_views(jitter_strength=0.7, jitter_probability=probability)
+    compiled.cache_clear()
+    inverted = np.abs(out - (1 - image)).max(axis=(1, 2, 3)) < 1e-6
+    unchanged = np.abs(out - image).max(axis=(1, 2, 3)) < 1e-6
+    assert np.all(inverted ^ unchanged)
+    assert_share(inverted, probability)
+
+
+def test_the_choices_of_a_view_are_drawn_apart(monkeypatch):
+    """Flipped views are not those that are jittered, nor those without colour."""
+    monkeypatch.setattr(augment, "color_jitter", lambda key, image, strength: 1 - image)
+    compiled.cache_clear()
+    pixels = np.zeros((500, 1, 1, 2, 3), np.uint8)
+    pixels[:, 0, 0, 1] = (255, 51, 51)
+    ids = np.stack([np.zeros(500), np.arange(500)], axis=1).astype(np.int32)
+    out = augmented(
+        pixels,
+        ids,
+        views=2,
+        flip=True,
+        jitter_strength=1.0,
+        jitter_probability=0.5,
+        grayscale_probability=0.5,
+    ).reshape(1000, 2, 3)
+    compiled.cache_clear()
+    inverted = np.any(np.all(out > 0.99, axis=-1), axis=-1)
+    grey = np.all(np.ptp(out, axis=-1) < 1e-6, axis=-1)
+    black = np.where(inverted[:, None], 1 - out[..., 1], out[..., 1]) < 1e-6
+    flipped = ~black[:, 0]
+    for choice in (inverted, grey, flipped):
+        assert_share(choice, 0.5)
+    for one, two in itertools.combinations((inverted, grey, flipped), 2):
+        assert_share(one ^ two, 0.5)
+
+
+def test_flip_switch():
+    out, image = many_views(flip=True)
+    mirrored = np.abs(out - image[:, ::-1]).max(axis=(1, 2, 3)) < 1e-6
+    unchanged = np.abs(out - image).max(axis=(1, 2, 3)) < 1e-6
+    assert np.all(mirrored ^ unchanged)
+    assert_share(mirrored, 0.5)
+
+
+def test_normalize():
+    images = RNG.uniform(size=(2, 3, 3, 3)).astype(np.float32)
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    out = augment.normalize(images, mean=mean, std=std)
+    for c in range(3):
+        expected = (images[..., c] - mean[c]) / std[c]
+        np.testing.assert_allclose(out[..., c], expected, rtol=1e-5, atol=1e-6)
