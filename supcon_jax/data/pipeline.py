@@ -155,8 +155,10 @@ def _encoded_examples(tf: Any, tfds: Any, source: TfdsSource) -> Any:
         # TFDS would keep a whole small split in memory, decoded, by default.
         read_config=tfds.ReadConfig(try_autocache=False, interleave_cycle_length=1),
     )
-    return dataset.enumerate().map(
-        lambda index, example: (index, example["image"], example["label"])
+    return (
+        dataset.take(source.num_examples)  # fewer than the split in a subset
+        .enumerate()
+        .map(lambda index, example: (index, example["image"], example["label"]))
     )
 
 

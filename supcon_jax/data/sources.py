@@ -12,7 +12,9 @@ import logging
 import os
 import pathlib
 import re
+import zlib
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -143,10 +145,14 @@ def _open_arrays(root: str, split: str) -> ArraySource:
         )
     try:
         # Pickled objects could run code; arrays of numbers need none.
-        arrays = np.load(path, allow_pickle=False)
-        keys = list(arrays.keys())
-    except (ValueError, OSError) as error:
-        raise ValueError(f"cannot read {path} as .npz: {error}") from None
+        with np.load(path, allow_pickle=False) as file:
+            keys = list(file)
+            wanted = {f"{split}_images", *(k for k in keys if k.endswith("_labels"))}
+            arrays = {key: file[key] for key in keys if key in wanted}
+    except (ValueError, TypeError, OSError, EOFError, BadZipFile, zlib.error) as error:
+        raise ValueError(
+            f"cannot read {path} as .npz: {error} (--config.data.root)"
+        ) from None
     splits = sorted(k.removesuffix("_images") for k in keys if k.endswith("_images"))
     _pick_split(split, [s for s in splits if f"{s}_labels" in keys])
     images, labels = arrays[f"{split}_images"], arrays[f"{split}_labels"]
