@@ -56,7 +56,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for seed in range(seeds):
             for name, configs in methods.items():
-                seconds = []
+                seconds, previous = [], None
                 for index, config in enumerate(configs):
                     workdir = pathlib.Path(folder) / f"{name}-{seed}-{index}"
                     flags = [f"--config.seed={seed}"]

@@ -23,6 +23,7 @@ from supcon_jax.train_state import TrainState
 
 PyTree = Any
 BEST_METRIC = "knn/top1"
+ITEMS = ("encoder", "training")
 
 
 def _split(state: TrainState) -> dict[str, PyTree]:
@@ -145,8 +146,11 @@ def restore_encoder(
     directory = checkpoint_dir(workdir)
     if not directory.is_dir():
         raise ValueError(f"no checkpoints in {workdir}: it is not a run's workdir")
+    # Handlers named here, or Orbax warns about every item that it is not asked for.
+    handlers = {name: ocp.StandardCheckpointHandler() for name in ITEMS}
+    options = ocp.CheckpointManagerOptions(create=False, save_interval_steps=0)
     with ocp.CheckpointManager(
-        directory, options=ocp.CheckpointManagerOptions(read_only=True)
+        directory, options=options, item_handlers=handlers
     ) as manager:
         step = manager.latest_step() if step is None else step
         if step is None or step not in manager.all_steps():

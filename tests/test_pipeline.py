@@ -391,13 +391,7 @@ def test_eval_crop_equals_pillow(imagenet):
         left, top = (target[0] - 64) // 2, (target[1] - 64) // 2
         expected = np.asarray(resized.crop((left, top, left + 64, top + 64)))
         difference = np.abs(expected.astype(int) - got)
-        print(
-            width,
-            height,
-            difference.mean(),
-            difference.max(),
-            np.abs(own.astype(int) - pixels).mean(),
-        )
+        assert difference.max() <= 1  # Pillow cuts fractions off, we round
         assert label == example["label"]
     assert shapes == {True, False}  # landscape and portrait
 

@@ -184,6 +184,7 @@ def _tfds_train_batches(
         )
         return shuffled.map(lambda *example: (epoch, *example))
 
+    @tf.autograph.experimental.do_not_convert
     def make_views(epoch: Any, index: Any, encoded: Any, label: Any) -> dict[str, Any]:
         image = tf.io.decode_image(encoded, channels=3, expand_animations=False)
         fold_in = tf.random.fold_in
@@ -244,6 +245,7 @@ def _tfds_eval_examples(
 ) -> Iterator[tuple[np.ndarray, int]]:
     tf, tfds = import_tensorflow_datasets()
 
+    @tf.autograph.experimental.do_not_convert
     def central_crop(index: Any, encoded: Any, label: Any) -> tuple[Any, Any]:
         del index
         image = tf.io.decode_image(encoded, channels=3, expand_animations=False)
