@@ -101,6 +101,7 @@ class MetricWriter:
         self._steps_per_epoch = steps_per_epoch
         self._start_time = time.monotonic()
         self._active = jax.process_index() == 0
+        self._wall_before = 0.0
         if not self._active:
             return
         self._path = workdir / "metrics.jsonl"
@@ -177,7 +178,8 @@ def read_metrics(workdir: str | pathlib.Path) -> list[dict[str, Any]]:
 
 def add_log_file(workdir: pathlib.Path) -> logging.Handler:
     """Copies the log into `workdir/log.txt`, with the time in front."""
-    handler = logging.FileHandler(workdir / "log.txt")
+    first = jax.process_index() == 0
+    handler = logging.FileHandler(workdir / "log.txt" if first else os.devnull)
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     logger.addHandler(handler)
     return handler

@@ -65,7 +65,9 @@ def test_accuracy_is_that_of_the_restored_encoder_in_inference_mode(
     encoder = experiment.build_encoder(config)
     embeddings = encoder.apply(variables, images.astype(np.float32), train=False)
     dense = state.params["head"]["dense_out"]
-    logits = np.asarray(embeddings) @ np.asarray(dense["kernel"]) + np.asarray(dense["bias"])
+    logits = np.asarray(embeddings) @ np.asarray(dense["kernel"]) + np.asarray(
+        dense["bias"]
+    )
     top1 = np.mean(np.argmax(logits, axis=1) == source.labels)
     assert final["eval/top1"] == pytest.approx(top1, abs=0.0021)
 
