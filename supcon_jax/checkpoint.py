@@ -97,9 +97,12 @@ class Checkpointer:
         }
         return _join(self._manager.restore(step, args=ocp.args.Composite(**items)))
 
-    def close(self) -> None:
-        """Waits for the last save, so that the process may end."""
+    def wait(self) -> None:
+        """Returns when the last save is complete on disk."""
         self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits for the last save and lets go of the folder."""
         self._manager.close()
 
 

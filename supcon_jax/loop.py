@@ -12,9 +12,10 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from supcon_jax import experiment, parallel
@@ -62,9 +63,28 @@ def train(
     if run.finished is not None:
         logger.info("this run is complete; another --workdir starts a new one")
         return experiment.report_end(run, run.finished)
-    config, total_steps = run.config, run.total_steps
     log_file = add_log_file(run.workdir)
-    checkpointer = Checkpointer(run.workdir, keep=config.keep_checkpoints)
+    checkpointer = Checkpointer(run.workdir, keep=run.config.keep_checkpoints)
+    try:
+        final = _fit(run, checkpointer, init, step, evaluate, frozen, watch)
+        return experiment.report_end(run, final)
+    finally:
+        # Also after an interrupt: the save that is under way becomes whole.
+        checkpointer.close()
+        logging.getLogger("supcon_jax").removeHandler(log_file)
+        log_file.close()
+
+
+def _fit(
+    run: Run,
+    checkpointer: Checkpointer,
+    init: Callable[[], TrainState],
+    step: Step,
+    evaluate: Evaluate,
+    frozen: tuple[PyTree, ...],
+    watch: Callable[[int, Metrics], None],
+) -> Metrics:
+    config, total_steps = run.config, run.total_steps
     state = restore_or_init(checkpointer, init, run.mesh)
     start_step = int(state.step)
     experiment.log_start(run, state)
@@ -109,7 +129,7 @@ def train(
         )
         metrics = {}
         if eval_due or save_due:
-            _fetch(number, device_metrics)  # a bad state is neither judged nor saved
+            _check_finite(state, number)  # a bad state is neither judged nor saved
             with meter.pause():
                 if eval_due:
                     metrics = _evaluate(evaluate, state, number)
@@ -120,19 +140,17 @@ def train(
     if pending is not None:
         last = report(*pending)
 
+    _check_finite(state, total_steps)
     metrics = _evaluate(evaluate, state, total_steps)
     if checkpointer.latest_step() != total_steps:
         checkpointer.save(state, total_steps, metrics)
-    checkpointer.close()
+    checkpointer.wait()
     final_metrics = last | metrics
     writer.write(total_steps, final_metrics, final=True)
     writer.close()
     logger.info(
         "finished %d steps in %s", total_steps, format_duration(writer.wall_s())
     )
-    experiment.report_end(run, final_metrics)
-    logging.getLogger("supcon_jax").removeHandler(log_file)
-    log_file.close()
     return final_metrics
 
 
@@ -223,12 +241,26 @@ def _fetch(step: int, device_metrics: dict[str, jax.Array]) -> Metrics:
     """Metrics as numbers; waits for the device."""
     metrics = {k: float(v) for k, v in jax.device_get(device_metrics).items()}
     if not math.isfinite(metrics["train/loss"]):
-        raise FloatingPointError(
-            f"the loss is {metrics['train/loss']} at step {step}; lower "
-            "--config.optimizer.learning_rate or lengthen the warm-up "
-            "(--config.optimizer.warmup_epochs); no checkpoint was harmed"
-        )
+        _diverged(f"the loss is {metrics['train/loss']} at step {step}")
     return metrics
+
+
+@jax.jit
+def _all_finite(tree: PyTree) -> jax.Array:
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)]))
+
+
+def _check_finite(state: TrainState, step: int) -> None:
+    """The loss of a step is of the parameters before it; this looks at those after."""
+    if not _all_finite((state.params, state.batch_stats)):
+        _diverged(f"parameters are not finite after step {step}")
+
+
+def _diverged(what: str) -> NoReturn:
+    raise FloatingPointError(
+        f"{what}; lower --config.optimizer.learning_rate or lengthen the warm-up "
+        "(--config.optimizer.warmup_epochs); no checkpoint was harmed"
+    )
 
 
 def _evaluate(evaluate: Evaluate, state: TrainState, step: int) -> Metrics:

@@ -120,8 +120,8 @@ def test_resumed_run_equals_an_uninterrupted_one(finished, tmp_path, monkeypatch
             pretrain.pretrain(config, tmp_path)
     written = [r["step"] for r in read_metrics(tmp_path)]
     assert max(written) == 10
-    saved = max(int(p.name) for p in (tmp_path / "checkpoints").glob("[0-9]*"))
-    assert saved < 12
+    saved = [p.name for p in (tmp_path / "checkpoints").iterdir()]
+    assert sorted(saved) == ["10", "5"]  # whole: an interrupt waits for the last save
 
     traces = []
     original = pretrain.train_step
@@ -173,10 +173,9 @@ def test_diverged_loss_stops_before_it_is_saved(tmp_path):
     config = pretrain_config(checkpoint_every=2)
     config.optimizer.learning_rate = 1e30
     config.loss.scale = "1e30"
-    with pytest.raises(FloatingPointError, match="at step .*learning_rate"):
+    with pytest.raises(FloatingPointError, match="(at|after) step .*learning_rate"):
         pretrain.pretrain(config, tmp_path)
-    steps = [p.name for p in (tmp_path / "checkpoints").glob("[0-9]*")]
-    for step in steps:
+    for step in [p.name for p in (tmp_path / "checkpoints").iterdir()]:
         for leaf in jax.tree.leaves(restore_encoder(tmp_path, step=int(step))):
             assert np.isfinite(np.asarray(leaf)).all()
 
@@ -244,8 +243,9 @@ def test_cross_entropy_baseline(tmp_path):
     config = pretrain_config(**{"loss.name": "cross_entropy"})
     final = pretrain.pretrain(config, tmp_path)
     assert final["eval/num_examples"] == 500
-    assert 0.1 < final["eval/top1"] <= final["eval/top5"] <= 1
+    assert 0 < final["eval/top1"] <= final["eval/top5"] <= 1
     assert final["eval/loss"] > 0 and "train/top1" in final
+    assert final["knn/top1"] > 0.3
 
 
 def test_cross_entropy_of_views_against_a_loop():
@@ -264,7 +264,6 @@ def test_cross_entropy_of_views_against_a_loop():
 
 def test_collapse_is_said_once_in_plain_words(caplog):
     monitor = pretrain.CollapseMonitor(patience=3)
-    logging.getLogger("supcon_jax").propagate = True
     plateau = {"train/loss": 3.43, "train/collapse_loss": 3.434}
     with caplog.at_level(logging.WARNING, logger="supcon_jax"):
         for step in range(2):
@@ -272,7 +271,6 @@ def test_collapse_is_said_once_in_plain_words(caplog):
         monitor(2, plateau | {"train/loss": 3.2})
         for step in range(3, 9):
             monitor(step, plateau)
-    logging.getLogger("supcon_jax").propagate = False
     assert len(caplog.records) == 1
     assert "collapsed" in caplog.text and "warmup_epochs" in caplog.text
     monitor(9, {"train/loss": 1.0})  # cross-entropy has no such level
