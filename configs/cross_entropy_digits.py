@@ -3,7 +3,7 @@
     python main.py --config=configs/cross_entropy_digits.py
 
 The same encoder, the same images and views seen, a learning rate of its own.
-Hardware: 2 CPU cores. Time: about a minute.
+Hardware: 2 CPU cores. Time: about a minute. Expected: see docs/results.md.
 """
 
 from configs import digits

@@ -2,7 +2,7 @@
 
     python main.py --config=configs/digits.py
 
-Hardware: 2 CPU cores. Time: about a minute.
+Hardware: 2 CPU cores. Time: about a minute. Expected: see docs/results.md.
 """
 
 from configs import common

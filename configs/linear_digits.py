@@ -3,7 +3,7 @@
     python main.py --config=configs/linear_digits.py
     python main.py --config=configs/linear_digits.py:random
 
-Hardware: 2 CPU cores. Time: about 20 seconds.
+Hardware: 2 CPU cores. Time: about 15 seconds. Expected: see docs/results.md.
 """
 
 from configs import common, digits
