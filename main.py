@@ -74,19 +74,13 @@ def parse_flags(argv: list[str]) -> list[str]:
 
 
 def _unknown_key(argv: list[str]) -> str | None:
-    """The override that names no key of the config, with the nearest that exists."""
-    from configs import common
-    from supcon_jax.experiment import flatten
+    """What is wrong with the first override that names no key."""
+    from supcon_jax.config import RULES, unknown_key
 
-    keys = flatten(common.get_config().to_dict())
     for argument in argv[1:]:
         key = argument.partition("=")[0].lstrip("-").removeprefix("config.")
-        if argument.lstrip("-").startswith("config.") and key not in keys:
-            nearest = difflib.get_close_matches(key, keys, n=1, cutoff=0.4)
-            # A key without its group: learning_rate for optimizer.learning_rate.
-            nearest = [name for name in keys if name.endswith(f".{key}")] or nearest
-            hint = f"; did you mean --config.{nearest[0]}?" if nearest else ""
-            return f"unknown config key {key!r}{hint} (see configs/common.py)"
+        if argument.lstrip("-").startswith("config.") and key not in RULES:
+            return unknown_key(key)
     return None
 
 

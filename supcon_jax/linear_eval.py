@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 
 from supcon_jax import experiment, loop, parallel
 from supcon_jax.checkpoint import read_config, restore_encoder
+from supcon_jax.config import ENCODER_KEYS, check_config, flatten
 from supcon_jax.experiment import Run
 from supcon_jax.loop import Evaluate, Step
 from supcon_jax.pretrain import cross_entropy_of_views
@@ -37,7 +38,7 @@ def linear_eval(config: ConfigDict, workdir: str | pathlib.Path) -> dict[str, An
       ValueError: a config, data, workdir or pretraining run that cannot be used, in
         one line.
     """
-    experiment.check_config(config)
+    check_config(config)
     check_pretrained(config)
     run = experiment.open_run(config, workdir)
     encoder_variables = load_encoder(config, run.mesh)
@@ -107,8 +108,8 @@ def check_pretrained(config: ConfigDict) -> None:
             f"no pretraining run in {workdir!r}; run the pretraining config first, or "
             "name its workdir (--config.pretrained; 'random' is an untrained encoder)"
         )
-    ours, theirs = experiment.flatten(config.to_dict()), experiment.flatten(theirs)
-    for key in experiment.ENCODER_KEYS:
+    ours, theirs = flatten(config.to_dict()), flatten(theirs)
+    for key in ENCODER_KEYS:
         ours_value, theirs_value = ours[key], theirs.get(key)
         # config.json holds lists where a ConfigDict holds tuples.
         if isinstance(ours_value, tuple):

@@ -16,6 +16,7 @@ from jax.sharding import Mesh, PartitionSpec
 from ml_collections import ConfigDict
 
 from supcon_jax import experiment, loop, parallel
+from supcon_jax.config import check_config
 from supcon_jax.data.sources import take_subset
 from supcon_jax.evaluation.knn import knn_accuracy
 from supcon_jax.experiment import Run
@@ -44,7 +45,7 @@ def pretrain(config: ConfigDict, workdir: str | pathlib.Path) -> dict[str, Any]:
     Raises:
       ValueError: a config, data or workdir that cannot be used, in one line.
     """
-    experiment.check_config(config)
+    check_config(config)
     run = experiment.open_run(config, workdir)
     init, step, evaluate = build(run)
     return loop.train(

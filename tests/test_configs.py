@@ -11,6 +11,7 @@ import pytest
 
 from configs import common
 from supcon_jax import experiment, linear_eval, pretrain
+from supcon_jax.config import ENCODER_KEYS, RULES, check_config, flatten
 from supcon_jax.evaluation.knn import knn_accuracy
 
 CONFIGS = pathlib.Path(common.__file__).parent
@@ -32,7 +33,7 @@ def load(stem, variant=""):
 )
 def test_config_is_valid_and_locked(stem, variant):
     config = load(stem, variant)
-    experiment.check_config(config)
+    check_config(config)
     with pytest.raises(AttributeError):
         config.optimizer.lr = 1.0
     if config.next_config:
@@ -40,8 +41,8 @@ def test_config_is_valid_and_locked(stem, variant):
         following = load(pathlib.Path(path).stem, next_variant)
         if following.mode == "linear_eval":
             ours, theirs = config.to_dict(), following.to_dict()
-            ours, theirs = experiment.flatten(ours), experiment.flatten(theirs)
-            for key in experiment.ENCODER_KEYS:
+            ours, theirs = flatten(ours), flatten(theirs)
+            for key in ENCODER_KEYS:
                 assert ours[key] == theirs[key], key
 
 
@@ -60,23 +61,23 @@ def test_unknown_variant_is_refused():
 
 def test_every_key_is_documented_and_has_a_rule():
     config = common.get_config()
-    assert set(experiment.flatten(config.to_dict())) == set(experiment.RULES)
+    assert set(flatten(config.to_dict())) == set(RULES)
     text = pathlib.Path(common.__file__).read_text()
     lines = re.findall(r"^    config\.([\w.]+) = (?!ConfigDict).*", text, re.M)
-    assert sorted(lines) == sorted(experiment.RULES)
+    assert sorted(lines) == sorted(RULES)
 
 
 def test_check_config_names_what_is_wrong():
     config = common.get_config()
     with config.unlocked():
         config.optimizer.learning_rat = 1.0
-    with pytest.raises(ValueError, match="did you mean optimizer.learning_rate"):
-        experiment.check_config(config)
+    with pytest.raises(ValueError, match="did you mean --config.optimizer.learning_rate"):
+        check_config(config)
     config = common.get_config()
     with config.unlocked():
         del config.knn.k
     with pytest.raises(ValueError, match=r"knn\.k.*missing"):
-        experiment.check_config(config)
+        check_config(config)
 
 
 @pytest.mark.parametrize(
@@ -106,7 +107,7 @@ def test_refused_values(key, value):
     config = common.get_config()
     config.update_from_flattened_dict({key: value})
     with pytest.raises(ValueError, match=rf"--config\.{re.escape(key)}") as refusal:
-        experiment.check_config(config)
+        check_config(config)
     assert "\n" not in str(refusal.value)
     assert "allowed" in str(refusal.value)
 
@@ -136,7 +137,7 @@ def fingerprint(workdir, **overrides):
     if known in _fingerprints:
         return _fingerprints[known]
     config = tiny(**overrides)
-    experiment.check_config(config)
+    check_config(config)
     run = experiment.open_run(config, workdir / str(len(_fingerprints)))
     if config.mode == "pretrain":
         init, step, _ = pretrain.build(run)
@@ -237,7 +238,7 @@ ELSEWHERE = {
 
 
 def test_every_key_has_a_test_of_its_effect():
-    assert set(IN_STEP) | set(ELSEWHERE) == set(experiment.RULES)
+    assert set(IN_STEP) | set(ELSEWHERE) == set(RULES)
     for place in ELSEWHERE.values():
         file, name = place.split("::")
         text = (pathlib.Path(__file__).parent / file).read_text()

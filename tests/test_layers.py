@@ -23,6 +23,7 @@ LAYERS = {
     "supcon_jax.checkpoint": 2,
     "supcon_jax.writers": 2,
     "supcon_jax.evaluation.predict": 2,
+    "supcon_jax.config": 3,
     "supcon_jax.experiment": 3,
     "supcon_jax.loop": 3,
     "supcon_jax.pretrain": 3,

@@ -1,0 +1,175 @@
+"""What a config may hold: every key with the values it may take, and the refusals."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Callable
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from supcon_jax import optimizers
+from supcon_jax.models.heads import CLASSIFIER_INITS
+from supcon_jax.models.resnet import ENCODERS, STEMS
+
+# Where things lie does not change what a run computes.
+MAY_DIFFER = ("compilation_cache", "data.dir", "data.root", "next_config")
+
+# Keys on which a pretraining run and the use of its encoder must agree.
+ENCODER_KEYS = (
+    "encoder.name",
+    "encoder.width",
+    "encoder.stem",
+    "data.mean",
+    "data.std",
+)
+
+Rule = tuple[Callable[[Any], bool], str]
+
+
+def _one_of(*names: str) -> Rule:
+    return (lambda value: value in names), ", ".join(names)
+
+
+def _number(low: float, high: float = math.inf, *, above: bool = False) -> Rule:
+    def holds(x: Any) -> bool:
+        return math.isfinite(x) and (x > low if above else x >= low) and x <= high
+
+    least = f"{'above' if above else 'at least'} {low}"
+    return holds, least if high == math.inf else f"{least} and at most {high}"
+
+
+def _numbers(length: int | None, low: float, *, above: bool = False) -> Rule:
+    single, allowed = _number(low, above=above)
+    count = "any number of" if length is None else str(length)
+
+    def holds(values: Any) -> bool:
+        fits = length is None or len(values) == length
+        return fits and all(isinstance(x, int | float) and single(x) for x in values)
+
+    return holds, f"{count} numbers, each {allowed}"
+
+
+def _is_scale(value: str) -> bool:
+    try:
+        return value in ("none", "temperature") or 0 < float(value) < math.inf
+    except ValueError:
+        return False
+
+
+_TEXT: Rule = (lambda value: True, "any text")
+_FLAG: Rule = (lambda value: isinstance(value, bool), "True, False")
+
+# Every key with the values it may take. Registries check names of their own again.
+RULES: dict[str, Rule] = {
+    "mode": _one_of("pretrain", "linear_eval"),
+    "seed": _number(0, 2**31 - 1),
+    "batch_size": _number(1),
+    "epochs": _number(0, above=True),
+    "total_steps": _number(0),
+    "log_every": _number(1),
+    "eval_every": _number(0),
+    "checkpoint_every": _number(0),
+    "keep_checkpoints": _number(1),
+    "pretrained": _TEXT,
+    "next_config": _TEXT,
+    "compilation_cache": _FLAG,
+    "data.name": _TEXT,
+    "data.dir": _TEXT,
+    "data.root": _TEXT,
+    "data.train_split": _TEXT,
+    "data.eval_split": _TEXT,
+    "data.image_size": _number(1),
+    "data.eval_resize": _number(1),
+    "data.views": _number(1),
+    "data.mean": _numbers(3, 0),
+    "data.std": _numbers(3, 0, above=True),
+    "augment.crop_area": (
+        lambda area: len(area) == 2 and 0 < area[0] <= area[1] <= 1,
+        "(least, most) with 0 < least <= most <= 1",
+    ),
+    "augment.flip": _FLAG,
+    "augment.jitter_strength": _number(0, 2.5),
+    "augment.jitter_probability": _number(0, 1),
+    "augment.grayscale_probability": _number(0, 1),
+    "encoder.name": _one_of(*ENCODERS),
+    "encoder.width": _number(0, above=True),
+    "encoder.stem": _one_of(*STEMS),
+    "encoder.dtype": _one_of("auto", "float32", "bfloat16"),
+    "encoder.normalize_embedding": _FLAG,
+    "projection.hidden_dims": _numbers(None, 1),
+    "projection.output_dim": _number(1),
+    "projection.batch_norm": _FLAG,
+    "classifier.init": _one_of(*CLASSIFIER_INITS),
+    "loss.name": _one_of("supcon", "simclr", "cross_entropy"),
+    "loss.temperature": _number(0, above=True),
+    "loss.contrast_mode": _one_of("all", "one"),
+    "loss.summation": _one_of("outside", "inside"),
+    "loss.denominator": _one_of("all", "one_positive", "only_negatives"),
+    "loss.positives_cap": _number(-1),
+    "loss.scale": (_is_scale, "none, temperature, or a number above 0"),
+    "loss.label_smoothing": _number(0, 0.999),
+    "optimizer.name": _one_of(*optimizers.OPTIMIZERS),
+    "optimizer.learning_rate": _number(0, above=True),
+    "optimizer.learning_rate_batch": _number(0),
+    "optimizer.schedule": _one_of(*optimizers.SCHEDULES),
+    "optimizer.warmup_epochs": _number(0),
+    "optimizer.decay_rate": _number(0, 1, above=True),
+    "optimizer.decay_epochs": _number(0, above=True),
+    "optimizer.boundaries_epochs": _numbers(None, 0),
+    "optimizer.weight_decay": _number(0),
+    "optimizer.momentum": _number(0, 0.9999),
+    "optimizer.trust_coefficient": _number(0, above=True),
+    "optimizer.rmsprop_decay": _number(0, 0.9999),
+    "optimizer.rmsprop_epsilon": _number(0, above=True),
+    "optimizer.exclude": (
+        lambda values: all(isinstance(v, str) and v for v in values),
+        "regular expressions on parameter paths",
+    ),
+    "knn.bank": _number(0),
+    "knn.k": _number(1),
+    "knn.temperature": _number(0, above=True),
+}
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries as one, with dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        path = f"{prefix}{key}"
+        flat |= flatten(value, path + ".") if isinstance(value, dict) else {path: value}
+    return flat
+
+
+def unknown_key(key: str) -> str:
+    """One line about a key that there is not, with the nearest that there is."""
+    # A key without its group: learning_rate for optimizer.learning_rate.
+    nearest = [name for name in RULES if name.endswith(f".{key}")]
+    nearest = nearest or difflib.get_close_matches(key, RULES, n=1, cutoff=0.4)
+    hint = f"; did you mean --config.{nearest[0]}?" if nearest else ""
+    return f"unknown config key {key!r}{hint} (see configs/common.py)"
+
+
+def check_config(config: ConfigDict) -> None:
+    """Refuses unknown and missing keys and values that are not allowed.
+
+    Raises:
+      ValueError: one line with what was got, what is allowed and the flag to change.
+    """
+    flat = flatten(config.to_dict())
+    for key in flat:
+        if key not in RULES:
+            raise ValueError(unknown_key(key))
+    for key, (holds, allowed) in RULES.items():
+        if key not in flat:
+            raise ValueError(f"config key {key!r} is missing (see configs/common.py)")
+        if not holds(flat[key]):
+            raise ValueError(
+                f"got {key}={flat[key]!r}; allowed: {allowed} (--config.{key})"
+            )
+    if config.data.eval_resize < config.data.image_size:
+        raise ValueError(
+            f"got data.eval_resize={config.data.eval_resize}; allowed: at least "
+            f"data.image_size, {config.data.image_size} (--config.data.eval_resize)"
+        )
