@@ -71,7 +71,9 @@ def test_check_config_names_what_is_wrong():
     config = common.get_config()
     with config.unlocked():
         config.optimizer.learning_rat = 1.0
-    with pytest.raises(ValueError, match="did you mean --config.optimizer.learning_rate"):
+    with pytest.raises(
+        ValueError, match="did you mean --config.optimizer.learning_rate"
+    ):
         check_config(config)
     config = common.get_config()
     with config.unlocked():

@@ -136,7 +136,8 @@ def _backward(plan, residuals, cotangents):
     weights = tuple(cotangents[0] * scale for scale in scales)
     of_rows, of_columns = _blocked_pair(plan, rows, columns, (weights, row_tops))
 
-    def step(gradient, tile, i, j, both):
+    def step(carry, tile, i, j, both):
+        gradient, mirrored = carry
         (a_i, b_i), tops_i = _take(of_rows, i, 1)
         (a_j, b_j), tops_j = _take(of_columns, j, 0)
         top_i, positive_top_i = tops_i or (plan.bound, plan.bound)
@@ -149,11 +150,15 @@ def _backward(plan, residuals, cotangents):
             w -= b_j * tile.positive_exp(positive_top_j)
         gradient = _update(gradient, i, jnp.add, matmul(w, tile.columns))
         if both:
-            gradient = _update(gradient, j, jnp.add, matmul(w.T, tile.rows))
-        return gradient
+            # Transposed, because W^T U is a third slower on CPU cores than U^T W.
+            mirrored = _update(mirrored, j, jnp.add, matmul(tile.rows_t, w))
+        return gradient, mirrored
 
     start = jnp.zeros_like(_block(rows.embedding, _block_length(plan, rows)))
-    gradient = _sweep(plan, rows, columns, start, step)
+    gradient, mirrored = _sweep(
+        plan, rows, columns, (start, start.swapaxes(1, 2)), step
+    )
+    gradient += mirrored.swapaxes(1, 2)
     gradient = gradient.reshape(-1, gradient.shape[-1])[: rows.group.shape[0]]
     return gradient, None, None, None
 
@@ -165,6 +170,7 @@ class _Tile(NamedTuple):
     """One tile of the matrix; `other` is None where all its pairs count."""
 
     rows: jax.Array
+    rows_t: jax.Array
     columns: jax.Array
     logits: jax.Array
     positive: jax.Array
@@ -231,6 +237,7 @@ def _sweep(plan, rows, columns, start, step):
     row_blocks = _block(rows, row_length)
     column_blocks = _block(columns, column_length)
     num_rows, num_columns = row_blocks.group.shape[0], column_blocks.group.shape[0]
+    rows_t = row_blocks.embedding.swapaxes(1, 2)
     padded = rows.group.shape[0] % row_length or columns.group.shape[0] % column_length
 
     def fold(carry, pair, *, masked, both):
@@ -243,7 +250,9 @@ def _sweep(plan, rows, columns, start, step):
             other = row.index[:, None] != column.index[None, :]
             other &= (row.index[:, None] >= 0) & (column.index[None, :] >= 0)
             positive &= other
-        tile = _Tile(row.embedding, column.embedding, logits, positive, other)
+        tile = _Tile(
+            row.embedding, _take(rows_t, i), column.embedding, logits, positive, other
+        )
         return step(carry, tile, i, j, both), None
 
     if plan.axis_name is not None:
