@@ -1,12 +1,13 @@
 """Time, memory and accuracy of the loss against other implementations.
 
-    python -m benchmarks.loss                       # the whole table, about 10 minutes
+    python -m benchmarks.loss                       # the whole table, about 20 minutes
     python -m benchmarks.loss --sizes 1024,4096 --rounds 5
     python -m benchmarks.loss --accuracy            # gradient errors, half a minute
 
 Forward and backward of the same batch, D = 128, T = 0.07, 100 classes, two views an
-image. Each size has one process, in which the implementations take turns; a ratio is
-the median over the rounds, so that a busy moment of the machine hits all alike. Peak
+image. Each size has one process, in which the implementations take turns, each with one untimed
+step first; a ratio is the median over the rounds, so that a busy moment of the machine
+hits all alike. Peak
 memory is measured in a process of its own for each, above what the process held with
 its libraries and inputs loaded. PyTorch (the formula of the paper, eager and through
 torch.compile) and pytorch-metric-learning are optional; what is missing is named.
@@ -172,6 +173,7 @@ def measure_time(names, size, rounds):
     for turn in range(rounds):
         print(f"  N={size}: round {turn + 1} of {rounds}", file=sys.stderr, flush=True)
         for name, step in steps.items():
+            step()  # Nobody pays for the caches and threads that another left behind.
             cpu, wall = time.process_time(), time.perf_counter()
             step()
             result[name]["wall"].append(time.perf_counter() - wall)
