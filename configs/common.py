@@ -26,11 +26,20 @@ def get_config() -> ConfigDict:
     config.compilation_cache = True  # keep compiled programs in the user's cache
 
     config.data = ConfigDict()
-    config.data.name = "digits"  # "digits" | "arrays" | any TFDS image data set
+    # "digits" | "arrays" | "folder" | "synthetic" | a TFDS name, "cifar10:3.0.2"
+    config.data.name = "digits"
     config.data.dir = ""  # TFDS data directory; "": TFDS's default, downloading
-    config.data.root = ""  # "arrays": path of the .npz file
+    config.data.root = ""  # "arrays": path of the .npz file; "folder": of the folder
     config.data.train_split = "train"
     config.data.eval_split = "test"
+    config.data.validation_fraction = 0.0  # evaluate on this share of train instead
+    config.data.fraction = 1.0  # train on this share of the training images
+    config.data.samples_per_class = 0  # train on so many images of a class; 0: all
+    config.data.label_noise = 0.0  # share of training labels drawn anew from all
+    config.data.split_seed = 0  # of the four keys above, whatever the run's seed
+    config.data.classes_per_batch = 0  # P classes x batch_size / P images; 0: shuffled
+    config.data.skip_errors = False  # go on without images that cannot be decoded
+    config.data.fake = False  # noise instead of data: the speed of the device alone
     config.data.image_size = 32  # side in pixels
     config.data.eval_resize = 32  # evaluation: short side before the central crop
     config.data.views = 2  # augmented views of every image
@@ -40,9 +49,16 @@ def get_config() -> ConfigDict:
     config.augment = ConfigDict()
     config.augment.crop_area = (0.2, 1.0)  # share of the area of a random crop
     config.augment.flip = True  # mirror at random
+    # What follows happens in this order, after crop and flip.
     config.augment.jitter_strength = 0.5  # s of colour jitter; 0: none
     config.augment.jitter_probability = 0.8  # share of views that are jittered
+    config.augment.policy = "none"  # "none" | "auto_augment" | "rand_augment"
+    config.augment.rand_augment_layers = 2  # operations a view
+    config.augment.rand_augment_magnitude = 10.0  # of each, 0 to 10
     config.augment.grayscale_probability = 0.2  # share of views without colour
+    config.augment.blur_probability = 0.0  # share of views that are blurred
+    config.augment.mixup_alpha = 0.0  # cross-entropy: of Beta(alpha, alpha); 0: none
+    config.augment.cutmix_alpha = 0.0  # likewise; both: each image draws one of them
 
     config.encoder = ConfigDict()
     config.encoder.name = "resnet50"  # resnet8, 18, 34, 50, 101, 152, 200
@@ -91,6 +107,36 @@ def get_config() -> ConfigDict:
     config.knn.temperature = 0.07  # of their weights
 
     return config.lock()
+
+
+# Name -> jitter probability, policy, grayscale and blur probability.
+AUGMENTATIONS = {
+    "identity": (0.0, "none", 0.0, 0.0),
+    "auto_augment": (0.0, "auto_augment", 0.0, 0.0),
+    "rand_augment": (0.0, "rand_augment", 0.0, 0.0),
+    "sim_augment": (0.8, "none", 0.2, 0.5),
+    "stacked_rand_augment": (0.8, "rand_augment", 0.2, 0.5),
+}
+
+
+def set_augmentation(config, name: str, *, strength: float = 1.0, blur: bool = True):
+    """Sets one of the paper's augmentations; all begin with crop and flip.
+
+    Args:
+      config: the config to change.
+      name: a key of `AUGMENTATIONS`.
+      strength: of the colour jitter; 1 for ImageNet, 0.5 for CIFAR.
+      blur: whether views are blurred where the augmentation has it; not on CIFAR.
+
+    Source: Khosla et al., arXiv 2004.11362, section 4.4; google-research/supcon,
+    preprocessing.py.
+    """
+    jitter, policy, grayscale, blurred = choose(name, AUGMENTATIONS)
+    config.augment.jitter_probability = jitter
+    config.augment.jitter_strength = strength if jitter else 0.0
+    config.augment.policy = policy
+    config.augment.grayscale_probability = grayscale
+    config.augment.blur_probability = blurred if blur else 0.0
 
 
 def choose(variant: str, values: dict):

@@ -14,7 +14,13 @@ from supcon_jax.models.heads import CLASSIFIER_INITS
 from supcon_jax.models.resnet import ENCODERS, STEMS
 
 # Where things lie does not change what a run computes.
-MAY_DIFFER = ("compilation_cache", "data.dir", "data.root", "next_config")
+MAY_DIFFER = (
+    "compilation_cache",
+    "data.dir",
+    "data.root",
+    "data.skip_errors",  # a run that an unreadable image stopped goes on with it
+    "next_config",
+)
 
 # Keys on which a pretraining run and the use of its encoder must agree.
 ENCODER_KEYS = (
@@ -24,6 +30,9 @@ ENCODER_KEYS = (
     "data.mean",
     "data.std",
 )
+
+# Mixtures of two images have no single label: only this run knows what to do with them.
+MIXING_RUN = ("pretrain", "cross_entropy")
 
 Rule = tuple[Callable[[Any], bool], str]
 
@@ -80,6 +89,14 @@ RULES: dict[str, Rule] = {
     "data.root": _TEXT,
     "data.train_split": _TEXT,
     "data.eval_split": _TEXT,
+    "data.validation_fraction": _number(0, 0.99),
+    "data.fraction": _number(0, 1, above=True),
+    "data.samples_per_class": _number(0),
+    "data.label_noise": _number(0, 1),
+    "data.split_seed": _number(0, 2**31 - 1),
+    "data.classes_per_batch": _number(0),
+    "data.skip_errors": _FLAG,
+    "data.fake": _FLAG,
     "data.image_size": _number(1),
     "data.eval_resize": _number(1),
     "data.views": _number(1),
@@ -92,7 +109,13 @@ RULES: dict[str, Rule] = {
     "augment.flip": _FLAG,
     "augment.jitter_strength": _number(0, 2.5),
     "augment.jitter_probability": _number(0, 1),
+    "augment.policy": _one_of("none", "auto_augment", "rand_augment"),
+    "augment.rand_augment_layers": _number(1),
+    "augment.rand_augment_magnitude": _number(0, 10),
     "augment.grayscale_probability": _number(0, 1),
+    "augment.blur_probability": _number(0, 1),
+    "augment.mixup_alpha": _number(0),
+    "augment.cutmix_alpha": _number(0),
     "encoder.name": _one_of(*ENCODERS),
     "encoder.width": _number(0, above=True),
     "encoder.stem": _one_of(*STEMS),
@@ -173,3 +196,10 @@ def check_config(config: ConfigDict) -> None:
             f"got data.eval_resize={config.data.eval_resize}; allowed: at least "
             f"data.image_size, {config.data.image_size} (--config.data.eval_resize)"
         )
+    for key in ("mixup_alpha", "cutmix_alpha"):
+        if config.augment[key] and (config.mode, config.loss.name) != MIXING_RUN:
+            raise ValueError(
+                f"got augment.{key}={config.augment[key]} with mode={config.mode} and "
+                f"loss.name={config.loss.name}; allowed: with the cross-entropy "
+                f"baseline (--config.augment.{key}=0)"
+            )

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import json
 import logging
 import os
 import pathlib
 import shlex
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -26,8 +28,18 @@ from supcon_jax import optimizers, parallel
 from supcon_jax.checkpoint import checkpoint_dir, read_config
 from supcon_jax.config import MAY_DIFFER, flatten
 from supcon_jax.data import augment
-from supcon_jax.data.pipeline import Batch, check_image_size, train_batches
-from supcon_jax.data.sources import ArraySource, Source, open_source
+from supcon_jax.data import sources as sources_of
+from supcon_jax.data.datasets import open_source
+from supcon_jax.data.pipeline import (
+    Batch,
+    HostAugmentation,
+    check_image_size,
+    load_small,
+    on_host,
+    train_batches,
+)
+from supcon_jax.data.sampler import Sampler, class_balanced, shuffled
+from supcon_jax.data.sources import Source, SyntheticSource
 from supcon_jax.evaluation.predict import Predictor
 from supcon_jax.models import Classifier, ResNet, create_encoder
 from supcon_jax.train_state import TrainState
@@ -45,6 +57,8 @@ class Run:
       workdir: absolute path; holds config.json.
       mesh: all devices.
       train_source, eval_source: the two splits.
+      sampler: which training images a step sees.
+      skipped: images that could not be decoded, and why; None: the first is an error.
       total_steps: updates to make.
       steps_per_epoch: images / batch size, fractional.
       finished: the final metrics, where the run is complete already.
@@ -55,6 +69,8 @@ class Run:
     mesh: Mesh
     train_source: Source
     eval_source: Source
+    sampler: Sampler
+    skipped: dict[str, str] | None
     total_steps: int
     steps_per_epoch: float
     finished: dict[str, Any] | None
@@ -69,7 +85,9 @@ def open_run(config: ConfigDict, workdir: str | pathlib.Path) -> Run:
     setup_compilation_cache(enabled=config.compilation_cache)
     mesh = parallel.create_mesh()
     parallel.check_batch_size(config.batch_size, mesh)
-    train_source, eval_source = open_sources(config)
+    skipped = {} if config.data.skip_errors else None
+    train_source, eval_source = open_sources(config, skipped)
+    sampler = build_sampler(config, train_source)
     steps_per_epoch = train_source.num_examples / config.batch_size
     total_steps = config.total_steps or max(1, round(config.epochs * steps_per_epoch))
     # Built once here for its checks alone, before the workdir is made.
@@ -83,6 +101,8 @@ def open_run(config: ConfigDict, workdir: str | pathlib.Path) -> Run:
         mesh=mesh,
         train_source=train_source,
         eval_source=eval_source,
+        sampler=sampler,
+        skipped=skipped,
         total_steps=total_steps,
         steps_per_epoch=steps_per_epoch,
         finished=finished_metrics(path),
@@ -107,13 +127,37 @@ def setup_compilation_cache(*, enabled: bool) -> None:
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
-def open_sources(config: ConfigDict) -> tuple[Source, Source]:
-    """The training and the evaluation split, checked against each other."""
+def open_sources(
+    config: ConfigDict, skipped: dict[str, str] | None = None
+) -> tuple[Source, Source]:
+    """The training and the evaluation split, checked against each other.
+
+    Args:
+      config: a checked config.
+      skipped: see `Run`.
+    """
     data = config.data
-    train, evaluation = (
-        open_source(data.name, split, dir=data.dir, root=data.root)
-        for split in (data.train_split, data.eval_split)
-    )
+
+    def open_split(split: str) -> Source:
+        source = open_source(data.name, split, dir=data.dir, root=data.root)
+        return load_small(source, data.image_size, skipped=skipped)
+
+    if data.fake:
+        train, evaluation = (open_source("synthetic", s) for s in ("train", "test"))
+    elif data.validation_fraction:
+        train, evaluation = sources_of.hold_out(
+            open_split(data.train_split),
+            data.validation_fraction,
+            seed=data.split_seed,
+        )
+    else:
+        train, evaluation = open_split(data.train_split), open_split(data.eval_split)
+    train = sources_of.take_fraction(train, data.fraction, seed=data.split_seed)
+    if data.samples_per_class and not isinstance(train, SyntheticSource):
+        train = sources_of.take_per_class(
+            train, data.samples_per_class, seed=data.split_seed
+        )
+    train = sources_of.add_label_noise(train, data.label_noise, seed=data.split_seed)
     for source in (train, evaluation):
         check_image_size(source, data.image_size)
     for split, source in ((data.train_split, train), (data.eval_split, evaluation)):
@@ -128,6 +172,20 @@ def open_sources(config: ConfigDict) -> tuple[Source, Source]:
             f"training images; set --config.batch_size={train.num_examples} or less"
         )
     return train, evaluation
+
+
+def build_sampler(config: ConfigDict, source: Source) -> Sampler:
+    """Which training images a step sees: shuffled, or balanced over the classes."""
+    classes = config.data.classes_per_batch
+    if not classes or isinstance(source, SyntheticSource):
+        return shuffled(source.num_examples, config.batch_size, seed=config.seed)
+    return class_balanced(
+        sources_of.read_labels(source).labels,
+        source.num_classes,
+        config.batch_size,
+        classes=classes,
+        seed=config.seed,
+    )
 
 
 def open_workdir(config: ConfigDict, workdir: str | pathlib.Path) -> pathlib.Path:
@@ -246,6 +304,10 @@ def report_end(run: Run, final: dict[str, Any]) -> dict[str, Any]:
             text.format(final[key]) for key, text in shown.items() if key in final
         ]
         logger.info("")
+        if run.skipped:
+            logger.info("Skipped: %d images that cannot be decoded:", len(run.skipped))
+            for name, reason in run.skipped.items():
+                logger.info("         %s: %s", name, reason)
         logger.info("Result:  %s", ", ".join(result) or "trained, not evaluated")
         logger.info("Workdir: %s", os.path.relpath(run.workdir))
         if picture := plot_curves(run.workdir):
@@ -290,19 +352,59 @@ def build_classifier(config: ConfigDict, num_classes: int) -> Classifier:
     )
 
 
-def build_train_batches(run: Run, start_step: int) -> Iterator[Batch]:
+def build_train_batches(
+    config: ConfigDict,
+    source: Source,
+    sampler: Sampler,
+    *,
+    start_step: int = 0,
+    skipped: dict[str, str] | None = None,
+) -> Iterator[Batch]:
     """The host's stream of training batches, from a step on."""
-    config = run.config
     return train_batches(
-        run.train_source,
+        source,
+        sampler,
         batch_size=config.batch_size,
         image_size=config.data.image_size,
         views=config.data.views,
-        crop_area=tuple(config.augment.crop_area),
-        flip=config.augment.flip,
+        augmentation=HostAugmentation(
+            crop_area=tuple(config.augment.crop_area),
+            flip=config.augment.flip,
+            policy=config.augment.policy,
+            layers=config.augment.rand_augment_layers,
+            magnitude=config.augment.rand_augment_magnitude,
+            jitter_strength=config.augment.jitter_strength,
+            jitter_probability=config.augment.jitter_probability,
+        ),
         seed=config.seed,
         start_step=start_step,
+        skipped=skipped,
     )
+
+
+def measure_input(batches: Iterator[Batch], batch_size: int) -> Iterator[Batch]:
+    """The same batches, with a line that says how fast this host makes them.
+
+    The first batch pays for what is made once; the second is timed.
+    """
+    head = [next(batches)]
+    start = time.monotonic()
+    head.append(next(batches))
+    seconds = max(time.monotonic() - start, 1e-6)
+    images = head[0]["image"]
+    rate = len(images) / seconds
+    logger.info(
+        "input: a step needs %s images as %s %dx%d; this host (%d cores) makes %s "
+        "images/s of its %s, so a step takes at least %.3g s",
+        f"{batch_size:,}",
+        "whole images" if images.shape[1] == 1 else f"{images.shape[1]} views",
+        *images.shape[2:4],
+        os.cpu_count(),
+        f"{rate:,.0f}" if rate < 1e5 else "over 100,000",
+        f"{len(images):,}",
+        seconds,
+    )
+    return itertools.chain(head, batches)
 
 
 def build_predictor(run: Run, encoder: nn.Module, head: nn.Module | None) -> Predictor:
@@ -315,6 +417,7 @@ def build_predictor(run: Run, encoder: nn.Module, head: nn.Module | None) -> Pre
         batch_size=run.config.batch_size,
         image_size=run.config.data.image_size,
         resize=run.config.data.eval_resize,
+        skipped=run.skipped,
     )
 
 
@@ -323,22 +426,21 @@ def build_augmentation(
 ) -> Callable[[jax.Array, jax.Array], jax.Array]:
     """`(images uint8, ids) -> [B, V, S, S, 3]` float32: in-step part and scaling.
 
-    Images of an array are cropped and flipped here; those of TFDS have been already.
+    What the host does not do is done here, in the same order.
     """
-    geometry = {}
-    if isinstance(source, ArraySource):
-        geometry = {
-            "crop_area": tuple(config.augment.crop_area),
-            "flip": config.augment.flip,
-        }
+    options = config.augment
+    host = on_host(source, options.policy)
+    jitter_here = options.policy == "none"  # a policy comes after the jitter
     in_step = functools.partial(
         augment.augment_batch,
         seed=config.seed,
         views=config.data.views,
-        jitter_strength=config.augment.jitter_strength,
-        jitter_probability=config.augment.jitter_probability,
-        grayscale_probability=config.augment.grayscale_probability,
-        **geometry,
+        crop_area=None if host else tuple(options.crop_area),
+        flip=options.flip and not host,
+        jitter_strength=options.jitter_strength if jitter_here else 0.0,
+        jitter_probability=options.jitter_probability,
+        grayscale_probability=options.grayscale_probability,
+        blur_probability=options.blur_probability,
     )
     scale = build_normalization(config)
     return lambda images, ids: scale(in_step(images, ids))

@@ -88,9 +88,15 @@ def _fit(
     state = restore_or_init(checkpointer, init, run.mesh)
     start_step = int(state.step)
     experiment.log_start(run, state)
-    batches = parallel.prefetch_to_devices(
-        experiment.build_train_batches(run, start_step), run.mesh
+    host_batches = experiment.build_train_batches(
+        config,
+        run.train_source,
+        run.sampler,
+        start_step=start_step,
+        skipped=run.skipped,
     )
+    host_batches = experiment.measure_input(host_batches, config.batch_size)
+    batches = parallel.prefetch_to_devices(host_batches, run.mesh)
     first_batch = next(batches)
     compiled = compile_step(step, state, first_batch, run.mesh, *frozen)
     batches = itertools.chain([first_batch], batches)

@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 
 from supcon_jax import experiment, loop, parallel
 from supcon_jax.config import check_config
+from supcon_jax.data.augment import mix_examples
 from supcon_jax.data.sources import take_subset
 from supcon_jax.evaluation.knn import knn_accuracy
 from supcon_jax.experiment import Run
@@ -30,6 +31,9 @@ logger = logging.getLogger(__name__)
 Batch = dict[str, jax.Array]
 # (outputs [B, V, D], labels [B]) -> scalar loss and metrics
 LossFunction = Callable[[jax.Array, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
+
+# (images [B, V, H, W, 3], labels [B], ids [B, 2]) -> images and targets [B, C]
+Mix = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
 
 # Progress lines in a row at the collapse level before the run says so.
 COLLAPSE_PATIENCE = 5
@@ -82,6 +86,7 @@ def build(run: Run) -> tuple[Callable[[], TrainState], Step, Evaluate]:
         schedule=schedule,
         augment=experiment.build_augmentation(config, run.train_source),
         loss_function=build_loss(config, run.mesh),
+        mix=build_mixing(config, run.train_source.num_classes),
     )
     return init, step, build_evaluation(run, encoder, head)
 
@@ -130,6 +135,20 @@ def build_loss(config: ConfigDict, mesh: Mesh) -> LossFunction:
     )
 
 
+def build_mixing(config: ConfigDict, num_classes: int) -> Mix | None:
+    """Mixup and CutMix of the cross-entropy baseline; None where there is neither."""
+    options = config.augment
+    if not options.mixup_alpha and not options.cutmix_alpha:
+        return None
+    return functools.partial(
+        mix_examples,
+        seed=config.seed,
+        num_classes=num_classes,
+        mixup_alpha=options.mixup_alpha,
+        cutmix_alpha=options.cutmix_alpha,
+    )
+
+
 def cross_entropy_of_views(
     logits: jax.Array, labels: jax.Array, *, label_smoothing: float = 0.0
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -137,13 +156,15 @@ def cross_entropy_of_views(
 
     Args:
       logits: `[B, V, C]`.
-      labels: `[B]`.
+      labels: `[B]` integers, or `[B, C]` shares of the classes in each image.
       label_smoothing: see `cross_entropy_loss`.
     """
     views = logits.shape[1]
     logits = logits.reshape(-1, logits.shape[-1])
-    labels = jnp.repeat(labels, views)
+    labels = jnp.repeat(labels, views, axis=0)
     losses = cross_entropy_loss(logits, labels, label_smoothing=label_smoothing)
+    if labels.ndim == 2:
+        labels = jnp.argmax(labels, axis=-1)  # of a mixture, the larger part
     top1 = jnp.mean(jnp.argmax(logits, axis=-1) == labels)
     return jnp.mean(losses), {"top1": top1}
 
@@ -183,6 +204,7 @@ def train_step(
     schedule: optax.Schedule,
     augment: Callable[[jax.Array, jax.Array], jax.Array],
     loss_function: LossFunction,
+    mix: Mix | None = None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One update on one global batch; a pure function of state and batch.
 
@@ -195,11 +217,14 @@ def train_step(
       encoder, head, optimizer, schedule: what `state` belongs to.
       augment: `(images, ids) -> [B, V, H, W, 3]`.
       loss_function: `(outputs [B, V, D], labels [B]) -> (loss, metrics)`.
+      mix: makes mixtures of two images each, and targets `[B, C]` for the loss.
 
     Returns:
       The new state, and scalar metrics named as in metrics.jsonl.
     """
-    images = augment(batch["image"], batch["id"])
+    images, labels = augment(batch["image"], batch["id"]), batch["label"]
+    if mix is not None:
+        images, labels = mix(images, labels, batch["id"])
     num_images, views = images.shape[:2]
 
     def compute_loss(params: Any) -> tuple[jax.Array, Any]:
@@ -216,9 +241,7 @@ def train_step(
         outputs, head_stats = head.apply(
             variables["head"], embeddings, train=True, mutable=["batch_stats"]
         )
-        loss, metrics = loss_function(
-            outputs.reshape(num_images, views, -1), batch["label"]
-        )
+        loss, metrics = loss_function(outputs.reshape(num_images, views, -1), labels)
         stats = {
             "encoder": encoder_stats.get("batch_stats", {}),
             "head": head_stats.get("batch_stats", {}),

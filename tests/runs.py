@@ -3,6 +3,7 @@
 import numpy as np
 
 from configs import digits, linear_digits
+from supcon_jax import experiment
 
 
 def shrink(config):
@@ -35,6 +36,13 @@ def linear_config(pretrained, **overrides):
     config.pretrained = str(pretrained)
     config.update_from_flattened_dict(overrides)
     return config
+
+
+def first_batches(run):
+    """The host's batches of an opened run, from its first step."""
+    return experiment.build_train_batches(
+        run.config, run.train_source, run.sampler, skipped=run.skipped
+    )
 
 
 def snapshot(folder):

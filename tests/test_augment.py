@@ -18,10 +18,10 @@ IMAGE = RNG.uniform(size=(6, 5, 3)).astype(np.float32)
 KEYS = jax.random.split(jax.random.key(7), 2000)
 
 
-def assert_uniform(samples, low, high):
+def assert_uniform(samples, low, high, *, slack=1e-4):
     """Kolmogorov-Smirnov at a level that a right sampler fails once in 10^5 seeds."""
     samples = np.sort(np.asarray(samples, np.float64))
-    assert low - 1e-4 <= samples[0] and samples[-1] <= high + 1e-4
+    assert low - slack <= samples[0] and samples[-1] <= high + slack
     expected = (samples - low) / (high - low)
     empirical = np.arange(1, len(samples) + 1) / len(samples)
     distance = np.abs(empirical - expected).max()
@@ -65,7 +65,7 @@ def rectangles(size, area):
 
 
 def test_crop_covers_a_random_share_with_a_random_aspect():
-    size, area = 16, (0.1, 0.5)  # at most 0.82 of a side: nothing is clipped
+    size, area = 16, (0.1, 0.5)  # at most 0.82 of a side: every first attempt fits
     top, left, height, width = rectangles(size, area)
     assert_uniform(height * width / size**2, *area)
     assert_uniform(np.log(width / height), math.log(3 / 4), math.log(4 / 3))
@@ -77,9 +77,27 @@ def test_crop_covers_a_random_share_with_a_random_aspect():
 
 def test_crop_stays_inside_the_image():
     top, left, height, width = rectangles(16, (0.8, 1.0))
-    assert min(top.min(), left.min()) > -1e-3
-    assert max((top + height).max(), (left + width).max()) < 16 + 1e-3
-    assert np.mean(width > 15.99) > 0.1  # wide ones are clipped to the image
+    assert min(top.min(), left.min()) > -1e-2
+    assert max((top + height).max(), (left + width).max()) < 16 + 1e-2
+    # Attempts that do not fit are drawn again, not clipped to the image.
+    assert np.mean(width > 15.99) < 0.05 and np.mean(width > 15) > 0.1
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"), [((8, 32), (8, 32 / 3)), ((9, 9), (9, 9))]
+)
+def test_crop_falls_back_to_the_centre(shape, expected):
+    """The whole area of a wide image fits no aspect ratio up to 4/3."""
+    rows, columns = np.meshgrid(*map(np.arange, shape), indexing="ij")
+    image = np.stack([rows, columns, rows], axis=-1).astype(np.float32)
+    out = crops(image, (1.0, 1.0))
+    np.testing.assert_array_equal(out, np.broadcast_to(out[:1], out.shape))
+    first = (shape[1] - expected[1]) / 2
+    assert out[0, :, :, 0].min() == 0 and out[0, :, :, 0].max() == shape[0] - 1
+    np.testing.assert_allclose(out[0, :, :, 1].min(), first, atol=1e-5)
+    np.testing.assert_allclose(
+        out[0, :, :, 1].max(), first + expected[1] - 1, atol=1e-5
+    )
 
 
 def test_crop_equals_a_bilinear_loop():
@@ -91,8 +109,8 @@ def test_crop_equals_a_bilinear_loop():
     ):
         expected = np.zeros_like(image)
         for i, j in itertools.product(range(size), repeat=2):
-            y = np.clip(top + (i + 0.5) * height / size - 0.5, 0, size - 1)
-            x = np.clip(left + (j + 0.5) * width / size - 0.5, 0, size - 1)
+            y = top + np.clip((i + 0.5) * height / size - 0.5, 0, height - 1)
+            x = left + np.clip((j + 0.5) * width / size - 0.5, 0, width - 1)
             y0, x0 = min(int(y), size - 2), min(int(x), size - 2)
             fy, fx = y - y0, x - x0
             upper = (1 - fx) * image[y0, x0] + fx * image[y0, x0 + 1]
@@ -173,38 +191,51 @@ def test_identities():
     np.testing.assert_allclose(augment.adjust_hue(IMAGE, 1.0), IMAGE, atol=2e-6)
 
 
-def recorded_jitter(monkeypatch, strength):
-    """Factors `[n, 4]` and orders `[n]` of color_jitter, written by stand-ins."""
-    names = ("brightness", "contrast", "saturation", "hue")
-    for position, name in enumerate(names):
-
-        def record(x, factor, position=position):
-            order = 10 * x[4] + position + 1
-            return x.at[position].set(factor).at[4].set(order)
-
-        monkeypatch.setattr(augment, f"adjust_{name}", record)
-    jitter = functools.partial(augment.color_jitter, strength=strength)
-    out = jax.jit(jax.vmap(jitter, in_axes=(0, None)))(KEYS, jnp.zeros(5))
-    return np.asarray(out[:, :4]), np.asarray(out[:, 4]).astype(int)
+def drawn_jitter(strength):
+    """Factors `[n, 4]` (the last is the hue's shift) and places `[n, 4]`."""
+    draw = functools.partial(augment.draw_jitter, strength=strength)
+    factors, shift, place = jax.jit(jax.vmap(draw))(KEYS)
+    return np.concatenate([factors, shift[:, None]], axis=1), np.asarray(place)
 
 
-def test_jitter_factors_and_order(monkeypatch):
-    factors, orders = recorded_jitter(monkeypatch, strength=0.5)
+def test_jitter_factors_and_order():
+    factors, places = drawn_jitter(strength=0.5)
     for position in range(3):
         assert_uniform(factors[:, position], 0.6, 1.4)
     assert_uniform(factors[:, 3], -0.1, 0.1)
     correlation = np.corrcoef(factors.T) - np.eye(4)
     assert np.abs(correlation).max() < 0.1  # drawn apart
-    permutations = {int("".join(digits)) for digits in itertools.permutations("1234")}
-    found, counts = np.unique(orders, return_counts=True)
-    assert set(found) == permutations
+    found, counts = np.unique(places, axis=0, return_counts=True)
+    assert {tuple(p) for p in found} == set(itertools.permutations(range(4)))
     assert counts.min() > len(KEYS) / 24 / 2
 
 
-def test_jitter_factors_are_never_negative(monkeypatch):
-    factors, _ = recorded_jitter(monkeypatch, strength=2.0)
+def test_jitter_factors_are_never_negative():
+    factors, _ = drawn_jitter(strength=2.0)
     for position in range(3):
         assert_uniform(factors[:, position], 0.0, 2.6)
+
+
+def test_jitter_is_its_operations_one_after_the_other():
+    """In each of the 24 orders, the four functions called in that order."""
+    operations = (
+        augment.adjust_brightness,
+        augment.adjust_contrast,
+        augment.adjust_saturation,
+        augment.adjust_hue,
+    )
+    apply = jax.jit(augment.apply_jitter)
+    outcomes = set()
+    for place in itertools.permutations(range(4)):
+        factors, shift = np.array([1.3, 0.5, 1.4], np.float32), np.float32(0.13)
+        expected = jnp.asarray(IMAGE)
+        for turn in range(4):
+            which = place.index(turn)
+            expected = operations[which](expected, [*factors, shift][which])
+        got = apply(IMAGE, augment.Jitter(factors, shift, np.asarray(place)))
+        np.testing.assert_allclose(got, expected, atol=2e-6)
+        outcomes.add(np.round(np.asarray(got), 4).tobytes())
+    assert len(outcomes) >= 12  # the order matters
 
 
 def test_jitter_applies_the_operations():
@@ -265,7 +296,8 @@ def test_views_are_functions_of_seed_epoch_index_and_view_alone():
 
 
 def test_every_part_of_the_identity_matters():
-    same = np.repeat(BATCH[:1], 4, axis=0)
+    image = RNG.integers(0, 256, size=(1, 1, 16, 16, 3), dtype=np.uint8)
+    same = np.repeat(image, 4, axis=0)  # large enough that no two crops are equal
     out = augmented(same, IDS)  # one image under four (epoch, index)
     other = augmented(same, IDS, seed=1)
     views = [*out.reshape(12, -1), *other.reshape(12, -1)]
@@ -314,24 +346,31 @@ def test_grayscale_probability(probability):
 
 
 @pytest.mark.parametrize("probability", [0.0, 0.8, 1.0])
-def test_jitter_probability(monkeypatch, probability):
-    def invert(key, image, *, strength):
-        assert strength == 0.7
-        return 1 - image
-
-    monkeypatch.setattr(augment, "color_jitter", invert)
-    compiled.cache_clear()
+def test_jitter_probability(probability):
     out, image = many_views(jitter_strength=0.7, jitter_probability=probability)
-    compiled.cache_clear()
-    inverted = np.abs(out - (1 - image)).max(axis=(1, 2, 3)) < 1e-6
-    unchanged = np.abs(out - image).max(axis=(1, 2, 3)) < 1e-6
-    assert np.all(inverted ^ unchanged)
-    assert_share(inverted, probability)
+    unchanged = np.abs(out - image).max(axis=(1, 2, 3)) < 1e-5
+    assert_share(~unchanged, probability)
+
+
+@pytest.mark.parametrize("probability", [0.3, 1.0])
+def test_blur_probability(probability):
+    ids = np.stack([np.zeros(300), np.arange(300)], axis=1).astype(np.int32)
+    image = RNG.integers(0, 256, (1, 1, 30, 30, 3), np.uint8)
+    images = np.repeat(image, 300, axis=0)
+    out = augmented(images, ids, views=1, blur_probability=probability)[:, 0]
+    change = np.abs(out - image[0, 0] / np.float32(255)).max(axis=(1, 2, 3))
+    # The smallest twentieth of the sigmas changes nothing that float32 could hold.
+    assert_share(change > 1e-6, probability * 0.953)
+    assert np.ptp(change[change > 1e-6]) > 0.1  # a sigma of its own for every view
 
 
 def test_the_choices_of_a_view_are_drawn_apart(monkeypatch):
     """Flipped views are not those that are jittered, nor those without colour."""
-    monkeypatch.setattr(augment, "color_jitter", lambda key, image, strength: 1 - image)
+    monkeypatch.setattr(
+        augment,
+        "apply_jitter",
+        lambda image, jitter: jnp.where(jitter.factors[0] == 1, image, 1 - image),
+    )
     compiled.cache_clear()
     pixels = np.zeros((500, 1, 1, 2, 3), np.uint8)
     pixels[:, 0, 0, 1] = (255, 51, 51)
@@ -371,3 +410,109 @@ def test_normalize():
     for c in range(3):
         expected = (images[..., c] - mean[c]) / std[c]
         np.testing.assert_allclose(out[..., c], expected, rtol=1e-5, atol=1e-6)
+
+
+# --- blur ---
+
+
+@pytest.mark.parametrize("sigma", [0.1, 0.7, 2.0])
+@pytest.mark.parametrize("shape", [(32, 32), (21, 40), (1, 1), (9, 3)])
+def test_blur_equals_a_convolution_loop(shape, sigma):
+    """Zeros outside; the side of the kernel is a tenth of the height, made odd."""
+    image = RNG.uniform(size=(*shape, 3))
+    radius = shape[0] // 10 // 2
+    weights = np.exp(-0.5 * (np.arange(-radius, radius + 1) / sigma) ** 2)
+    weights /= weights.sum()
+    padded = np.pad(image, ((radius, radius), (radius, radius), (0, 0)))
+    expected = np.zeros_like(image)
+    for i, j in itertools.product(range(2 * radius + 1), repeat=2):
+        part = padded[i : i + shape[0], j : j + shape[1]]
+        expected += weights[i] * weights[j] * part
+    got = augment.gaussian_blur(jnp.asarray(image, jnp.float32), jnp.float32(sigma))
+    np.testing.assert_allclose(got, expected, atol=1e-6)
+
+
+def test_blur_at_imagenet_size_has_a_kernel_of_23():
+    image = np.zeros((224, 224, 3), np.float32)
+    image[112, 100] = 1
+    out = np.asarray(augment.gaussian_blur(image, jnp.float32(2.0)))[..., 0]
+    rows, columns = np.nonzero(out)
+    assert (rows.min(), rows.max(), columns.min(), columns.max()) == (101, 123, 89, 111)
+    np.testing.assert_allclose(out.sum(), 1, rtol=1e-6)
+    np.testing.assert_allclose(
+        out,
+        out.max()
+        * np.exp(
+            -0.5
+            * ((np.arange(224)[:, None] - 112) ** 2 + (np.arange(224) - 100) ** 2)
+            / 4
+        )
+        * (out > 0),
+        atol=1e-7,
+    )
+
+
+# --- mixtures ---
+
+MIX_IDS = np.stack([np.zeros(400), np.arange(400)], axis=1).astype(np.int32)
+
+
+def mixed(count=400, seed=0, views=1, **alphas):
+    """Image i is all i + 1 and has the label i mod 7."""
+    values = np.arange(1, count + 1, dtype=np.float32)
+    images = np.broadcast_to(
+        values[:, None, None, None, None], (count, views, 10, 14, 3)
+    )
+    mix = functools.partial(augment.mix_examples, seed=seed, num_classes=7, **alphas)
+    out, targets = jax.jit(mix)(images, np.arange(count) % 7, MIX_IDS[:count])
+    return values, np.asarray(out), np.asarray(targets)
+
+
+def assert_targets(targets, kept):
+    """Row i: `kept` of class i mod 7, the rest of that of the image at the other end."""
+    count = len(kept)
+    expected = np.zeros((count, 7))
+    for i in range(count):
+        expected[i, i % 7] += kept[i]
+        expected[i, (count - 1 - i) % 7] += 1 - kept[i]
+    np.testing.assert_allclose(targets, expected, atol=1e-4)
+    np.testing.assert_allclose(targets.sum(axis=1), 1, rtol=1e-5)
+
+
+def test_mixup():
+    values, out, targets = mixed(views=2, mixup_alpha=1.0)
+    flat = out.reshape(400, -1)
+    np.testing.assert_allclose(flat, flat[:, :1] + 0 * flat)  # pixels and views alike
+    kept = (flat[:, 0] - values[::-1]) / (values - values[::-1])
+    assert_uniform(kept, 0, 1)  # Beta(1, 1)
+    assert_targets(targets, kept)
+
+
+def test_cutmix():
+    values, out, targets = mixed(cutmix_alpha=1.0)
+    own = out[:, 0, :, :, 0] == values[:, None, None]
+    other = out[:, 0, :, :, 0] == values[::-1, None, None]
+    assert np.all(own ^ other)
+    assert_targets(targets, own.mean(axis=(1, 2)))
+    for shown in other:  # a box, of sides in the ratio of the image's but at borders
+        rows, columns = np.flatnonzero(shown.any(1)), np.flatnonzero(shown.any(0))
+        assert shown.sum() == len(rows) * len(columns)
+        if len(rows):
+            assert np.ptp(rows) + 1 == len(rows) and np.ptp(columns) + 1 == len(columns)
+    assert 0.5 < own.mean() < 0.8  # l uniform, and boxes are cut off at the border
+
+
+def test_mixup_or_cutmix():
+    values, out, targets = mixed(mixup_alpha=0.5, cutmix_alpha=1.0)
+    plain = np.isin(out[:, 0, :, :, 0], values).all(axis=(1, 2))
+    assert_share(plain, 0.5)
+    np.testing.assert_allclose(targets.sum(axis=1), 1, rtol=1e-5)
+
+
+def test_mixtures_are_functions_of_the_identity():
+    _, out, targets = mixed(mixup_alpha=0.4)
+    _, again, _ = mixed(mixup_alpha=0.4)
+    np.testing.assert_array_equal(out, again)
+    assert not np.array_equal(mixed(seed=1, mixup_alpha=0.4)[1], out)
+    with pytest.raises(ValueError, match="one must be above 0"):
+        mixed()

@@ -1,6 +1,8 @@
 """Every config loads, every key is documented, and every key changes something."""
 
 import importlib
+import inspect
+import itertools
 import pathlib
 import re
 
@@ -8,11 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
 from configs import common
 from supcon_jax import experiment, linear_eval, pretrain
 from supcon_jax.config import ENCODER_KEYS, RULES, check_config, flatten
 from supcon_jax.evaluation.knn import knn_accuracy
+from tests.runs import first_batches
 
 CONFIGS = pathlib.Path(common.__file__).parent
 VARIANTS = {
@@ -62,7 +66,7 @@ def test_unknown_variant_is_refused():
 def test_every_key_is_documented_and_has_a_rule():
     config = common.get_config()
     assert set(flatten(config.to_dict())) == set(RULES)
-    text = pathlib.Path(common.__file__).read_text()
+    text = inspect.getsource(common.get_config)
     lines = re.findall(r"^    config\.([\w.]+) = (?!ConfigDict).*", text, re.M)
     assert sorted(lines) == sorted(RULES)
 
@@ -148,7 +152,7 @@ def fingerprint(workdir, **overrides):
         frozen = (linear_eval.load_encoder(config, run.mesh),)
         init, step, _ = linear_eval.build(run, *frozen)
     state = jax.eval_shape(init)
-    batch = next(experiment.build_train_batches(run, 0))
+    batch = next(first_batches(run))
     text = jax.jit(step).lower(state, batch, *frozen).as_text()
     program = str(jax.make_jaxpr(init)())
     result = (text, program, batch["id"].tobytes(), run.total_steps)
@@ -171,6 +175,9 @@ IN_STEP = {
     "augment.jitter_strength": (0.5, {}),
     "augment.jitter_probability": (0.3, JITTER),
     "augment.grayscale_probability": (0.2, {}),
+    "augment.blur_probability": (0.5, {}),
+    "augment.mixup_alpha": (0.2, CROSS_ENTROPY),
+    "augment.cutmix_alpha": (1.0, CROSS_ENTROPY),
     "encoder.name": ("resnet18", {}),
     "encoder.width": (0.5, {}),
     "encoder.stem": ("imagenet", {}),
@@ -232,6 +239,17 @@ ELSEWHERE = {
     "data.train_split": "test_configs.py::test_data_keys",
     "data.eval_split": "test_configs.py::test_data_keys",
     "data.image_size": "test_configs.py::test_data_keys",
+    "data.validation_fraction": "test_configs.py::test_keys_that_choose_examples",
+    "data.fraction": "test_configs.py::test_keys_that_choose_examples",
+    "data.samples_per_class": "test_configs.py::test_keys_that_choose_examples",
+    "data.label_noise": "test_configs.py::test_keys_that_choose_examples",
+    "data.split_seed": "test_configs.py::test_keys_that_choose_examples",
+    "data.classes_per_batch": "test_configs.py::test_keys_that_choose_examples",
+    "data.skip_errors": "test_configs.py::test_skip_errors",
+    "data.fake": "test_configs.py::test_fake",
+    "augment.policy": "test_configs.py::test_host_augmentation_keys",
+    "augment.rand_augment_layers": "test_configs.py::test_host_augmentation_keys",
+    "augment.rand_augment_magnitude": "test_configs.py::test_host_augmentation_keys",
     "data.eval_resize": "test_configs.py::test_eval_resize",
     "knn.bank": "test_configs.py::test_knn_keys",
     "knn.k": "test_configs.py::test_knn_keys",
@@ -278,6 +296,99 @@ def test_data_keys(tmp_path):
         sources(**{"data.name": "cifar10", "data.dir": "/nowhere"})
     with pytest.raises(ValueError, match="larger than the 20 training images"):
         sources(**arrays, **{"batch_size": 21})
+
+
+def test_keys_that_choose_examples(tmp_path):
+    def labels(**overrides):
+        return experiment.open_sources(tiny(**overrides))[0].labels.tolist()
+
+    whole = labels()
+    train, held_out = experiment.open_sources(tiny(**{"data.validation_fraction": 0.2}))
+    assert (train.num_examples, held_out.num_examples) == (1038, 259)
+    assert len(labels(**{"data.fraction": 0.25})) == 324
+    assert len(labels(**{"data.samples_per_class": 7})) == 70
+    noisy = labels(**{"data.label_noise": 0.5})
+    assert 0.35 < np.mean(np.asarray(noisy) != whole) < 0.55
+    chosen = {"data.fraction": 0.25}
+    assert labels(**chosen) != labels(**chosen, **{"data.split_seed": 1})
+    assert labels(**chosen) == labels(**chosen, seed=1)
+    config = tiny(**{"data.classes_per_batch": 4})
+    run = experiment.open_run(config, tmp_path)
+    batch = next(first_batches(run))
+    assert sorted(np.unique(batch["label"], return_counts=True)[1]) == [4] * 4
+    with pytest.raises(ValueError, match=r"--config\.data\.classes_per_batch"):
+        experiment.open_run(tiny(**{"data.classes_per_batch": 3}), tmp_path / "3")
+    assert not (tmp_path / "3").exists()
+
+
+def folder_of_noise(path, broken=False):
+    for name in ("train/a", "train/b", "val/a", "val/b"):
+        (path / name).mkdir(parents=True)
+        for index in range(16):
+            pixels = np.random.default_rng(index).integers(0, 256, (9, 9, 3), np.uint8)
+            Image.fromarray(pixels).save(path / name / f"{index}.png")
+    if broken:
+        (path / "train/a/0.png").write_bytes(b"nothing")
+    return {
+        "data.name": "folder",
+        "data.root": str(path),
+        "data.eval_split": "val",
+        "batch_size": 16,
+    }
+
+
+def test_skip_errors(tmp_path):
+    broken = folder_of_noise(tmp_path / "images", broken=True)
+
+    def epoch(**overrides):
+        run = experiment.open_run(tiny(**broken, **overrides), tmp_path / "run")
+        batches = first_batches(run)
+        list(itertools.islice(batches, 2))
+        return run.skipped
+
+    with pytest.raises(ValueError, match=r"a/0\.png.*--config\.data\.skip_errors=True"):
+        epoch()
+    assert list(epoch(**{"data.skip_errors": True})) == [
+        str(tmp_path / "images/train/a/0.png")
+    ]
+
+
+def test_fake(tmp_path):
+    """A config whose data are not there runs on noise, in the shapes it would have."""
+    config = load("supcon_r50")
+    config.update_from_flattened_dict(
+        {"data.fake": True, "data.image_size": 32, "batch_size": 8}
+    )
+    run = experiment.open_run(config, tmp_path)
+    assert run.train_source.num_examples == 1_281_167
+    one, two = itertools.islice(first_batches(run), 2)
+    assert one["image"].shape == (8, 2, 32, 32, 3)
+    assert one["image"] is two["image"]
+    assert not np.array_equal(one["id"], two["id"])
+
+
+def test_host_augmentation_keys(tmp_path):
+    images = folder_of_noise(tmp_path / "images")
+
+    def first(**overrides):
+        config = tiny(**images, **{"data.views": 1}, **overrides)
+        run = experiment.open_run(config, tmp_path / str(len(seen)))
+        seen.append(next(first_batches(run))["image"])
+        return seen[-1]
+
+    seen = []
+    none, auto = first(), first(**{"augment.policy": "auto_augment"})
+    rand = first(**{"augment.policy": "rand_augment"})
+    layers = {"augment.rand_augment_layers": 1}
+    one_layer = first(**{"augment.policy": "rand_augment"}, **layers)
+    magnitude = {"augment.rand_augment_magnitude": 3.0}
+    milder = first(**{"augment.policy": "rand_augment"}, **magnitude)
+    for a, b in itertools.combinations([none, auto, rand, one_layer, milder], 2):
+        assert a.shape == b.shape and not np.array_equal(a, b)
+    # Jitter comes before a policy, so it moves to the host with it.
+    jitter = first(**{"augment.policy": "rand_augment"}, **JITTER)
+    assert not np.array_equal(jitter, rand)
+    np.testing.assert_array_equal(first(**JITTER), none)
 
 
 def test_eval_resize(tmp_path, tfds_dir):

@@ -1,6 +1,7 @@
 """Cross-entropy against its definition, term by term."""
 
 import doctest
+import functools
 import math
 
 import jax
@@ -86,6 +87,20 @@ def test_refuses_smoothing_outside_its_range(smoothing):
         cross_entropy_loss(
             jnp.zeros((1, 2)), jnp.zeros(1, jnp.int32), label_smoothing=smoothing
         )
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_shares_of_classes(smoothing):
+    """One-hot shares are the integer labels; mixtures weigh the losses of each."""
+    logits = jnp.asarray(np.random.default_rng(0).normal(size=(4, 3)), jnp.float32)
+    labels, others = jnp.array([0, 2, 1, 1]), jnp.array([1, 2, 0, 2])
+    loss = functools.partial(cross_entropy_loss, label_smoothing=smoothing)
+    np.testing.assert_allclose(
+        loss(logits, jax.nn.one_hot(labels, 3)), loss(logits, labels), rtol=1e-6
+    )
+    mixture = 0.3 * jax.nn.one_hot(labels, 3) + 0.7 * jax.nn.one_hot(others, 3)
+    expected = 0.3 * loss(logits, labels) + 0.7 * loss(logits, others)
+    np.testing.assert_allclose(loss(logits, mixture), expected, rtol=1e-5)
 
 
 def test_docstring_example():

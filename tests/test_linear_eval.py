@@ -9,6 +9,7 @@ from supcon_jax.checkpoint import Checkpointer, restore_encoder
 from supcon_jax.writers import read_metrics
 from tests.runs import (
     assert_trees_equal,
+    first_batches,
     linear_config,
     pretrain_config,
     snapshot,
@@ -80,7 +81,7 @@ def test_step_changes_the_head_and_nothing_else(pretrained, tmp_path):
     init, step, _ = linear_eval.build(run, variables)
     state = jax.jit(init)()
     assert set(state.params) == {"head"}
-    batch = next(experiment.build_train_batches(run, 0))
+    batch = next(first_batches(run))
     # Step 0 of the warm-up has learning rate 0.
     after, _ = jax.jit(step)(state.replace(step=state.step + 5), batch, variables)
     after, _ = jax.jit(step)(after, batch, variables)

@@ -8,19 +8,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from supcon_jax.data.datasets import open_source
 from supcon_jax.data.pipeline import (
+    HostAugmentation,
     check_image_size,
     eval_batches,
     num_eval_batches,
     process_rows,
     train_batches,
 )
-from supcon_jax.data.sources import (
-    ArraySource,
-    import_tensorflow_datasets,
-    open_source,
-    take_subset,
-)
+from supcon_jax.data.sampler import shuffled
+from supcon_jax.data.sources import ArraySource, take_rows
 
 
 def array_source(count=10, size=2):
@@ -32,15 +30,30 @@ def array_source(count=10, size=2):
     return ArraySource(images, (index % 3).astype(np.int32), num_classes=3)
 
 
-def train(source, steps, *, batch_size, start_step=0, seed=0, image_size=2, **changes):
-    options = {"views": 2, "crop_area": (0.2, 1.0), "flip": True} | changes
+def train(
+    source,
+    steps,
+    *,
+    batch_size,
+    start_step=0,
+    seed=0,
+    image_size=2,
+    views=2,
+    skipped=None,
+    **augmentation,
+):
     batches = train_batches(
         source,
+        shuffled(source.num_examples, batch_size, seed=seed),
         batch_size=batch_size,
         image_size=image_size,
+        views=views,
+        augmentation=HostAugmentation(
+            **{"crop_area": (0.2, 1.0), "flip": True} | augmentation
+        ),
         seed=seed,
         start_step=start_step,
-        **options,
+        skipped=skipped,
     )
     return list(itertools.islice(batches, steps))
 
@@ -221,7 +234,8 @@ def cifar_whole(cifar):
 @pytest.fixture(scope="module")
 def raw_cifar(tfds_dir):
     """Pixels and labels of the slice by TFDS alone, in file order."""
-    _, tfds = import_tensorflow_datasets()
+    import tensorflow_datasets as tfds
+
     dataset = tfds.load(
         "cifar10", split=f"test[:{COUNT}]", data_dir=tfds_dir, download=False
     )
@@ -336,7 +350,7 @@ def test_tfds_eval_counts_every_example_once(cifar, raw_cifar):
 
 
 def test_tfds_eval_of_a_subset_stops_there(cifar, raw_cifar):
-    subset = take_subset(cifar, 10)
+    subset = take_rows(cifar, np.arange(10))
     batches = list(eval_batches(subset, batch_size=8, image_size=32, resize=32))
     mask = joined(batches, "mask")
     assert mask.sum() == 10
@@ -346,7 +360,7 @@ def test_tfds_eval_of_a_subset_stops_there(cifar, raw_cifar):
 
 
 def test_tfds_training_on_a_subset_sees_only_it(cifar):
-    batches = cifar_train(take_subset(cifar, 10), 2, batch_size=10)
+    batches = cifar_train(take_rows(cifar, np.arange(10)), 2, batch_size=10)
     for epoch, batch in enumerate(batches):
         assert sorted(batch["id"][:, 1]) == list(range(10))
         assert set(batch["id"][:, 0]) == {epoch}
@@ -360,14 +374,19 @@ def test_tfds_eval_processes_share_each_batch(monkeypatch, cifar):
     assert_parts_make_the_whole(by_process(monkeypatch, 2, make), whole)
 
 
-def test_eval_crop_equals_pillow(imagenet):
+def test_eval_crop_equals_pillow(imagenet, tfds_dir):
     """Short side to 80 (bilinear, no antialiasing), then the central 64."""
-    tf, tfds = import_tensorflow_datasets()
-    dataset = imagenet.builder.as_dataset(
-        split="validation[:6]", decoders={"image": tfds.decode.SkipDecoding()}
+    import tensorflow as tf
+    import tensorflow_datasets as tfds
+
+    dataset = tfds.load(
+        "imagenet2012",
+        split="validation[:6]",
+        data_dir=tfds_dir,
+        decoders={"image": tfds.decode.SkipDecoding()},
     )
     (batch,) = eval_batches(
-        take_subset(imagenet, 6), batch_size=6, image_size=64, resize=80
+        take_rows(imagenet, np.arange(6)), batch_size=6, image_size=64, resize=80
     )
     shapes = set()
     for example, got, label in zip(

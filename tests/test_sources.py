@@ -1,344 +1,73 @@
-"""Sources: the fixed digits split, .npz files, TFDS folders, and every refusal."""
+"""Subsets, held-out splits, label noise: the same for every kind of source."""
 
-import builtins
-import hashlib
-import json
-import sys
+import dataclasses
 
-import jax
 import numpy as np
 import pytest
-from sklearn.datasets import load_digits
 
-from supcon_jax.data import sources
-from supcon_jax.data.sources import ArraySource, TfdsSource, open_source, take_subset
-
-
-def refusal(*args, **kwargs):
-    """The message of the ValueError, which must be one line."""
-    with pytest.raises(ValueError) as error:
-        open_source(*args, **kwargs)
-    message = str(error.value)
-    assert message and "\n" not in message
-    return message
-
-
-# --- digits ---
-
-
-@pytest.fixture(scope="module")
-def digits():
-    return open_source("digits", "train"), open_source("digits", "test")
-
-
-def test_digits_are_split_1297_to_500_with_nothing_in_both(digits):
-    train, test = digits
-    assert (train.num_examples, test.num_examples) == (1297, 500)
-    assert train.num_classes == test.num_classes == 10
-    for source in digits:
-        assert source.images.shape == (source.num_examples, 8, 8, 3)
-        assert source.images.dtype == np.uint8 and source.labels.dtype == np.int32
-        assert np.all(source.images == source.images[..., :1])  # grey
-        assert source.images.min() == 0 and source.images.max() == 255
-    # Together they are the whole data set, each image once, with its own label.
-    original = load_digits()
-    grey = np.rint(original.images / 16 * 255).astype(np.uint8).reshape(1797, 64)
-    expected = sorted(
-        (row.tobytes(), label) for row, label in zip(grey, original.target, strict=True)
-    )
-    found = sorted(
-        (image[..., 0].tobytes(), label)
-        for source in digits
-        for image, label in zip(source.images, source.labels, strict=True)
-    )
-    assert found == expected
-
-
-def test_digits_are_stratified(digits):
-    train, test = digits
-    share = np.bincount(test.labels) / np.bincount(
-        np.concatenate([train.labels, test.labels])
-    )
-    np.testing.assert_allclose(share, 500 / 1797, atol=0.004)
-
-
-def test_digits_split_is_fixed(digits):
-    """Results are comparable only as long as this holds."""
-    checksums = [
-        hashlib.sha256(source.images.tobytes() + source.labels.tobytes()).hexdigest()
-        for source in digits
-    ]
-    assert [checksum[:16] for checksum in checksums] == [
-        "1340386a37ef61a2",
-        "4c5fcf0128be768f",
-    ]
-
-
-def test_digits_refuses_other_splits():
-    message = refusal("digits", "validation")
-    assert "'validation'" in message and "train, test" in message
-    assert "--config.data.train_split" in message
-
-
-def test_digits_without_scikit_learn(monkeypatch):
-    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    assert "pip install scikit-learn" in refusal("digits", "train")
-
-
-# --- arrays ---
-
-IMAGES = np.random.default_rng(0).integers(0, 256, (6, 4, 5, 3), dtype=np.uint8)
-LABELS = np.array([0, 2, 1, 1, 0, 2])
-
-
-def save(path, **changes):
-    arrays = {
-        "train_images": IMAGES,
-        "train_labels": LABELS,
-        "test_images": IMAGES[:2],
-        "test_labels": np.array([3, 0]),
-    } | changes
-    np.savez(path, **{key: value for key, value in arrays.items() if value is not None})
-    return str(path)
-
-
-def test_arrays(tmp_path):
-    root = save(tmp_path / "data.npz")
-    train, test = (
-        open_source("arrays", split, root=root) for split in ("train", "test")
-    )
-    np.testing.assert_array_equal(train.images, IMAGES)
-    np.testing.assert_array_equal(train.labels, LABELS)
-    assert train.labels.dtype == np.int32
-    np.testing.assert_array_equal(test.labels, [3, 0])
-    # Class 3 occurs in the test split only; both must agree on four classes.
-    assert train.num_classes == test.num_classes == 4
-
-
-def test_arrays_below_home(tmp_path, monkeypatch):
-    monkeypatch.setenv("HOME", str(tmp_path))
-    save(tmp_path / "data.npz")
-    assert open_source("arrays", "train", root="~/data.npz").num_examples == 6
-
-
-@pytest.mark.parametrize("root", ["", "/no/such/file.npz", "."])
-def test_arrays_refuses_a_missing_file(root):
-    message = refusal("arrays", "train", root=root)
-    assert repr(root) in message and "--config.data.root" in message
-
-
-def test_arrays_refuses_what_is_no_npz(tmp_path):
-    path = tmp_path / "data.npz"
-    save(path)
-    whole = path.read_bytes()
-    np.save(tmp_path / "one.npy", IMAGES)
-    damaged = bytearray(whole)
-    damaged[200:300] = bytes(100)  # inside the pixels: the checksum of the archive
-    for content in (
-        b"",
-        b"not an archive",
-        b"PK\x03\x04 broken",
-        whole[:300],
-        bytes(damaged),
-        (tmp_path / "one.npy").read_bytes(),
-    ):
-        path.write_bytes(content)
-        message = refusal("arrays", "train", root=str(path))
-        assert f"cannot read {path} as .npz" in message
-        assert "--config.data.root" in message
-
-
-def test_arrays_refuses_pickles(tmp_path):
-    """Loading a pickled object would run its code."""
-    path = tmp_path / "data.npz"
-
-    class Evil:
-        def __reduce__(self):
-            return (builtins.exec, ("raise SystemExit('ran')",))
-
-    np.savez(path, train_images=IMAGES, train_labels=np.array([Evil()], dtype=object))
-    message = refusal("arrays", "train", root=str(path))
-    assert str(path) in message
-
-
-@pytest.mark.parametrize(
-    ("changes", "part"),
-    [
-        ({"train_images": IMAGES / 255}, "train_images is float64"),
-        ({"train_images": IMAGES[..., 0]}, "expected uint8 [n, H, W, 3]"),
-        ({"train_images": IMAGES[..., :1]}, "expected uint8 [n, H, W, 3]"),
-        ({"train_labels": LABELS[:4]}, "expected integers [6]"),
-        ({"train_labels": LABELS / 2}, "expected integers [6]"),
-        ({"train_labels": LABELS - 1}, "labels below 0"),
-        ({"test_labels": LABELS[:2] - 1}, "labels below 0"),
-        ({"train_labels": None}, "unknown split 'train'; available: test"),
-    ],
+from supcon_jax.data.datasets import open_source
+from supcon_jax.data.sources import (
+    UNREAD,
+    ArraySource,
+    FileSource,
+    RecordSource,
+    SyntheticSource,
+    add_label_noise,
+    hold_out,
+    read_labels,
+    take_fraction,
+    take_per_class,
+    take_rows,
+    take_subset,
 )
-def test_arrays_refuses_other_contents(tmp_path, changes, part):
-    message = refusal("arrays", "train", root=save(tmp_path / "data.npz", **changes))
-    assert part in message
 
 
-# --- TFDS folders, refused before TensorFlow is imported ---
+def arrays(per_class=(10, 10, 10, 10, 10)):
+    """Image i is filled with i; labels are sorted."""
+    labels = np.repeat(np.arange(len(per_class), dtype=np.int32), per_class)
+    images = np.arange(len(labels), dtype=np.uint8)[:, None, None, None]
+    return ArraySource(np.tile(images, (1, 2, 2, 3)), labels, len(per_class))
 
 
-@pytest.fixture
-def no_tensorflow(monkeypatch):
-    def fail():
-        raise AssertionError("TensorFlow was imported")
-
-    monkeypatch.setattr(sources, "import_tensorflow_datasets", fail)
+def names(source):
+    """Which examples a source of `arrays` holds."""
+    return source.images[:, 0, 0, 0].tolist()
 
 
-def test_tfds_refuses_a_missing_directory(no_tensorflow, tmp_path):
-    message = refusal("cifar10", "train", dir=str(tmp_path / "nowhere"))
-    assert "nowhere does not exist (--config.data.dir)" in message
-    assert "configs/digits.py runs without any data" in message
+def files(count=30):
+    return FileSource(
+        np.asarray([f"{i}.jpg" for i in range(count)]),
+        np.arange(count, dtype=np.int32) % 3,
+        ("a", "b", "c"),
+    )
 
 
-def test_tfds_refuses_an_empty_directory(no_tensorflow, tmp_path):
-    message = refusal("cifar10", "train", dir=str(tmp_path))
-    assert f"{tmp_path} has no cifar10; it holds no data set" in message
-    assert "--config.data.dir" in message and "configs/digits.py" in message
+def records(count=30):
+    return RecordSource(
+        files=("f",),
+        file=np.zeros(count, int),
+        offset=np.arange(count) * 100,
+        length=np.full(count, 90),
+        labels=np.full(count, UNREAD, np.int32),
+        num_classes=3,
+    )
 
 
-def test_tfds_names_what_the_directory_holds(no_tensorflow, tmp_path):
-    for name in ("mnist/3.0.1", "cifar100/3.0.2"):
-        prepare(tmp_path, name)
-    message = refusal("cifar10", "train", dir=str(tmp_path))
-    assert "has no cifar10; it holds cifar100, mnist" in message
+ALL = [arrays, files, records]
 
 
-def test_tfds_refuses_a_half_prepared_data_set(no_tensorflow, tmp_path):
-    """TFDS writes dataset_info.json last; a folder without it is a broken download."""
-    (tmp_path / "cifar10" / "3.0.2").mkdir(parents=True)
-    (tmp_path / "cifar10" / "incomplete.ABC_3.0.2").mkdir()
-    assert "has no cifar10" in refusal("cifar10", "train", dir=str(tmp_path))
-
-
-def test_imagenet_says_how_to_get_it(no_tensorflow, tmp_path, monkeypatch):
-    message = refusal("imagenet2012", "train", dir=str(tmp_path))
-    for part in ("image-net.org", "--manual_dir", "configs/digits.py"):
-        assert part in message
-    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
-    message = refusal("imagenet2012", "train")
-    assert "image-net.org" in message and "--config.data.dir" in message
-
-
-@pytest.mark.parametrize("name", ["", "../secret", "cifar 10", "10cifar"])
-def test_tfds_refuses_names_that_are_none(no_tensorflow, name):
-    message = refusal(name, "train")
-    assert repr(name) in message and "--config.data.name" in message
-
-
-def prepare(directory, name):
-    version = directory / name
-    version.mkdir(parents=True)
-    (version / "dataset_info.json").write_text(json.dumps({"name": name}))
-
-
-@pytest.mark.parametrize("config", ["", "plain_text/"])
-def test_the_newest_version_by_number_is_chosen(tmp_path, config):
-    for version in ("9.0.0", "10.0.0", "3.10.9", "incomplete.11.0.0"):
-        prepare(tmp_path, f"caltech/{config}{version}")
-    found = sources._prepared_version(tmp_path, "caltech")
-    assert found == tmp_path / "caltech" / config / "10.0.0"
-    assert sources._prepared_version(tmp_path, "other") is None
-
-
-def test_tensorflow_missing(monkeypatch, tmp_path):
-    prepare(tmp_path, "cifar10/3.0.2")
-    monkeypatch.setitem(sys.modules, "tensorflow", None)
-    message = refusal("cifar10", "train", dir=str(tmp_path))
-    assert "needs TensorFlow" in message and "data.name='arrays'" in message
-
-
-# --- TFDS on real data ---
-
-
-def test_tfds_opens_splits_and_slices(tfds_dir):
-    source = open_source("cifar10", "test", dir=tfds_dir)
-    assert isinstance(source, TfdsSource)
-    assert (source.num_examples, source.num_classes) == (10_000, 10)
-    slice_ = open_source("cifar10", "train[:10%]", dir=tfds_dir)
-    assert slice_.num_examples == 5_000
-    imagenet = open_source("imagenet2012", "validation", dir=tfds_dir)
-    assert (imagenet.num_examples, imagenet.num_classes) == (100, 1000)
-
-
-def test_tfds_data_dir_variable(tfds_dir, monkeypatch):
-    monkeypatch.setenv("TFDS_DATA_DIR", tfds_dir)
-    assert open_source("cifar10", "test[:7]").num_examples == 7
-
-
-def test_tfds_opens_the_newest_of_several_versions(tfds_dir, tmp_path):
-    """Older and unfinished versions beside it would fail if they were opened."""
-    for version in ("1.10.0", "3.0.1", "incomplete.9.0.0"):
-        prepare(tmp_path, f"cifar10/{version}")
-    real = next(iter(sources.pathlib.Path(tfds_dir, "cifar10").iterdir()))
-    (tmp_path / "cifar10" / real.name).symlink_to(real)
-    source = open_source("cifar10", "test", dir=str(tmp_path))
-    assert source.num_examples == 10_000
-
-
-@pytest.mark.parametrize("split", ["valid", "test[:", "test[:10]x", "test[:200%]"])
-def test_tfds_refuses_unknown_splits(tfds_dir, split):
-    message = refusal("cifar10", split, dir=tfds_dir)
-    assert "split" in message and "--config.data.eval_split" in message
-
-
-# --- downloads, with no network ---
-
-
-@pytest.fixture
-def tfds(tfds_dir, monkeypatch, tmp_path):
-    """TFDS with a home folder that is empty."""
-    del tfds_dir  # only where there are TFDS tests at all
-    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
-    _, module = sources.import_tensorflow_datasets()
-    return module
-
-
-def test_an_unknown_name_lists_the_nearest(tfds):
-    message = refusal("cifar11", "train")
-    assert "unknown data set 'cifar11'" in message and "cifar10" in message
-    assert "--config.data.name" in message
-    assert "digits" in refusal("digit", "train")
-
-
-def test_a_download_that_fails_is_one_line(tfds, monkeypatch, tmp_path):
-    def fail(name, data_dir):
-        raise OSError(f"no route to host\nfor {name} and more lines")
-
-    monkeypatch.setattr(tfds, "builder", fail)
-    message = refusal("cifar10", "train")
-    assert f"could not download cifar10 into {tmp_path}: no route to host;" in message
-    assert "--config.data.dir" in message
-
-
-def test_a_download_goes_where_tfds_keeps_its_data(tfds, monkeypatch, tmp_path):
-    prepared = []
-
-    class Builder:
-        def __init__(self, name, data_dir):
-            self.arguments = (name, str(data_dir))
-
-        def download_and_prepare(self):
-            prepared.append(self.arguments)
-            raise OSError("stop here")
-
-    monkeypatch.setattr(tfds, "builder", Builder)
-    refusal("cifar10", "train")
-    assert prepared == [("cifar10", str(tmp_path))]
-
-
-def test_several_hosts_do_not_download(tfds, monkeypatch):
-    monkeypatch.setattr(jax, "process_count", lambda: 2)
-    message = refusal("cifar10", "train")
-    assert "tfds build cifar10" in message and "--config.data.dir" in message
-
-
-# --- subsets ---
+@pytest.mark.parametrize("make", ALL)
+def test_rows_are_taken_from_every_column(make):
+    source = make()
+    taken = take_rows(source, np.asarray([5, 2]))
+    assert taken.num_examples == 2 and taken.num_classes == source.num_classes
+    for field in dataclasses.fields(source):
+        before, after = getattr(source, field.name), getattr(taken, field.name)
+        if isinstance(before, np.ndarray):
+            np.testing.assert_array_equal(after, before[[5, 2]])
+        else:
+            assert after == before
+    assert take_rows(SyntheticSource(9, 2), np.arange(4)).num_examples == 4
 
 
 def test_subset_of_arrays_is_fixed_by_its_seed():
@@ -358,8 +87,92 @@ def test_subset_of_arrays_is_fixed_by_its_seed():
     assert take_subset(source, 50) is source and take_subset(source, 99) is source
 
 
-def test_subset_of_tfds_is_shorter(tfds_dir):
-    source = open_source("cifar10", "test", dir=tfds_dir)
-    subset = take_subset(source, 30)
-    assert (subset.num_examples, subset.num_classes) == (30, 10)
-    assert subset.builder is source.builder
+@pytest.mark.parametrize("make", ALL)
+@pytest.mark.parametrize("fraction", [0.1, 0.5])
+def test_hold_out_divides_a_split_in_two(make, fraction):
+    source = make()
+    count = source.num_examples
+    marked = dataclasses.replace(
+        source,
+        **(
+            {"images": source.images}
+            if make is arrays
+            else {"paths": np.arange(count)}
+            if make is files
+            else {"offset": np.arange(count)}
+        ),
+    )
+
+    def held(seed):
+        return hold_out(marked, fraction, seed=seed)
+
+    def members(part):
+        column = {arrays: "images", files: "paths", records: "offset"}[make]
+        return getattr(part, column).reshape(part.num_examples, -1)[:, 0].tolist()
+
+    train, test = held(0)
+    assert sorted(members(train) + members(test)) == list(range(count))
+    assert test.num_examples == round(count * fraction)
+    assert members(held(0)[1]) == members(test) != members(held(1)[1])
+    if make is not records:  # where labels are known the classes keep their shares
+        counts = np.bincount(test.labels, minlength=test.num_classes)
+        assert counts.max() - counts.min() <= 1
+
+
+def test_hold_out_of_small_classes_takes_its_share_of_all():
+    """Two of each class and a fifth: no class gives one alone, together they do."""
+    _, test = hold_out(arrays([2] * 20), 0.2, seed=0)
+    assert test.num_examples == 8
+
+
+def test_hold_out_refuses_to_leave_nothing():
+    with pytest.raises(ValueError, match=r"0 to evaluate .*validation_fraction"):
+        hold_out(arrays([2]), 0.1, seed=0)
+
+
+def test_fraction_and_samples_per_class():
+    source = arrays([10, 20, 30])
+    some = take_fraction(source, 0.5, seed=0)
+    np.testing.assert_array_equal(np.bincount(some.labels), [5, 10, 15])
+    assert names(some) == sorted(names(some)) != names(source)[:30]
+    assert names(take_fraction(source, 0.5, seed=1)) != names(some)
+    assert take_fraction(source, 1.0, seed=0) is source
+    few = take_per_class(source, 4, seed=0)
+    np.testing.assert_array_equal(np.bincount(few.labels), [4, 4, 4])
+    assert names(take_per_class(source, 4, seed=0)) == names(few)
+    assert names(take_per_class(source, 4, seed=1)) != names(few)
+    for label, name in zip(few.labels, names(few), strict=True):
+        assert source.labels[name] == label
+    with pytest.raises(ValueError, match="class 0 has 10 examples"):
+        take_per_class(source, 11, seed=0)
+    with pytest.raises(ValueError, match=r"--config\.data\.fraction"):
+        take_fraction(arrays([3]), 0.01, seed=0)
+
+
+@pytest.mark.parametrize("make", ALL)
+def test_label_noise(make):
+    """A share of the labels is drawn anew, a C-th of those as they were."""
+    source = take_rows(make(), np.resize(np.arange(30), 6000))
+    noisy = add_label_noise(source, 0.4, seed=0)
+    changed = np.mean(noisy.labels != source.labels)
+    expected = 0.4 if make is records else 0.4 * (1 - 1 / source.num_classes)
+    assert abs(changed - expected) < 0.03
+    fresh = noisy.labels[noisy.labels != source.labels]
+    assert set(fresh) == set(range(source.num_classes))
+    again = add_label_noise(source, 0.4, seed=0)
+    np.testing.assert_array_equal(again.labels, noisy.labels)
+    assert not np.array_equal(add_label_noise(source, 0.4, seed=1).labels, noisy.labels)
+    assert add_label_noise(source, 0.0, seed=0) is source
+
+
+def test_labels_of_records_are_read_when_they_are_needed(tfds_dir):
+    source = open_source("cifar10", "test[:40]", dir=tfds_dir)
+    assert set(source.labels) == {UNREAD}
+    known = read_labels(source)
+    assert known.labels.tolist() == [source.read(i).label for i in range(40)]
+    assert read_labels(known) is known
+    few = take_per_class(open_source("cifar10", "test[:400]", dir=tfds_dir), 5, seed=0)
+    np.testing.assert_array_equal(np.bincount(few.labels), [5] * 10)
+    # A label that noise has given is not read again from the file.
+    noisy = add_label_noise(source, 1.0, seed=0)
+    assert [noisy.read(i).label for i in range(40)] == noisy.labels.tolist()

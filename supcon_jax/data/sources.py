@@ -1,26 +1,40 @@
-"""Where images come from: arrays in memory (digits, .npz) or TFDS.
+"""What a split of a data set is: examples by index, in memory or as encoded files.
 
-A source says how many examples and classes a split has; `pipeline.py` turns it into
-batches. Every failure here is one line that names the flag to change.
+Every source has the same few attributes (`num_examples`, `num_classes`, `labels`), so
+subsets, held-out splits and label noise are the same functions for all of them.
+Reading is by index: an example can be fetched without touching those before it.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
+import io
 import logging
 import os
-import pathlib
-import re
-import zlib
-from typing import Any
-from zipfile import BadZipFile
+import struct
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 import numpy as np
 
 logger = logging.getLogger(__name__)
-TFDS_HOME = "~/tensorflow_datasets"
-NO_DATA_NEEDED = "configs/digits.py runs without any data"
+# Of a label that stands in a record which nobody has read yet.
+UNREAD = -1
+# The index of a row that pads a batch, or of an image that cannot be decoded.
+NOBODY = -1
+# Threads that wait for files; they hold no lock while they do.
+READERS = 16
+# The EXIF tag that says how a camera was held.
+ORIENTATION = 0x0112
+
+
+class Encoded(NamedTuple):
+    """An encoded image, its label, and how to turn it upright (EXIF, 1..8)."""
+
+    image: bytes
+    label: int
+    orientation: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,11 +45,13 @@ class ArraySource:
       images: `[n, H, W, 3]` uint8.
       labels: `[n]` int32, in `[0, num_classes)`.
       num_classes: number of classes C.
+      class_names: names of the classes, where the data set has some.
     """
 
     images: np.ndarray
     labels: np.ndarray
     num_classes: int
+    class_names: tuple[str, ...] = ()
 
     @property
     def num_examples(self) -> int:
@@ -44,255 +60,265 @@ class ArraySource:
 
 
 @dataclasses.dataclass(frozen=True)
-class TfdsSource:
-    """A split of a prepared TFDS data set, read as encoded images.
+class FileSource:
+    """A split of image files, one an example.
 
     Attributes:
-      builder: the `tfds.core.DatasetBuilder`.
-      split: split name, TFDS slicing included ("train[:90%]").
-      num_examples: examples in the split.
-      num_classes: number of classes C.
+      paths: `[n]` strings.
+      labels: `[n]` int32.
+      class_names: folder names, in the order of the labels.
     """
 
-    builder: Any
-    split: str
+    paths: np.ndarray
+    labels: np.ndarray
+    class_names: tuple[str, ...]
+
+    @property
+    def num_examples(self) -> int:
+        """Examples in the split."""
+        return len(self.labels)
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes C."""
+        return len(self.class_names)
+
+    def name(self, index: int) -> str:
+        """The file of an example."""
+        return str(self.paths[index])
+
+    def read(self, index: int) -> Encoded:
+        """An example, encoded.
+
+        Raises:
+          OSError: the file cannot be read.
+        """
+        with open(self.paths[index], "rb") as file:
+            image = file.read()
+        return Encoded(image, int(self.labels[index]), _orientation(image))
+
+
+@dataclasses.dataclass(frozen=True)
+class RecordSource:
+    """A split of `tf.train.Example`s in TFRecord files, as TFDS prepares them.
+
+    Attributes:
+      files: paths of the TFRecord files.
+      file: `[n]` which of the files holds an example.
+      offset, length: `[n]` where its record's data begin in the file, and bytes.
+      labels: `[n]` int32; `UNREAD` where only the record says it.
+      num_classes: number of classes C.
+      class_names: names of the classes, where the data set has some.
+      image_shape: `(H, W, 3)`, with None where images differ.
+    """
+
+    files: tuple[str, ...]
+    file: np.ndarray
+    offset: np.ndarray
+    length: np.ndarray
+    labels: np.ndarray
+    num_classes: int
+    class_names: tuple[str, ...] = ()
+    image_shape: tuple[int | None, ...] = (None, None, 3)
+
+    @property
+    def num_examples(self) -> int:
+        """Examples in the split."""
+        return len(self.labels)
+
+    def name(self, index: int) -> str:
+        """The file of an example and its place there."""
+        return f"{self.files[self.file[index]]} (byte {self.offset[index]})"
+
+    def read(self, index: int) -> Encoded:
+        """An example, encoded; TFDS images stay as the camera held them.
+
+        Raises:
+          OSError: the file cannot be read, or the record is no example.
+        """
+        # Loaded already by whoever opened the data set.
+        import tensorflow as tf
+
+        with open(self.files[self.file[index]], "rb", buffering=0) as file:
+            record = os.pread(
+                file.fileno(), int(self.length[index]), int(self.offset[index])
+            )
+        try:
+            features = tf.train.Example.FromString(record).features.feature
+        except Exception as error:  # protobuf's DecodeError is not the same everywhere
+            raise OSError(f"not a tf.train.Example: {error}") from None
+        label = int(self.labels[index])
+        if label == UNREAD:
+            label = int(features["label"].int64_list.value[0])
+        return Encoded(features["image"].bytes_list.value[0], label)
+
+
+@dataclasses.dataclass(frozen=True)
+class SyntheticSource:
+    """Noise instead of images, made once: a step without the cost of its input.
+
+    Attributes:
+      num_examples: examples that it pretends to have.
+      num_classes: number of classes C.
+      class_names: none.
+    """
+
     num_examples: int
     num_classes: int
+    class_names: tuple[str, ...] = ()
 
 
-Source = ArraySource | TfdsSource
+EncodedSource = FileSource | RecordSource
+Source = ArraySource | FileSource | RecordSource | SyntheticSource
 
 
-def open_source(name: str, split: str, *, dir: str = "", root: str = "") -> Source:
-    """Opens one split of a data set.
+def _orientation(image: bytes) -> int:
+    """How a camera was held (EXIF), 1 where the file does not say."""
+    if b"Exif" not in image[:4096]:
+        return 1  # Pillow takes thirty times as long to find out.
+    from PIL import Image
 
-    Args:
-      name: "digits" (scikit-learn's, embedded), "arrays" (an .npz file with
-        `{split}_images` and `{split}_labels`) or any TFDS image-classification set.
-      split: "train", "test", ...; for TFDS also slices such as "train[:90%]".
-      dir: TFDS data directory; "" is TFDS's own default, downloading what it can.
-      root: path of the .npz file for "arrays".
+    try:
+        orientation = Image.open(io.BytesIO(image)).getexif().get(ORIENTATION, 1)
+    except (OSError, SyntaxError, ValueError, struct.error):
+        return 1  # The decoder will say what is wrong with the file, if anything is.
+    return orientation if orientation in range(1, 9) else 1
 
-    Raises:
-      ValueError: one line that says what is missing and which flag to change.
-    """
-    if name == "digits":
-        return _open_digits(split)
-    if name == "arrays":
-        return _open_arrays(root, split)
-    return _open_tfds(name, split, dir)
+
+def take_rows(source: Source, rows: np.ndarray) -> Source:
+    """The examples of a source with these indices, in this order."""
+    if isinstance(source, SyntheticSource):
+        return dataclasses.replace(source, num_examples=len(rows))
+    columns = {
+        field.name: getattr(source, field.name)[rows]
+        for field in dataclasses.fields(source)
+        if isinstance(getattr(source, field.name), np.ndarray)
+    }
+    return dataclasses.replace(source, **columns)
 
 
 def take_subset(source: Source, count: int, *, seed: int = 0) -> Source:
-    """At most `count` examples of a source, always the same ones for a seed.
-
-    Arrays are drawn at random, as they may be sorted by class. Of a TFDS split the
-    first ones are taken: TFDS shuffles when it prepares a data set.
-    """
+    """At most `count` examples, drawn at random, always the same ones for a seed."""
     if count >= source.num_examples:
         return source
-    if isinstance(source, TfdsSource):
-        return dataclasses.replace(source, num_examples=count)
     rows = np.random.default_rng(seed).permutation(source.num_examples)[:count]
-    return dataclasses.replace(
-        source, images=source.images[rows], labels=source.labels[rows]
+    return take_rows(source, np.sort(rows))
+
+
+def read_labels(source: Source) -> Source:
+    """The same source with all labels known; reads through TFRecord files once."""
+    if not isinstance(source, RecordSource) or UNREAD not in source.labels:
+        return source
+    logger.info(
+        "reading the labels of %s examples from %d files",
+        f"{source.num_examples:,}",
+        len(source.files),
     )
+    with ThreadPoolExecutor(READERS) as pool:
+        examples = pool.map(source.read, range(source.num_examples))
+        labels = np.fromiter((example.label for example in examples), np.int32)
+    return dataclasses.replace(source, labels=labels)
 
 
-def _pick_split(split: str, available: list[str]) -> str:
-    if split not in available:
-        raise ValueError(
-            f"unknown split {split!r}; available: {', '.join(available)} "
-            "(--config.data.train_split, --config.data.eval_split)"
-        )
-    return split
+def take_fraction(source: Source, fraction: float, *, seed: int) -> Source:
+    """A share of a training split, at random: of every class where labels are known.
 
-
-def _open_digits(split: str) -> ArraySource:
-    """1,797 handwritten digits, 8x8, grey levels 0..16 scaled to 0..255.
-
-    The split is fixed: of each class, in the order of the data set, the share
-    500/1797 that scikit-learn's stratified splitter draws with random_state=0 is the
-    test set. 1,297 train and 500 test.
+    Raises:
+      ValueError: nothing would be left.
     """
-    try:
-        from sklearn.datasets import load_digits
-        from sklearn.model_selection import train_test_split
-    except ImportError:
+    if fraction == 1.0:
+        return source
+    kept, _ = _split_rows(source, 1.0 - fraction, seed=seed)
+    if not len(kept):
         raise ValueError(
-            "data.name='digits' needs scikit-learn; pip install scikit-learn"
-        ) from None
-    _pick_split(split, ["train", "test"])
-    digits = load_digits()
-    train, test = train_test_split(
-        np.arange(len(digits.target)),
-        test_size=500,
-        stratify=digits.target,
-        random_state=0,
-    )
-    rows = np.sort(train if split == "train" else test)
-    grey = np.round(digits.images[rows] * (255 / 16)).astype(np.uint8)
-    images = np.repeat(grey[..., None], 3, axis=-1)
-    return ArraySource(images, digits.target[rows].astype(np.int32), num_classes=10)
-
-
-def _open_arrays(root: str, split: str) -> ArraySource:
-    path = pathlib.Path(root).expanduser()
-    if not root or not path.is_file():
-        raise ValueError(
-            f"data.name='arrays' needs an .npz file with train_images, train_labels, "
-            f"...; got {root!r} (--config.data.root)"
+            f"data.fraction={fraction} of {source.num_examples} examples leaves none "
+            "(--config.data.fraction)"
         )
-    try:
-        # Pickled objects could run code; arrays of numbers need none.
-        with np.load(path, allow_pickle=False) as file:
-            keys = list(file)
-            wanted = {f"{split}_images", *(k for k in keys if k.endswith("_labels"))}
-            arrays = {key: file[key] for key in keys if key in wanted}
-    except (ValueError, TypeError, OSError, EOFError, BadZipFile, zlib.error) as error:
-        raise ValueError(
-            f"cannot read {path} as .npz: {error} (--config.data.root)"
-        ) from None
-    splits = sorted(k.removesuffix("_images") for k in keys if k.endswith("_images"))
-    _pick_split(split, [s for s in splits if f"{s}_labels" in keys])
-    images, labels = arrays[f"{split}_images"], arrays[f"{split}_labels"]
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
-        raise ValueError(
-            f"{path}: {split}_images is {images.dtype} {images.shape}; "
-            "expected uint8 [n, H, W, 3]"
-        )
-    if labels.shape != images.shape[:1] or not np.issubdtype(labels.dtype, np.integer):
-        raise ValueError(
-            f"{path}: {split}_labels is {labels.dtype} {labels.shape}; "
-            f"expected integers [{len(images)}]"
-        )
-    # All splits count, so that train and test agree on the number of classes.
-    every = [arrays[f"{s}_labels"] for s in splits if f"{s}_labels" in keys]
-    if min(part.min(initial=0) for part in every) < 0:
-        raise ValueError(f"{path}: labels below 0; expected 0 <= label < C")
-    num_classes = 1 + int(max(part.max(initial=0) for part in every))
-    return ArraySource(images, labels.astype(np.int32), num_classes)
+    return take_rows(source, kept)
 
 
-def import_tensorflow_datasets() -> tuple[Any, Any]:
-    """Imports TensorFlow (kept off the accelerators) and TFDS."""
-    # Set before the import: TensorFlow prints a banner for every CPU feature. oneDNN
-    # serves matrix products, which input pipelines have none of; its banner stays.
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
-    try:
-        import tensorflow as tf
-        import tensorflow_datasets as tfds
-    except ImportError as error:
-        raise ValueError(
-            f"reading TFDS data needs TensorFlow ({error}); pip install -r "
-            f"requirements.txt, or use data.name='arrays'; {NO_DATA_NEEDED}"
-        ) from None
-    # TensorFlow would otherwise take the accelerator's memory from JAX.
-    for kind in ("GPU", "TPU"):
-        tf.config.set_visible_devices([], kind)
-    return tf, tfds
+def take_per_class(source: Source, count: int, *, seed: int) -> Source:
+    """`count` examples of every class, at random.
+
+    Raises:
+      ValueError: a class has fewer.
+    """
+    source = read_labels(source)
+    rows = []
+    for label, members in enumerate(_rows_by_class(source)):
+        if len(members) < count:
+            raise ValueError(
+                f"data.samples_per_class={count} but class {label} has "
+                f"{len(members)} examples (--config.data.samples_per_class)"
+            )
+        rows.append(np.random.default_rng((seed, label)).permutation(members)[:count])
+    return take_rows(source, np.sort(np.concatenate(rows)))
 
 
-def _prepared_version(directory: pathlib.Path, name: str) -> pathlib.Path | None:
-    """The newest prepared version of a data set below a TFDS directory."""
-    infos = [
-        *directory.joinpath(name).glob("*/dataset_info.json"),
-        *directory.joinpath(name).glob("*/*/dataset_info.json"),
-    ]
-    versions = [
-        info.parent for info in infos if re.fullmatch(r"[\d.]+", info.parent.name)
-    ]
-    return max(
-        versions, key=lambda p: tuple(int(x) for x in p.name.split(".")), default=None
-    )
+def hold_out(source: Source, fraction: float, *, seed: int) -> tuple[Source, Source]:
+    """A training split without a random share of it, and that share.
+
+    Of every class the same share is taken where labels are known without reading the
+    files; a TFDS split is divided at random.
+
+    Raises:
+      ValueError: one of the two would be empty.
+    """
+    kept, held = _split_rows(source, fraction, seed=seed)
+    if not len(kept) or not len(held):
+        raise ValueError(
+            f"data.validation_fraction={fraction} of {source.num_examples} examples "
+            f"leaves {len(kept)} to train on and {len(held)} to evaluate "
+            "(--config.data.validation_fraction)"
+        )
+    return take_rows(source, kept), take_rows(source, held)
 
 
-def _open_tfds(name: str, split: str, dir: str) -> TfdsSource:
-    if not re.fullmatch(r"[a-zA-Z][\w/]*", name):
+def add_label_noise(source: Source, share: float, *, seed: int) -> Source:
+    """Gives a share of the examples a class drawn at random from all of them.
+
+    One in C of those draws is the right class again, as in the official code.
+    """
+    if share == 0 or isinstance(source, SyntheticSource):
+        return source
+    rng = np.random.default_rng((seed, 1))
+    chosen = rng.random(source.num_examples) < share
+    drawn = rng.integers(0, source.num_classes, source.num_examples, dtype=np.int32)
+    return dataclasses.replace(source, labels=np.where(chosen, drawn, source.labels))
+
+
+def check_labels(
+    labels: np.ndarray, num_classes: int, names: Sequence[str] | None = None
+) -> None:
+    """Refuses labels outside `[0, num_classes)`, naming the first such example."""
+    wrong = np.flatnonzero((labels < 0) | (labels >= num_classes))
+    if len(wrong):
+        where = f" of {names[wrong[0]]}" if names else ""
         raise ValueError(
-            f"unknown data set {name!r}; allowed: digits, arrays, or a TFDS name "
-            "(--config.data.name)"
+            f"label {labels[wrong[0]]}{where} is out of range; allowed: 0 to "
+            f"{num_classes - 1} (--config.data.name)"
         )
-    directory = pathlib.Path(
-        dir or os.environ.get("TFDS_DATA_DIR", TFDS_HOME)
-    ).expanduser()
-    how = _how_to_get(name)
-    if dir and not directory.is_dir():
-        raise ValueError(
-            f"data directory {dir} does not exist (--config.data.dir); {how}"
-        )
-    prepared = _prepared_version(directory, name)
-    if prepared is None and dir:
-        others = sorted(
-            p.parent.parent.name for p in directory.glob("*/*/dataset_info.json")
-        )
-        holds = f"it holds {', '.join(others)}" if others else "it holds no data set"
-        raise ValueError(
-            f"data directory {dir} has no {name}; {holds} (--config.data.dir); {how}"
-        )
-    if prepared is None and name == "imagenet2012":
-        raise ValueError(f"no {name} in {directory} (--config.data.dir); {how}")
-    _, tfds = import_tensorflow_datasets()
-    if prepared is not None:
-        builder = tfds.builder_from_directory(prepared)
+
+
+def _rows_by_class(source: Source) -> list[np.ndarray]:
+    return [np.flatnonzero(source.labels == c) for c in range(source.num_classes)]
+
+
+def _split_rows(
+    source: Source, fraction: float, *, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Rows that stay and rows that go, both in order; `fraction` of them go."""
+    count = source.num_examples
+    if isinstance(source, SyntheticSource) or UNREAD in source.labels:
+        groups: Iterable[np.ndarray] = [np.arange(count)]
     else:
-        builder = _download(tfds, name, directory, how)
-    features = builder.info.features
-    if not {"image", "label"} <= set(features) or not hasattr(
-        features["label"], "num_classes"
-    ):
-        raise ValueError(
-            f"data set {name} has features {', '.join(features)}; image classification "
-            "needs image and label (--config.data.name)"
-        )
-    _pick_split(split.split("[")[0], list(builder.info.splits))
-    try:
-        num_examples = builder.info.splits[split].num_examples
-    except Exception as error:
-        raise ValueError(
-            f"cannot read split {split!r} of {name}: {str(error).splitlines()[0]} "
-            "(--config.data.train_split, --config.data.eval_split)"
-        ) from None
-    return TfdsSource(builder, split, num_examples, features["label"].num_classes)
-
-
-def _how_to_get(name: str) -> str:
-    if name == "imagenet2012":
-        return (
-            "ImageNet must be prepared by hand: get the two tar files from "
-            "image-net.org, run `tfds build imagenet2012 --manual_dir=TARS` and give "
-            f"its data directory; {NO_DATA_NEEDED}"
-        )
-    return (
-        f"leave data.dir empty to let TFDS download {name} into {TFDS_HOME}; "
-        f"{NO_DATA_NEEDED}"
-    )
-
-
-def _download(tfds: Any, name: str, directory: pathlib.Path, how: str) -> Any:
-    """Lets TFDS download and prepare a data set into its default directory."""
-    import jax
-
-    known = tfds.list_builders(with_community_datasets=False)
-    if name.split("/")[0] not in known:
-        nearest = difflib.get_close_matches(name, [*known, "digits", "arrays"], n=3)
-        hint = f"; nearest: {', '.join(nearest)}" if nearest else ""
-        raise ValueError(f"unknown data set {name!r}{hint} (--config.data.name)")
-    if jax.process_count() > 1:
-        # Several hosts that download at once destroy each other's files.
-        raise ValueError(
-            f"no {name} in {directory}; prepare it once before a multi-host job: "
-            f"`tfds build {name} --data_dir=DIR`, then --config.data.dir=DIR"
-        )
-    logger.info("downloading %s into %s", name, directory)
-    try:
-        builder = tfds.builder(name, data_dir=directory)
-        builder.download_and_prepare()
-    except Exception as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
-        raise ValueError(
-            f"could not download {name} into {directory}: {reason}; give a directory "
-            f"that holds it (--config.data.dir); {NO_DATA_NEEDED}"
-        ) from None
-    return builder
+        groups = _rows_by_class(source)
+    gone = np.zeros(count, bool)
+    owed = 0.0  # fractions of an example, carried on so that small classes count too
+    for number, members in enumerate(groups):
+        owed += fraction * len(members)
+        take = min(round(owed), len(members))
+        owed -= take
+        order = np.random.default_rng((seed, number)).permutation(members)
+        gone[order[:take]] = True
+    return np.flatnonzero(~gone), np.flatnonzero(gone)

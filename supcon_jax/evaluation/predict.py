@@ -35,6 +35,7 @@ class Predictor:
       batch_size: global; the last batch is padded and masked.
       image_size: side S of the central crop.
       resize: short side before the crop.
+      skipped: collects images that cannot be decoded; None: the first is an error.
     """
 
     def __init__(
@@ -47,12 +48,14 @@ class Predictor:
         batch_size: int,
         image_size: int,
         resize: int,
+        skipped: dict[str, str] | None = None,
     ):
         self._mesh = mesh
-        self._shape = {
+        self._options = {
             "batch_size": batch_size,
             "image_size": image_size,
             "resize": resize,
+            "skipped": skipped,
         }
         modules = {"encoder": encoder, "normalize": normalize}
         jit = functools.partial(
@@ -86,9 +89,9 @@ class Predictor:
 
     def _batches(self, source: Source, label: str) -> Iterator[Batch]:
         batches = parallel.prefetch_to_devices(
-            eval_batches(source, **self._shape), self._mesh
+            eval_batches(source, **self._options), self._mesh
         )
-        total = num_eval_batches(source, self._shape["batch_size"])
+        total = num_eval_batches(source, self._options["batch_size"])
         yield from progress(batches, total=total, label=label)
 
 

@@ -12,12 +12,13 @@ def cross_entropy_loss(
 ) -> jax.Array:
     """Cross-entropy of each example, with optional label smoothing.
 
-    `L_i = -sum_c q_ic log softmax(logits_i)_c`, where `q_i` is the one-hot label
-    mixed with the uniform distribution, `q = (1 - s) onehot + s / C`.
+    `L_i = -sum_c q_ic log softmax(logits_i)_c`, where `q_i` is the target (one-hot for
+    an integer label) mixed with the uniform distribution, `q = (1 - s) target + s / C`.
 
     Args:
       logits: `[N, C]`, any float type; computed in float32.
-      labels: `[N]` integers in `[0, C)`.
+      labels: `[N]` integers in `[0, C)`, or `[N, C]` shares of the classes that sum to
+        1 (Mixup, CutMix).
       label_smoothing: `s` in `[0, 1)`.
 
     Returns:
@@ -33,14 +34,15 @@ def cross_entropy_loss(
 
     Source: Szegedy et al., arXiv 1512.00567, section 7 (label smoothing).
     """
-    if logits.ndim != 2 or labels.shape != logits.shape[:1]:
+    if logits.ndim != 2 or labels.shape not in (logits.shape[:1], logits.shape):
         raise ValueError(
             f"got logits {logits.shape} and labels {labels.shape}; "
-            "expected [N, C] and [N]"
+            "expected [N, C] and [N] or [N, C]"
         )
     if not 0.0 <= label_smoothing < 1.0:
         raise ValueError(f"got label_smoothing={label_smoothing}; allowed: 0 <= s < 1")
     num_classes = logits.shape[-1]
-    onehot = jax.nn.one_hot(labels, num_classes)
-    targets = (1.0 - label_smoothing) * onehot + label_smoothing / num_classes
+    if labels.ndim == 1:
+        labels = jax.nn.one_hot(labels, num_classes)
+    targets = (1.0 - label_smoothing) * labels + label_smoothing / num_classes
     return optax.softmax_cross_entropy(logits.astype(jnp.float32), targets)

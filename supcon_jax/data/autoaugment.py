@@ -1,0 +1,418 @@
+"""AutoAugment and RandAugment on the host: the official code's operations and policies.
+
+Operations take one view `[H, W, 3]` uint8 and an argument in their own unit; policies
+take a stateless seed, and are functions of (view, seed) alone. TensorFlow is imported at
+the top: nothing imports this module before host.py does.
+
+Source: Cubuk et al., arXiv 1805.09501 and 1909.13719; the constants are those of
+tensorflow/models, official/legacy/image_classification/augment.py, which the official
+code of SupCon uses. Contrast alone differs from it, see `contrast`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import tensorflow as tf
+
+# What pixels from outside the picture become.
+FILL = 128
+# Red, green and blue in the luma, as Pillow has them.
+LUMA = (0.299, 0.587, 0.114)
+
+# 25 pairs of (operation, probability, level 0..10); one pair is drawn for a view.
+POLICY_V0 = (
+    (("Equalize", 0.8, 1), ("ShearY", 0.8, 4)),
+    (("Color", 0.4, 9), ("Equalize", 0.6, 3)),
+    (("Color", 0.4, 1), ("Rotate", 0.6, 8)),
+    (("Solarize", 0.8, 3), ("Equalize", 0.4, 7)),
+    (("Solarize", 0.4, 2), ("Solarize", 0.6, 2)),
+    (("Color", 0.2, 0), ("Equalize", 0.8, 8)),
+    (("Equalize", 0.4, 8), ("SolarizeAdd", 0.8, 3)),
+    (("ShearX", 0.2, 9), ("Rotate", 0.6, 8)),
+    (("Color", 0.6, 1), ("Equalize", 1.0, 2)),
+    (("Invert", 0.4, 9), ("Rotate", 0.6, 0)),
+    (("Equalize", 1.0, 9), ("ShearY", 0.6, 3)),
+    (("Color", 0.4, 7), ("Equalize", 0.6, 0)),
+    (("Posterize", 0.4, 6), ("AutoContrast", 0.4, 7)),
+    (("Solarize", 0.6, 8), ("Color", 0.6, 9)),
+    (("Solarize", 0.2, 4), ("Rotate", 0.8, 9)),
+    (("Rotate", 1.0, 7), ("TranslateY", 0.8, 9)),
+    (("ShearX", 0.0, 0), ("Solarize", 0.8, 4)),
+    (("ShearY", 0.8, 0), ("Color", 0.6, 4)),
+    (("Color", 1.0, 0), ("Rotate", 0.6, 2)),
+    (("Equalize", 0.8, 4), ("Equalize", 0.0, 8)),
+    (("Equalize", 1.0, 4), ("AutoContrast", 0.6, 2)),
+    (("ShearY", 0.4, 7), ("SolarizeAdd", 0.6, 7)),
+    (("Posterize", 0.8, 2), ("Solarize", 0.6, 10)),
+    (("Solarize", 0.6, 8), ("Equalize", 0.6, 1)),
+    (("Color", 0.8, 6), ("Rotate", 0.4, 5)),
+)
+# Pixels that a translation at level 10 moves, and half the side of its cutout.
+AUTO_AUGMENT_TRANSLATE, AUTO_AUGMENT_CUTOUT = 250.0, 100.0
+RAND_AUGMENT_TRANSLATE, RAND_AUGMENT_CUTOUT = 100.0, 40.0
+
+
+# --- operations ---
+
+
+def _to_uint8(values: tf.Tensor) -> tf.Tensor:
+    # Cut off, not rounded, as Pillow and the official code do.
+    return tf.cast(tf.clip_by_value(values, 0.0, 255.0), tf.uint8)
+
+
+def _rows(image: tf.Tensor) -> tf.Tensor:
+    """`[H, W, 3]` as `[H, 3 W]`: TensorFlow is slow where the last axis has length 3."""
+    shape = tf.shape(image)
+    return tf.reshape(image, [shape[0], shape[1] * 3])
+
+
+def _for_rows(channels: tf.Tensor, image: tf.Tensor) -> tf.Tensor:
+    """A value a channel, `[3]`, as it meets the columns of `_rows`, `[3 W]`."""
+    return tf.tile(channels, tf.shape(image)[1:2])
+
+
+def _over_pixels(reduce: Callable, image: tf.Tensor) -> tf.Tensor:
+    """`[3]`: a reduction over all pixels of each channel, as floats."""
+    columns = tf.reshape(reduce(_rows(image), axis=0), [-1, 3])
+    return tf.cast(reduce(columns, axis=0), tf.float32)
+
+
+def autocontrast(image: tf.Tensor) -> tf.Tensor:
+    """Stretches each channel to 0..255; a channel of one value stays."""
+    low = _over_pixels(tf.reduce_min, image)
+    high = _over_pixels(tf.reduce_max, image)
+    scale = tf.where(high > low, 255.0 / tf.maximum(high - low, 1.0), 1.0)
+    shift = tf.where(high > low, -low * scale, 0.0)
+    x = tf.cast(_rows(image), tf.float32)
+    stretched = x * _for_rows(scale, image) + _for_rows(shift, image)
+    return tf.reshape(_to_uint8(stretched), tf.shape(image))
+
+
+def equalize(image: tf.Tensor) -> tf.Tensor:
+    """Makes each channel's histogram as flat as a map of its levels can.
+
+    With h the histogram, s = (sum of h without its last non-empty level) // 255:
+    `table[v] = (s // 2 + sum_{u < v} h[u]) // s`; nothing changes where s is 0.
+    """
+    offset = _for_rows(tf.constant([0, 256, 512]), image)
+    index = tf.reshape(tf.cast(_rows(image), tf.int32) + offset, [-1])
+    counts = tf.math.bincount(index, minlength=768, maxlength=768)
+    counts = tf.reshape(counts, [3, 256])
+    levels = tf.range(256)
+    last = tf.reduce_max(tf.where(counts > 0, levels, -1), axis=1)
+    step = (tf.reduce_sum(counts, 1) - tf.gather(counts, last, batch_dims=1)) // 255
+    before = tf.cumsum(counts, axis=1, exclusive=True)
+    table = (before + step[:, None] // 2) // tf.maximum(step, 1)[:, None]
+    table = tf.where(step[:, None] > 0, tf.clip_by_value(table, 0, 255), levels)
+    table = tf.reshape(tf.cast(table, tf.uint8), [-1])
+    return tf.reshape(tf.gather(table, index), tf.shape(image))
+
+
+def invert(image: tf.Tensor) -> tf.Tensor:
+    """`255 - x`."""
+    return 255 - image
+
+
+def posterize(image: tf.Tensor, bits: tf.Tensor) -> tf.Tensor:
+    """Keeps the highest `bits` of 8; with 0 the image is black."""
+    mask = tf.cast(
+        256 - tf.bitwise.left_shift(1, 8 - tf.cast(bits, tf.int32)), tf.uint8
+    )
+    return tf.bitwise.bitwise_and(image, mask)
+
+
+def solarize(image: tf.Tensor, threshold: tf.Tensor) -> tf.Tensor:
+    """Inverts values at or above `threshold`; 256 counts as 0.
+
+    So it is in the official code, whose 8-bit threshold overflows: at level 10 it inverts
+    the whole image, which Pillow would leave alone.
+    """
+    threshold = tf.cast(tf.cast(threshold, tf.int32) % 256, tf.uint8)
+    # 255 - x flips every bit; tf.where is ten times slower than arithmetic.
+    return tf.bitwise.bitwise_xor(image, 255 * tf.cast(image >= threshold, tf.uint8))
+
+
+def solarize_add(
+    image: tf.Tensor, addition: tf.Tensor, threshold: int = 128
+) -> tf.Tensor:
+    """Adds `addition` (0..255) to values below `threshold`."""
+    addition = tf.cast(addition, tf.uint8)
+    below = tf.cast(image < threshold, tf.uint8)
+    return image + below * tf.minimum(addition, 255 - image)
+
+
+def color(image: tf.Tensor, factor: tf.Tensor) -> tf.Tensor:
+    """Saturation: `luma + factor (x - luma)`; 0 is grey, 1 the image."""
+    x = tf.cast(tf.reshape(image, [-1, 3]), tf.float32)
+    # One product with a 3 x 3 matrix, whose every column holds the luma's weights.
+    mixture = (1.0 - factor) * tf.constant(LUMA)[:, None] + factor * tf.eye(3)
+    return tf.reshape(_to_uint8(tf.matmul(x, mixture) + 1e-3), tf.shape(image))
+
+
+def contrast(image: tf.Tensor, factor: tf.Tensor) -> tf.Tensor:
+    """`m + factor (x - m)`, with m the mean luma; 0 is flat, 1 the image.
+
+    As Pillow. The official code takes (number of pixels) / 256 for m, a defect: 196 for
+    every image at 224 x 224.
+    """
+    mean = _over_pixels(tf.reduce_mean, tf.cast(image, tf.float32))
+    luma = tf.floor(tf.reduce_sum(mean * LUMA) + 0.5)
+    return _to_uint8(tf.cast(image, tf.float32) * factor + luma * (1.0 - factor))
+
+
+def brightness(image: tf.Tensor, factor: tf.Tensor) -> tf.Tensor:
+    """`factor x`; 0 is black, 1 the image."""
+    return _to_uint8(tf.cast(image, tf.float32) * factor)
+
+
+def sharpness(image: tf.Tensor, factor: tf.Tensor) -> tf.Tensor:
+    """`s + factor (x - s)`, with s smoothed by [1 1 1; 1 5 1; 1 1 1] / 13.
+
+    The outermost pixels, where the filter does not fit, stay.
+    """
+    x = tf.cast(image, tf.float32)
+    height, width = tf.shape(image)[0], tf.shape(image)[1]
+
+    def sharpened() -> tf.Tensor:
+        columns = x[:-2] + x[1:-1] + x[2:]
+        box = columns[:, :-2] + columns[:, 1:-1] + columns[:, 2:]
+        inner = x[1:-1, 1:-1]
+        smooth = tf.floor((box + 4.0 * inner) / 13.0 + 0.5)
+        inner = _to_uint8(smooth + factor * (inner - smooth))
+        middle = tf.concat([image[1:-1, :1], inner, image[1:-1, -1:]], axis=1)
+        return tf.concat([image[:1], middle, image[-1:]], axis=0)
+
+    return tf.cond(tf.minimum(height, width) < 3, lambda: image, sharpened)
+
+
+def _transform(image: tf.Tensor, matrix: list[tf.Tensor | float]) -> tf.Tensor:
+    """`out[y, x] = in[y', x']`, (x', y') = matrix (x, y, 1); nearest neighbour.
+
+    Pixels are gathered whole: half the time of TensorFlow's ImageProjectiveTransform.
+    """
+    height, width = tf.shape(image)[0], tf.shape(image)[1]
+    a, b, c, d, e, f = matrix
+    x = tf.range(tf.cast(width, tf.float32))[None]
+    y = tf.range(tf.cast(height, tf.float32))[:, None]
+    x, y = a * x + b * y + c, d * x + e * y + f
+    column = tf.cast(tf.floor(x + 0.5), tf.int32)
+    row = tf.cast(tf.floor(y + 0.5), tf.int32)
+    # Halves are rounded away from zero, so -0.5 lies outside.
+    inside = (x > -0.5) & (column < width) & (y > -0.5) & (row < height)
+    # The pixel after the last one is the filling.
+    index = tf.where(inside, row * width + column, height * width)
+    pixels = tf.reshape(image, [-1, 3])
+    pixels = tf.concat([pixels, tf.fill([1, 3], tf.constant(FILL, tf.uint8))], axis=0)
+    return tf.gather(pixels, index)
+
+
+def rotate(image: tf.Tensor, degrees: tf.Tensor) -> tf.Tensor:
+    """Turns the image about its centre, counter-clockwise."""
+    radians = degrees * (3.141592653589793 / 180)
+    cos, sin = tf.cos(radians), tf.sin(radians)
+    shape = tf.cast(tf.shape(image), tf.float32) - 1
+    height, width = shape[0], shape[1]
+    x = (width - (cos * width - sin * height)) / 2
+    y = (height - (sin * width + cos * height)) / 2
+    return _transform(image, [cos, -sin, x, sin, cos, y])
+
+
+def shear_x(image: tf.Tensor, level: tf.Tensor) -> tf.Tensor:
+    """`out[y, x] = in[y, x + level y]`."""
+    return _transform(image, [1, level, 0, 0, 1, 0])
+
+
+def shear_y(image: tf.Tensor, level: tf.Tensor) -> tf.Tensor:
+    """`out[y, x] = in[y + level x, x]`."""
+    return _transform(image, [1, 0, 0, level, 1, 0])
+
+
+def translate_x(image: tf.Tensor, pixels: tf.Tensor) -> tf.Tensor:
+    """`out[y, x] = in[y, x + pixels]`."""
+    return _transform(image, [1, 0, pixels, 0, 1, 0])
+
+
+def translate_y(image: tf.Tensor, pixels: tf.Tensor) -> tf.Tensor:
+    """`out[y, x] = in[y + pixels, x]`."""
+    return _transform(image, [1, 0, 0, 0, 1, pixels])
+
+
+def cutout(image: tf.Tensor, half: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
+    """Greys a square of side `2 half` about a random pixel, cut off at the border."""
+    half = tf.cast(half, tf.int32)
+    size = tf.shape(image)[:2]
+    centre = tf.cast(
+        tf.random.stateless_uniform([2], seed) * tf.cast(size, tf.float32), tf.int32
+    )
+    row, column = (
+        tf.cast(
+            (place >= centre[axis] - half) & (place < centre[axis] + half), tf.uint8
+        )
+        for axis, place in enumerate((tf.range(size[0]), tf.range(size[1])))
+    )
+    inside = row[:, None] * tf.repeat(column, 3)[None]
+    cut = _rows(image) * (1 - inside) + FILL * inside
+    return tf.reshape(cut, tf.shape(image))
+
+
+# --- levels ---
+
+Operation = Callable[[tf.Tensor, tf.Tensor, tf.Tensor, float, float], tf.Tensor]
+
+
+def _enhance(level: tf.Tensor) -> tf.Tensor:
+    return 0.18 * level + 0.1
+
+
+def _whole(value: tf.Tensor) -> tf.Tensor:
+    # A hair more, so that 1.1 * 10 is 11 in float32 too.
+    return tf.floor(value + 1e-4)
+
+
+def _signed(value: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
+    return tf.where(tf.random.stateless_uniform([], seed) < 0.5, -value, value)
+
+
+# name -> (view, level 0..10, seed, translate_const, cutout_const) -> view
+OPERATIONS: dict[str, Operation] = {
+    "AutoContrast": lambda x, level, seed, t, c: autocontrast(x),
+    "Equalize": lambda x, level, seed, t, c: equalize(x),
+    "Invert": lambda x, level, seed, t, c: invert(x),
+    "Rotate": lambda x, level, seed, t, c: rotate(x, _signed(3.0 * level, seed)),
+    "Posterize": lambda x, level, seed, t, c: posterize(x, _whole(0.4 * level)),
+    "Solarize": lambda x, level, seed, t, c: solarize(x, _whole(25.6 * level)),
+    "Color": lambda x, level, seed, t, c: color(x, _enhance(level)),
+    "Contrast": lambda x, level, seed, t, c: contrast(x, _enhance(level)),
+    "Brightness": lambda x, level, seed, t, c: brightness(x, _enhance(level)),
+    "Sharpness": lambda x, level, seed, t, c: sharpness(x, _enhance(level)),
+    "ShearX": lambda x, level, seed, t, c: shear_x(x, _signed(0.03 * level, seed)),
+    "ShearY": lambda x, level, seed, t, c: shear_y(x, _signed(0.03 * level, seed)),
+    "TranslateX": lambda x, level, seed, t, c: translate_x(
+        x, _signed(t / 10 * level, seed)
+    ),
+    "TranslateY": lambda x, level, seed, t, c: translate_y(
+        x, _signed(t / 10 * level, seed)
+    ),
+    "Cutout": lambda x, level, seed, t, c: cutout(x, _whole(c / 10 * level), seed),
+    "SolarizeAdd": lambda x, level, seed, t, c: solarize_add(x, _whole(11.0 * level)),
+}
+NAMES = tuple(OPERATIONS)
+
+
+# --- policies ---
+
+
+def _apply(
+    image: tf.Tensor,
+    operation: tf.Tensor,
+    level: tf.Tensor,
+    seed: tf.Tensor,
+    *,
+    names: tuple[str, ...],
+    translate: float,
+    cutout_half: float,
+) -> tf.Tensor:
+    """Operation number `operation` of `names`; their number itself is the identity."""
+    # Built inside the branches: only the chosen one runs.
+    branches = [
+        functools.partial(OPERATIONS[name], image, level, seed, translate, cutout_half)
+        for name in names
+    ]
+    chosen = tf.switch_case(operation, [*branches, lambda: image])
+    return tf.ensure_shape(chosen, image.shape)
+
+
+def auto_augment(image: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
+    """One of 25 sub-policies, each of whose two operations has its own probability.
+
+    Args:
+      image: `[H, W, 3]` uint8.
+      seed: `[2]` integers.
+    """
+    used = tuple(sorted({name for pair in POLICY_V0 for name, _, _ in pair}))
+    number = tf.constant([[used.index(n) for n, _, _ in pair] for pair in POLICY_V0])
+    probability = tf.constant([[p for _, p, _ in pair] for pair in POLICY_V0])
+    level = tf.constant([[float(v) for _, _, v in pair] for pair in POLICY_V0])
+    drawn = tf.random.stateless_uniform([3], tf.random.fold_in(seed, 0))
+    pair = tf.cast(drawn[0] * len(POLICY_V0), tf.int32)
+    for place in range(2):
+        runs = drawn[1 + place] < probability[pair, place]
+        image = _apply(
+            image,
+            tf.where(runs, number[pair, place], len(used)),
+            level[pair, place],
+            tf.random.fold_in(seed, 1 + place),
+            names=used,
+            translate=AUTO_AUGMENT_TRANSLATE,
+            cutout_half=AUTO_AUGMENT_CUTOUT,
+        )
+    return image
+
+
+def rand_augment(
+    image: tf.Tensor, seed: tf.Tensor, *, layers: int = 2, magnitude: float = 10.0
+) -> tf.Tensor:
+    """`layers` times one of the 16 operations or the identity, drawn uniformly.
+
+    Args:
+      image: `[H, W, 3]` uint8.
+      seed: `[2]` integers.
+      layers: operations in a row.
+      magnitude: level of all of them, 0..10.
+    """
+    drawn = tf.random.stateless_uniform([layers], tf.random.fold_in(seed, 0))
+    for layer in range(layers):
+        image = _apply(
+            image,
+            tf.cast(drawn[layer] * (len(NAMES) + 1), tf.int32),
+            tf.constant(magnitude, tf.float32),
+            tf.random.fold_in(seed, 1 + layer),
+            names=NAMES,
+            translate=RAND_AUGMENT_TRANSLATE,
+            cutout_half=RAND_AUGMENT_CUTOUT,
+        )
+    return image
+
+
+def color_jitter(
+    image: tf.Tensor, seed: tf.Tensor, *, strength: float, probability: float
+) -> tf.Tensor:
+    """`augment.color_jitter` for a view whose policy comes after it, on the host.
+
+    Args:
+      image: `[H, W, 3]` uint8.
+      seed: `[2]` integers.
+      strength: s: factors in `[max(0, 1 - 0.8 s), 1 + 0.8 s]`, hue in +-0.2 s.
+      probability: of jittering at all.
+    """
+    drawn = tf.random.stateless_uniform([5], tf.random.fold_in(seed, 0))
+    order = tf.random.experimental.stateless_shuffle(
+        tf.range(4), tf.cast(tf.random.fold_in(seed, 1), tf.int32)
+    )
+    low, high = max(0.0, 1 - 0.8 * strength), 1 + 0.8 * strength
+    factor = low + (high - low) * drawn[:3]
+    shift = 0.2 * strength * (2 * drawn[3] - 1)
+
+    def jittered() -> tf.Tensor:
+        x = image
+        for place in range(4):
+            x = tf.switch_case(
+                order[place],
+                [
+                    functools.partial(brightness, x, factor[0]),
+                    functools.partial(contrast, x, factor[1]),
+                    functools.partial(color, x, factor[2]),
+                    functools.partial(_turn_hue, x, shift),
+                ],
+            )
+            x = tf.ensure_shape(x, image.shape)
+        return x
+
+    return tf.cond(drawn[4] < probability, jittered, lambda: image)
+
+
+def _turn_hue(image: tf.Tensor, shift: tf.Tensor) -> tf.Tensor:
+    turned = tf.image.adjust_hue(tf.cast(image, tf.float32) / 255.0, shift)
+    return _to_uint8(turned * 255.0 + 0.5)

@@ -1,0 +1,183 @@
+"""Opening a data set by name, and refusing what cannot be opened.
+
+Every failure here is one line that names the flag to change.
+"""
+
+from __future__ import annotations
+
+import logging
+import pathlib
+import zlib
+from zipfile import BadZipFile
+
+import numpy as np
+
+from supcon_jax.data.sources import (
+    ArraySource,
+    FileSource,
+    Source,
+    SyntheticSource,
+    check_labels,
+)
+from supcon_jax.data.tfds import open_tfds, pick_split
+
+logger = logging.getLogger(__name__)
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
+# Of "synthetic": as many images and classes as ImageNet has.
+SYNTHETIC_EXAMPLES = {"train": 1_281_167, "test": 1_000}
+SYNTHETIC_CLASSES = 1000
+
+
+def open_source(name: str, split: str, *, dir: str = "", root: str = "") -> Source:
+    """Opens one split of a data set.
+
+    Args:
+      name: "digits" (scikit-learn's, embedded), "arrays" (an .npz file with
+        `<split>_images` uint8 `[n, H, W, 3]` and `<split>_labels` `[n]`), "folder" (image
+        files, one folder a class), "synthetic" (noise), or a TFDS name.
+      split: "train", "test", ...; TFDS slices such as "train[:90%]".
+      dir: TFDS data directory; "" is TFDS's own default, downloading what it can.
+      root: path of the .npz file for "arrays", of the image folder for "folder".
+
+    Raises:
+      ValueError: one line that says what is missing and which flag to change.
+    """
+    if name == "digits":
+        return _open_digits(split)
+    if name == "arrays":
+        return _open_arrays(root, split)
+    if name == "folder":
+        return _open_folder(root, split)
+    if name == "synthetic":
+        pick_split(split, list(SYNTHETIC_EXAMPLES))
+        return SyntheticSource(SYNTHETIC_EXAMPLES[split], SYNTHETIC_CLASSES)
+    return open_tfds(name, split, dir)
+
+
+def _open_folder(root: str, split: str) -> FileSource:
+    """`root/<split>/<class>/...` or, for the split "train" alone, `root/<class>/...`."""
+    path = pathlib.Path(root).expanduser()
+    if not root or not path.is_dir():
+        raise ValueError(
+            f"data.name='folder' needs a folder of images; got {root!r} "
+            "(--config.data.root)"
+        )
+    if not (path / "train").is_dir():
+        if split != "train":
+            raise ValueError(
+                f"{path} has no folder 'train', so its folders are the classes and "
+                f"there is no split {split!r}; hold a share out with "
+                "--config.data.validation_fraction=0.1"
+            )
+        return _image_folder(path, _class_names(path))
+    splits = sorted(p.name for p in path.iterdir() if p.is_dir())
+    pick_split(split, splits)
+    class_names = _class_names(path / "train")
+    foreign = sorted(set(_class_names(path / split)) - set(class_names))
+    if foreign:
+        raise ValueError(
+            f"{path / split} has the class {foreign[0]!r}, which {path / 'train'} "
+            "lacks (--config.data.root)"
+        )
+    return _image_folder(path / split, class_names)
+
+
+def _class_names(path: pathlib.Path) -> list[str]:
+    names = sorted(
+        p.name for p in path.iterdir() if p.is_dir() and not p.name.startswith(".")
+    )
+    if not names:
+        raise ValueError(
+            f"{path} holds no folders; expected one folder of images a class "
+            "(--config.data.root)"
+        )
+    return names
+
+
+def _image_folder(path: pathlib.Path, class_names: list[str]) -> FileSource:
+    paths, labels = [], []
+    for label, name in enumerate(class_names):
+        if not (path / name).is_dir():
+            continue  # a class of train that this split does not show
+        files = sorted(
+            str(file)
+            for file in (path / name).rglob("*")
+            if file.suffix.lower() in IMAGE_SUFFIXES and not file.name.startswith(".")
+        )
+        if not files:
+            raise ValueError(
+                f"class folder {path / name} holds no images "
+                f"({', '.join(IMAGE_SUFFIXES)}); remove it or fill it "
+                "(--config.data.root)"
+            )
+        paths += files
+        labels += [label] * len(files)
+    return FileSource(
+        np.asarray(paths), np.asarray(labels, np.int32), tuple(class_names)
+    )
+
+
+def _open_digits(split: str) -> ArraySource:
+    """1,797 handwritten digits, 8x8, grey levels 0..16 scaled to 0..255.
+
+    The split is fixed: of each class, in the order of the data set, the share
+    500/1797 that scikit-learn's stratified splitter draws with random_state=0 is the
+    test set. 1,297 train and 500 test.
+    """
+    try:
+        from sklearn.datasets import load_digits
+        from sklearn.model_selection import train_test_split
+    except ImportError:
+        raise ValueError(
+            "data.name='digits' needs scikit-learn; pip install scikit-learn"
+        ) from None
+    pick_split(split, ["train", "test"])
+    digits = load_digits()
+    train, test = train_test_split(
+        np.arange(len(digits.target)),
+        test_size=500,
+        stratify=digits.target,
+        random_state=0,
+    )
+    rows = np.sort(train if split == "train" else test)
+    grey = np.round(digits.images[rows] * (255 / 16)).astype(np.uint8)
+    images = np.repeat(grey[..., None], 3, axis=-1)
+    return ArraySource(images, digits.target[rows].astype(np.int32), num_classes=10)
+
+
+def _open_arrays(root: str, split: str) -> ArraySource:
+    path = pathlib.Path(root).expanduser()
+    if not root or not path.is_file():
+        raise ValueError(
+            f"data.name='arrays' needs an .npz file with train_images, train_labels, "
+            f"...; got {root!r} (--config.data.root)"
+        )
+    try:
+        # Pickled objects could run code; arrays of numbers need none.
+        with np.load(path, allow_pickle=False) as file:
+            keys = list(file)
+            wanted = {f"{split}_images", *(k for k in keys if k.endswith("_labels"))}
+            arrays = {key: file[key] for key in keys if key in wanted}
+    except (ValueError, TypeError, OSError, EOFError, BadZipFile, zlib.error) as error:
+        raise ValueError(
+            f"cannot read {path} as .npz: {error} (--config.data.root)"
+        ) from None
+    splits = sorted(k.removesuffix("_images") for k in keys if k.endswith("_images"))
+    pick_split(split, [s for s in splits if f"{s}_labels" in keys])
+    images, labels = arrays[f"{split}_images"], arrays[f"{split}_labels"]
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
+        raise ValueError(
+            f"{path}: {split}_images is {images.dtype} {images.shape}; "
+            "expected uint8 [n, H, W, 3]"
+        )
+    if labels.shape != images.shape[:1] or not np.issubdtype(labels.dtype, np.integer):
+        raise ValueError(
+            f"{path}: {split}_labels is {labels.dtype} {labels.shape}; "
+            f"expected integers [{len(images)}]"
+        )
+    # All splits count, so that train and test agree on the number of classes.
+    every = [arrays[f"{s}_labels"] for s in splits if f"{s}_labels" in keys]
+    num_classes = 1 + int(max(part.max(initial=0) for part in every))
+    for part in every:
+        check_labels(part, num_classes)
+    return ArraySource(images, labels.astype(np.int32), num_classes)

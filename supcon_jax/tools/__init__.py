@@ -1,0 +1,1 @@
+"""Small programs beside main.py, run as `python -m supcon_jax.tools.NAME`."""

@@ -1,0 +1,132 @@
+"""Draws what the encoder sees: a grid of training images and their augmented views.
+
+    python -m supcon_jax.tools.show_batch --config=configs/digits.py --out=batch.png
+    python -m supcon_jax.tools.show_batch --config=configs/supcon_r50.py \\
+        --config.data.dir=DIR --config.augment.policy=auto_augment --out=batch.png
+
+Each row is one image: as the evaluation crops it, then its views as a training step
+sees them (before mean and standard deviation), with the name of its class.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import importlib.util
+import pathlib
+import sys
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from supcon_jax import experiment
+from supcon_jax.config import check_config, unknown_key
+from supcon_jax.data.pipeline import eval_batches
+from supcon_jax.data.sources import SyntheticSource, take_rows
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Parses the command line and draws the picture."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0],
+        epilog="--config.KEY=VALUE changes a config key, as for main.py",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", required=True, help="FILE or FILE:VARIANT")
+    parser.add_argument("--out", default="batch.png", help="the picture to write")
+    parser.add_argument("--rows", type=int, default=8, help="images to show")
+    options, rest = parser.parse_known_args(arguments)
+    changes = [a.removeprefix("--config.") for a in rest if a.startswith("--config.")]
+    if len(changes) < len(rest):
+        parser.error(f"unexpected {' '.join(a for a in rest if '--config.' not in a)}")
+    try:
+        config = load_config(options.config, changes)
+        draw(config, pathlib.Path(options.out), rows=options.rows)
+    except ValueError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    print(f"wrote {options.out}")
+
+
+def load_config(name: str, changes: list[str]) -> ConfigDict:
+    """The config of a file, `FILE` or `FILE:VARIANT`, with `KEY=VALUE` changes.
+
+    Raises:
+      ValueError: no such file, key or value.
+    """
+    file, _, variant = name.partition(":")
+    path = pathlib.Path(file)
+    if not path.is_file():
+        raise ValueError(f"no config file {file!r} (--config)")
+    sys.path.insert(0, str(pathlib.Path.cwd()))  # configs import configs.common
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    config = module.get_config(variant) if variant else module.get_config()
+    for change in changes:
+        key, _, text = change.partition("=")
+        if key not in experiment.flatten(config.to_dict()):
+            raise ValueError(unknown_key(key))
+        try:
+            value = ast.literal_eval(text)
+        except (SyntaxError, ValueError):
+            value = text
+        try:
+            config.update_from_flattened_dict({key: value})
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"cannot set --config.{change}: {error}") from None
+    check_config(config)
+    return config
+
+
+def draw(config: ConfigDict, out: pathlib.Path, *, rows: int) -> None:
+    """Writes the picture of the first images of the first training step."""
+    from matplotlib.figure import Figure
+
+    whole, views, labels = first_views(config, rows)
+    names = experiment.open_sources(config)[0].class_names
+    rows, columns = len(views), 1 + views.shape[1]
+    figure = Figure(figsize=(1.6 * columns + 0.4, 1.7 * rows))
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for row in range(rows):
+        label = int(labels[row])
+        name = names[label] if label < len(names) else str(label)
+        for column, image in enumerate([whole[row], *views[row]]):
+            axis = axes[row, column]
+            axis.imshow(image, interpolation="nearest")
+            axis.set_xticks([])
+            axis.set_yticks([])
+            if row == 0:
+                axis.set_title(f"view {column}" if column else "image", fontsize=9)
+        axes[row, 0].set_ylabel(name[:20], fontsize=8)
+    figure.tight_layout(pad=0.4)
+    figure.savefig(out, dpi=110)
+
+
+def first_views(
+    config: ConfigDict, rows: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Whole images `[n, S, S, 3]`, views `[n, V, S, S, 3]` in [0, 1], labels `[n]`."""
+    config = ConfigDict(config)
+    config.data.mean, config.data.std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+    train, _ = experiment.open_sources(config)
+    sampler = experiment.build_sampler(config, train)
+    batch = next(experiment.build_train_batches(config, train, sampler))
+    head = {key: value[:rows] for key, value in batch.items()}
+    augment = jax.jit(experiment.build_augmentation(config, train))
+    views = np.asarray(augment(head["image"], head["id"]))
+    if isinstance(train, SyntheticSource):
+        return views[:, 0], views, head["label"]
+    shown = take_rows(train, head["id"][:, 1])
+    (whole,) = eval_batches(
+        shown,
+        batch_size=len(views),
+        image_size=config.data.image_size,
+        resize=config.data.eval_resize,
+    )
+    return whole["image"][:, 0], np.clip(views, 0, 1), head["label"]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,249 @@
+"""Image files of all kinds, broken ones among them, through the tf.data part."""
+
+import io
+import itertools
+import logging
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from supcon_jax.data.datasets import open_source
+from supcon_jax.data.pipeline import (
+    HostAugmentation,
+    eval_batches,
+    load_small,
+    train_batches,
+)
+from supcon_jax.data.sampler import shuffled
+from supcon_jax.data.sources import FileSource
+
+RNG = np.random.default_rng(0)
+
+
+def photo(size=(40, 30)):
+    """A smooth picture, so that lossy formats change little."""
+    x, y = np.meshgrid(np.linspace(0, 1, size[0]), np.linspace(0, 1, size[1]))
+    return Image.fromarray(
+        (255 * np.stack([x, y, (x + y) / 2], axis=-1)).astype(np.uint8)
+    )
+
+
+def evaluated(path, side=30):
+    """The central crop of one image file."""
+    source = FileSource(np.asarray([str(path)]), np.zeros(1, np.int32), ("a",))
+    (batch,) = eval_batches(source, batch_size=1, image_size=side, resize=side)
+    assert batch["mask"].tolist() == [1]
+    return batch["image"][0, 0].astype(int)
+
+
+FORMATS = {
+    "jpeg": ("jpg", "RGB", {"quality": 95}),
+    "grey jpeg": ("jpg", "L", {"quality": 95}),
+    "cmyk jpeg": ("jpg", "CMYK", {"quality": 95}),
+    "png": ("png", "RGB", {}),
+    "palette png": ("png", "P", {}),
+    "alpha png": ("png", "RGBA", {}),
+    "grey alpha png": ("png", "LA", {}),
+    "webp": ("webp", "RGB", {"lossless": True}),
+    "bmp": ("bmp", "RGB", {}),
+    "gif": ("gif", "P", {}),
+}
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_formats_give_what_pillow_gives(kind, tmp_path):
+    suffix, mode, options = FORMATS[kind]
+    path = tmp_path / f"image.{suffix}"
+    photo((30, 30)).convert(mode).save(path, **options)
+    expected = np.asarray(Image.open(path).convert("RGB")).astype(int)
+    got = evaluated(path)
+    assert got.shape == (30, 30, 3)
+    # JPEG decoders upsample colour in ways of their own.
+    error = np.abs(got - expected)
+    assert (error.mean() < 3) if suffix == "jpg" else (error.max() == 0)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_photographs_are_turned_upright(orientation, tmp_path):
+    """A viewer shows all eight files the same way up, and so does the pipeline."""
+    image = photo((30, 30))
+    held = {
+        1: None,
+        2: Image.Transpose.FLIP_LEFT_RIGHT,
+        3: Image.Transpose.ROTATE_180,
+        4: Image.Transpose.FLIP_TOP_BOTTOM,
+        5: Image.Transpose.TRANSPOSE,
+        6: Image.Transpose.ROTATE_90,
+        7: Image.Transpose.TRANSVERSE,
+        8: Image.Transpose.ROTATE_270,
+    }[orientation]
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = tmp_path / "image.jpg"
+    stored = image if held is None else image.transpose(held)
+    stored.save(path, quality=98, subsampling=0, exif=exif)
+    error = np.abs(evaluated(path) - np.asarray(image))
+    assert error.mean() < 2 and error.max() <= 12
+
+
+def test_one_pixel_is_an_image(tmp_path):
+    path = tmp_path / "image.png"
+    Image.new("RGB", (1, 1), (10, 20, 30)).save(path)
+    assert evaluated(path, side=8).reshape(-1, 3).tolist() == [[10, 20, 30]] * 64
+    source = FileSource(np.asarray([str(path)]), np.zeros(1, np.int32), ("a",))
+    views = next(
+        train_batches(
+            source,
+            shuffled(1, 2, seed=0),
+            batch_size=2,
+            image_size=8,
+            views=2,
+            augmentation=HostAugmentation(crop_area=(0.08, 1.0), flip=True),
+            seed=0,
+        )
+    )["image"]
+    assert views.reshape(-1, 3).tolist() == [[10, 20, 30]] * (4 * 64)
+
+
+# --- broken files ---
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """20 images of two classes; number 7 is cut short, 12 is text, 13 is empty."""
+    for index in range(20):
+        path = tmp_path / "train" / "ab"[index % 2] / f"{index:02}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        buffer = io.BytesIO()
+        Image.fromarray(RNG.integers(0, 256, (24, 24, 3), np.uint8)).save(
+            buffer, "JPEG"
+        )
+        data = buffer.getvalue()
+        broken = {7: data[: len(data) // 2], 12: b"not an image", 13: b""}
+        path.write_bytes(broken.get(index, data))
+    return tmp_path
+
+
+BROKEN = {"b/07.jpg", "a/12.jpg", "b/13.jpg"}
+
+
+def endings(names):
+    return {"/".join(name.split("/")[-2:]) for name in names}
+
+
+def batches(folder, skipped, *, start=0, steps=15):
+    source = open_source("folder", "train", root=str(folder))
+    stream = train_batches(
+        source,
+        shuffled(20, 4, seed=0),
+        batch_size=4,
+        image_size=8,
+        views=2,
+        augmentation=HostAugmentation(),
+        seed=0,
+        start_step=start,
+        skipped=skipped,
+    )
+    return list(itertools.islice(stream, steps))
+
+
+def test_a_broken_file_stops_the_run_with_its_name(folder):
+    with pytest.raises(ValueError, match="cannot decode") as error:
+        batches(folder, None)
+    message = str(error.value)
+    assert "\n" not in message and "--config.data.skip_errors=True" in message
+    assert any(name in message for name in BROKEN)
+
+
+def test_broken_files_are_skipped_counted_and_replaced(folder, caplog):
+    skipped = {}
+    with caplog.at_level(logging.WARNING, "supcon_jax"):
+        found = batches(folder, skipped)
+    assert endings(skipped) == BROKEN
+    assert all(reason and "\n" not in reason for reason in skipped.values())
+    assert "the file is empty" in skipped.values()
+    assert sum("skipping" in record.message for record in caplog.records) == 3
+    ids = np.concatenate([batch["id"] for batch in found])
+    assert sorted(ids[:20, 1]) == list(range(20))  # steps and order stay as they were
+    images = np.concatenate([batch["image"] for batch in found])
+    assert (images.reshape(len(images), -1).std(axis=1) > 10).all()
+    # After a resume, before the broken files are known, the same.
+    for a, b in zip(batches(folder, {}, start=3, steps=5), found[3:], strict=False):
+        for key in a:
+            np.testing.assert_array_equal(a[key], b[key])
+
+
+def test_a_file_that_vanished_is_named(folder):
+    source = open_source("folder", "train", root=str(folder))
+    (folder / "train" / "a" / "00.jpg").unlink()
+    with pytest.raises(ValueError, match=r"00\.jpg: No such file"):
+        list(eval_batches(source, batch_size=4, image_size=8, resize=8))
+
+
+def test_evaluation_masks_broken_files(folder):
+    source = open_source("folder", "train", root=str(folder))
+    skipped = {}
+    found = list(
+        eval_batches(source, batch_size=8, image_size=8, resize=8, skipped=skipped)
+    )
+    assert endings(skipped) == BROKEN
+    assert len(found) == 3
+    mask = np.concatenate([batch["mask"] for batch in found])
+    assert mask.sum() == 17 and mask[20:].sum() == 0
+    labels = np.concatenate([batch["label"] for batch in found])
+    good = np.flatnonzero(mask[:20])
+    np.testing.assert_array_equal(labels[good], source.labels[good])
+
+
+def test_nothing_but_broken_files(tmp_path):
+    (tmp_path / "train" / "a").mkdir(parents=True)
+    for name in ("1.jpg", "2.jpg"):
+        (tmp_path / "train" / "a" / name).write_text("no")
+    source = open_source("folder", "train", root=str(tmp_path))
+    stream = train_batches(
+        source,
+        shuffled(2, 2, seed=0),
+        batch_size=2,
+        image_size=8,
+        views=1,
+        augmentation=HostAugmentation(),
+        seed=0,
+        skipped={},
+    )
+    with pytest.raises(ValueError, match="none of the images can be decoded"):
+        next(stream)
+
+
+def test_labels_out_of_range_are_named(tfds_dir):
+    import dataclasses
+
+    source = open_source("cifar10", "test[:9]", dir=tfds_dir)
+    fewer = dataclasses.replace(source, num_classes=3)
+    with pytest.raises(ValueError, match=r"label \d of .*tfrecord.*allowed: 0 to 2"):
+        list(eval_batches(fewer, batch_size=3, image_size=32, resize=32))
+
+
+# --- small splits in memory ---
+
+
+def test_small_images_are_decoded_once(tfds_dir):
+    encoded = open_source("cifar10", "test[:1234]", dir=tfds_dir)
+    loaded = load_small(encoded, 32)
+    assert loaded.images.shape == (1234, 32, 32, 3)
+    assert loaded.class_names == encoded.class_names
+    options = {"batch_size": 500, "image_size": 32, "resize": 32}
+    for a, b in zip(
+        eval_batches(encoded, **options), eval_batches(loaded, **options), strict=True
+    ):
+        for key in a:
+            np.testing.assert_array_equal(a[key], b[key])
+
+
+def test_other_sizes_and_files_are_not_loaded(tfds_dir, folder, monkeypatch):
+    encoded = open_source("cifar10", "test[:9]", dir=tfds_dir)
+    assert load_small(encoded, 24) is encoded
+    files = open_source("folder", "train", root=str(folder))
+    assert load_small(files, 24) is files
+    monkeypatch.setattr("supcon_jax.data.pipeline.IN_MEMORY_BYTES", 9 * 32 * 32 * 3 - 1)
+    assert load_small(encoded, 32) is encoded
