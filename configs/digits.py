@@ -33,7 +33,6 @@ def set_digits(config):
     # Digits have no colour, and a mirrored digit is another sign.
     config.augment.crop_area = (0.5, 1.0)
     config.augment.flip = False
-    config.augment.jitter_strength = 0.0
-    config.augment.grayscale_probability = 0.0
+    common.set_augmentation(config, "identity")
     config.encoder.name = "resnet8"
     config.encoder.stem = "cifar"

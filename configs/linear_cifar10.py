@@ -24,8 +24,7 @@ def get_config(variant: str = ""):
     config.checkpoint_every = 980
     supcon_cifar10.set_cifar10(config)
     config.data.views = 1
-    config.augment.jitter_strength = 0.0
-    config.augment.grayscale_probability = 0.0
+    common.set_augmentation(config, "identity")
     supcon_cifar10.set_encoder(config, full)
     config.optimizer.name = "momentum"
     config.optimizer.learning_rate = 5.0

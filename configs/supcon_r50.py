@@ -7,8 +7,6 @@
 Hardware: 128 TPU cores in the official script; batch 8192 is one override.
 Time: not measured here. Expected: 78.7 % linear top-1 (Table 3), not measured here.
 Source: google-research/supcon, scripts/configs.sh and hparams.py, 2022.
-Known difference: AutoAugment is not there yet; colour jitter and grayscale (SimCLR,
-strength 1) stand in for it.
 """
 
 from configs import common
@@ -44,4 +42,4 @@ def set_imagenet(config):
     config.data.image_size = 224
     config.data.eval_resize = 256
     config.augment.crop_area = (0.08, 1.0)
-    config.augment.jitter_strength = 1.0
+    common.set_augmentation(config, "auto_augment")

@@ -317,9 +317,10 @@ def crop_and_augment(
             max_attempts=CROP_ATTEMPTS,
         )
         view = _resize(tf.slice(image, begin, size), (image_size, image_size))
-        if flip:
-            view = tf.image.stateless_random_flip_left_right(view, fold_in(view_key, 1))
         view = _to_uint8(view)
+        if flip:
+            mirror = tf.random.stateless_uniform([], fold_in(view_key, 1)) < 0.5
+            view = _flip_if(mirror, view)
         if augment is not None:
             view = augment(view, fold_in(view_key, 2))
         stack.append(view)
@@ -382,4 +383,8 @@ def _resize(image: tf.Tensor, size) -> tf.Tensor:
 
 def _to_uint8(image: tf.Tensor) -> tf.Tensor:
     # Bilinear values lie between the pixels': rounding cannot leave 0..255.
-    return tf.cast(tf.round(image), tf.uint8)
+    return tf.cast(image + 0.5, tf.uint8)
+
+
+def _flip_if(mirror: tf.Tensor, view: tf.Tensor) -> tf.Tensor:
+    return tf.cond(mirror, lambda: tf.reverse(view, [1]), lambda: view)
