@@ -108,6 +108,40 @@ def test_collapsed_gradient_shows_a_lower_precision(monkeypatch):
     assert collapsed_errors()[0] > 1e-2
 
 
+def class_sum_gradient(x, labels, temperature):
+    """The gradient as it is often written: the positives' part by sums over classes.
+
+    With S_c the sum of a class and P the softmax over the others, dL/dz_i is
+    `((P + P^T) z - 2 (S_c - z_i) / |P(i)|) / (N t)`, exact but for rounding.
+    """
+    n = x.shape[0] * x.shape[1]
+    w = x.reshape(n, -1)
+    group = jnp.repeat(labels, x.shape[1])
+    norm = jnp.linalg.norm(w, axis=1, keepdims=True)
+    z = w / norm
+    highest = functools.partial(jnp.matmul, precision="highest")
+    logits = jnp.where(jnp.eye(n, dtype=bool), -jnp.inf, highest(z, z.T) / temperature)
+    softmax = jax.nn.softmax(logits, axis=1)
+    onehot = jax.nn.one_hot(group, int(labels.max()) + 1)
+    positives = jnp.sum(onehot, axis=0)[group][:, None] - 1
+    sums = highest(onehot.T, z)[group] - z
+    g = (highest(softmax + softmax.T, z) - 2 * sums / positives) / (n * temperature)
+    g = (g - jnp.sum(g * z, axis=1, keepdims=True) * z) / norm
+    return g.reshape(x.shape)
+
+
+def test_collapsed_gradient_shows_class_sums():
+    """So has it this: exact sums of nearly equal vectors that cancel afterwards."""
+    x, labels = collapsed()
+    with jax.enable_x64(True):
+        wide = x.astype(np.float64)
+        expected = jax.grad(lambda x: dense_loss(x, labels, 0.1).mean())(wide)
+        formula = class_sum_gradient(jnp.asarray(wide), labels, 0.1)
+        assert relative(np.asarray(formula), np.asarray(expected)) < 1e-9
+    narrow = np.asarray(class_sum_gradient(jnp.asarray(x), labels, 0.1))
+    assert relative(narrow, np.asarray(expected)) > 1e-4
+
+
 def equations(jaxpr):
     """All equations of a jaxpr, those of inner jaxprs included."""
     for equation in jaxpr.eqns:
