@@ -7,13 +7,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 import json
 import logging
 import os
 import pathlib
-import shlex
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -42,8 +39,7 @@ from supcon_jax.data.sampler import Sampler, class_balanced, shuffled
 from supcon_jax.data.sources import Source, SyntheticSource
 from supcon_jax.evaluation.predict import Predictor
 from supcon_jax.models import Classifier, ResNet, create_encoder
-from supcon_jax.train_state import TrainState
-from supcon_jax.writers import plot_curves, read_metrics
+from supcon_jax.writers import read_metrics
 
 logger = logging.getLogger(__name__)
 
@@ -238,95 +234,10 @@ def _refuse_other_config(
         )
 
 
-def log_start(run: Run, state: TrainState) -> None:
-    """Says in a few lines what is about to run."""
-    config = run.config
-    images = run.train_source.num_examples
-    counts = {
-        name: sum(leaf.size for leaf in jax.tree.leaves(tree))
-        for name, tree in state.params.items()
-    }
-    mask = jax.tree.leaves(
-        optimizers.path_mask(state.params, tuple(config.optimizer.exclude))
-    )
-    logger.info(
-        "%s on %s: %s training images, %d classes",
-        config.loss.name if config.mode == "pretrain" else config.mode,
-        config.data.name,
-        f"{images:,}",
-        run.train_source.num_classes,
-    )
-    logger.info(
-        "%d x %s, global batch %d images x %d views, %d steps (%.4g epochs)",
-        run.mesh.size,
-        run.mesh.devices.flat[0].device_kind,
-        config.batch_size,
-        config.data.views,
-        run.total_steps,
-        run.total_steps / run.steps_per_epoch,
-    )
-    logger.info(
-        "%s, trained parameters: %s; %s, peak learning rate %.4g, decay on %d of %d "
-        "arrays",
-        config.encoder.name,
-        ", ".join(f"{name} {count:,}" for name, count in counts.items()),
-        config.optimizer.name,
-        scaled_learning_rate(config),
-        sum(mask) if config.optimizer.weight_decay else 0,
-        len(mask),
-    )
-    warmup_steps = config.optimizer.warmup_epochs * run.steps_per_epoch
-    if warmup_steps >= run.total_steps:
-        logger.warning(
-            "warning: the warm-up takes %.0f steps, so this run of %d ends within it "
-            "(--config.optimizer.warmup_epochs)",
-            warmup_steps,
-            run.total_steps,
-        )
-
-
 def finished_metrics(workdir: pathlib.Path) -> dict[str, Any] | None:
     """The final metrics of a run that is already complete."""
     records = read_metrics(workdir)
     return records[-1] if records and records[-1].get("final") else None
-
-
-def report_end(run: Run, final: dict[str, Any]) -> dict[str, Any]:
-    """Prints the result, where it lies and the next command; returns the result."""
-    if jax.process_index() == 0:
-        shown = {
-            "knn/top1": "kNN top-1 {:.2%}",
-            "eval/top1": "top-1 {:.2%}",
-            "eval/top5": "top-5 {:.2%}",
-            "eval/num_examples": "on {} images",
-        }
-        result = [
-            text.format(final[key]) for key, text in shown.items() if key in final
-        ]
-        logger.info("")
-        if run.skipped:
-            logger.info("Skipped: %d images that cannot be decoded:", len(run.skipped))
-            for name, reason in run.skipped.items():
-                logger.info("         %s: %s", name, reason)
-        logger.info("Result:  %s", ", ".join(result) or "trained, not evaluated")
-        logger.info("Workdir: %s", os.path.relpath(run.workdir))
-        if picture := plot_curves(run.workdir):
-            logger.info("Curves:  %s", os.path.relpath(picture))
-        if run.config.next_config:
-            logger.info("Next:    %s", next_command(run))
-    return final
-
-
-def next_command(run: Run) -> str:
-    """The command line that goes on from a run."""
-    config = run.config
-    command = ["python", "main.py", f"--config={config.next_config}"]
-    if config.mode == "pretrain":
-        command.append(f"--config.pretrained={os.path.relpath(run.workdir)}")
-    for key in ("dir", "root"):
-        if config.data[key]:
-            command.append(f"--config.data.{key}={config.data[key]}")
-    return shlex.join(command)
 
 
 def build_encoder(config: ConfigDict) -> ResNet:
@@ -380,31 +291,6 @@ def build_train_batches(
         start_step=start_step,
         skipped=skipped,
     )
-
-
-def measure_input(batches: Iterator[Batch], batch_size: int) -> Iterator[Batch]:
-    """The same batches, with a line that says how fast this host makes them.
-
-    The first batch pays for what is made once; the second is timed.
-    """
-    head = [next(batches)]
-    start = time.monotonic()
-    head.append(next(batches))
-    seconds = max(time.monotonic() - start, 1e-6)
-    images = head[0]["image"]
-    rate = len(images) / seconds
-    logger.info(
-        "input: a step needs %s images as %s %dx%d; this host (%d cores) makes %s "
-        "images/s of its %s, so a step takes at least %.3g s",
-        f"{batch_size:,}",
-        "whole images" if images.shape[1] == 1 else f"{images.shape[1]} views",
-        *images.shape[2:4],
-        os.cpu_count(),
-        f"{rate:,.0f}" if rate < 1e5 else "over 100,000",
-        f"{len(images):,}",
-        seconds,
-    )
-    return itertools.chain(head, batches)
 
 
 def build_predictor(run: Run, encoder: nn.Module, head: nn.Module | None) -> Predictor:

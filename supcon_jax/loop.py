@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from supcon_jax import experiment, parallel
+from supcon_jax import experiment, parallel, report
 from supcon_jax.checkpoint import Checkpointer
 from supcon_jax.experiment import Run
 from supcon_jax.train_state import TrainState
@@ -62,12 +62,12 @@ def train(
     """
     if run.finished is not None:
         logger.info("this run is complete; another --workdir starts a new one")
-        return experiment.report_end(run, run.finished)
+        return report.report_end(run, run.finished)
     log_file = add_log_file(run.workdir)
     checkpointer = Checkpointer(run.workdir, keep=run.config.keep_checkpoints)
     try:
         final = _fit(run, checkpointer, init, step, evaluate, frozen, watch)
-        return experiment.report_end(run, final)
+        return report.report_end(run, final)
     finally:
         # Also after an interrupt: the save that is under way becomes whole.
         checkpointer.close()
@@ -87,7 +87,7 @@ def _fit(
     config, total_steps = run.config, run.total_steps
     state = restore_or_init(checkpointer, init, run.mesh)
     start_step = int(state.step)
-    experiment.log_start(run, state)
+    report.log_start(run, state)
     host_batches = experiment.build_train_batches(
         config,
         run.train_source,
@@ -95,7 +95,7 @@ def _fit(
         start_step=start_step,
         skipped=run.skipped,
     )
-    host_batches = experiment.measure_input(host_batches, config.batch_size)
+    host_batches = report.measure_input(host_batches, config.batch_size)
     batches = parallel.prefetch_to_devices(host_batches, run.mesh)
     first_batch = next(batches)
     compiled = compile_step(step, state, first_batch, run.mesh, *frozen)
@@ -110,7 +110,7 @@ def _fit(
     pending: tuple[int, dict[str, jax.Array]] | None = None
     last: Metrics = {}
 
-    def report(at: int, device_metrics: dict[str, jax.Array]) -> Metrics:
+    def log_metrics(at: int, device_metrics: dict[str, jax.Array]) -> Metrics:
         metrics = _fetch(at, device_metrics)
         metrics["train/images_per_sec"] = config.batch_size * meter.read(at)
         if at < total_steps:
@@ -124,7 +124,7 @@ def _fit(
     for number in range(start_step + 1, total_steps + 1):
         state, device_metrics = compiled(state, next(batches), *frozen)
         if pending is not None:
-            last = report(*pending)
+            last = log_metrics(*pending)
             pending = None
         first, final = number == start_step + 1, number == total_steps
         if number % config.log_every == 0 or first or final:
@@ -144,7 +144,7 @@ def _fit(
                 if save_due:
                     checkpointer.save(state, number, metrics)
     if pending is not None:
-        last = report(*pending)
+        last = log_metrics(*pending)
 
     _check_finite(state, total_steps)
     metrics = _evaluate(evaluate, state, total_steps)

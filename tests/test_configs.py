@@ -234,7 +234,7 @@ ELSEWHERE = {
     "eval_every": "test_pretrain.py::test_periods",
     "checkpoint_every": "test_pretrain.py::test_periods",
     "keep_checkpoints": "test_pretrain.py::test_periods",
-    "next_config": "test_pretrain.py::test_next_command",
+    "next_config": "test_report.py::test_next_command",
     "pretrained": "test_linear_eval.py::test_random_encoder_differs",
     "compilation_cache": "test_configs.py::test_compilation_cache",
     "data.name": "test_configs.py::test_data_keys",

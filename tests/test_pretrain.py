@@ -283,15 +283,6 @@ def test_collapse_is_said_once_in_plain_words(caplog):
     monitor(9, {"train/loss": 1.0})  # cross-entropy has no such level
 
 
-def test_next_command(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    config = pretrain_config(next_config="configs/linear_digits.py")
-    run = experiment.open_run(config, "a run")
-    assert experiment.next_command(run) == (
-        "python main.py --config=configs/linear_digits.py '--config.pretrained=a run'"
-    )
-
-
 @pytest.mark.slow
 def test_killed_process_resumes_to_the_same_bits(tmp_path):
     """SIGKILL at any moment, then the same command, until it is done."""

@@ -1,0 +1,46 @@
+"""What a run says in words."""
+
+import re
+import time
+
+import numpy as np
+
+from supcon_jax import experiment, report
+from tests.runs import pretrain_config
+
+
+def test_next_command(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = pretrain_config(next_config="configs/linear_digits.py")
+    run = experiment.open_run(config, "a run")
+    assert report.next_command(run) == (
+        "python main.py --config=configs/linear_digits.py '--config.pretrained=a run'"
+    )
+
+
+def test_input_line_measures_the_host_and_passes_every_batch(caplog):
+    def batches(seconds):
+        for number in range(4):
+            time.sleep(seconds)
+            yield {"image": np.zeros((6, 2, 8, 9, 3), np.uint8), "number": number}
+
+    seen = report.measure_input(batches(0.2), batch_size=24)
+    assert [batch["number"] for batch in seen] == [0, 1, 2, 3]
+    (line,) = (r.getMessage() for r in caplog.records if "input:" in r.getMessage())
+    assert "a step needs 24 images as 2 views 8x9" in line
+    rate = float(re.search(r"makes ([\d.]+) images/s of its 6", line).group(1))
+    assert 0 < rate <= 30.1  # 6 images in 0.2 s, or longer on a busy machine
+    assert "whole images" not in line
+
+
+def test_start_says_what_is_about_to_run(tmp_path, caplog):
+    from supcon_jax import pretrain
+
+    config = pretrain_config(**{"optimizer.warmup_epochs": 5.0})
+    run = experiment.open_run(config, tmp_path)
+    init, _, _ = pretrain.build(run)
+    report.log_start(run, init())
+    assert "supcon on digits: 1,297 training images, 10 classes" in caplog.text
+    assert "global batch 16 images x 2 views, 12 steps" in caplog.text
+    # 5 epochs of 1297 / 16 steps do not fit into 12.
+    assert "the warm-up takes 405 steps, so this run of 12 ends" in caplog.text
