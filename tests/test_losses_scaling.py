@@ -1,5 +1,6 @@
 """What the loss costs and keeps: precision, devices, collectives, memory."""
 
+import contextlib
 import functools
 import importlib.util
 import os
@@ -363,6 +364,36 @@ def test_global_arrays_under_jit():
     expected = jax.jit(jax.value_and_grad(supcon_loss))(x, labels)
     assert relative(got[0], expected[0]) < 5e-6
     assert relative(got[1], expected[1]) < 5e-6
+
+
+@pytest.mark.parametrize("in_context", [False, True])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"denominator": "one_positive"}, {"positives_cap": 4}, {"reduction": "none"}],
+    ids=str,
+)
+def test_global_arrays_with_explicit_axes(options, in_context):
+    """jax.make_mesh makes such meshes; shardings are part of their arrays' types."""
+    x, labels = ordinary(16, dimension=8)
+
+    def loss(x, labels, temperature, key):
+        given = {"positives_key": key} if "positives_cap" in options else {}
+        return jnp.sum(
+            supcon_loss(x, labels, temperature=temperature, **options, **given)
+        )
+
+    step = jax.value_and_grad(loss, argnums=(0, 2))
+    scalars = (jnp.float32(0.2), jax.random.key(1))
+    expected = jax.jit(step)(x, labels, *scalars)
+    auto = make_mesh(4)
+    mesh = jax.make_mesh((4,), ("data",), devices=auto.devices.flatten())
+    split = jax.sharding.NamedSharding(mesh, P("data"))
+    arrays = jax.device_put(x, split), jax.device_put(labels, split)
+    with jax.set_mesh(mesh) if in_context else contextlib.nullcontext():
+        got = jax.jit(step)(*arrays, *scalars)
+    assert jax.typeof(got[1][0]).sharding.spec[0] == "data"
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        assert relative(np.asarray(a), np.asarray(b)) < 5e-6
 
 
 COLLECTIVES = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"

@@ -7,6 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from supcon_jax.losses.diagnostics import psum, summarize
 from supcon_jax.losses.rows import rowwise_losses
@@ -120,9 +122,55 @@ def supcon_loss(
     )
     _check_numbers(temperature, scale, block_size)
     projections, labels = _check_arrays(projections, labels)
-    num_images, num_views, _ = projections.shape
-    _check_cap(positives_cap, positives_key, num_views)
+    _check_cap(positives_cap, positives_key, projections.shape[1])
 
+    inputs = {"projections": projections, "labels": labels}
+    options = {
+        "contrast_mode": contrast_mode,
+        "summation": summation,
+        "denominator": denominator,
+        "positives_cap": positives_cap,
+        "scale": scale,
+        "normalize": normalize,
+        "reduction": reduction,
+        "axis_name": axis_name,
+        "block_size": block_size or _default_block_size(),
+        "with_diagnostics": with_diagnostics,
+    }
+    for name, value in (("temperature", temperature), ("positives_key", positives_key)):
+        (inputs if isinstance(value, jax.Array) else options)[name] = value
+
+    def compute(inputs: dict[str, Any]) -> Any:
+        return _compute(**inputs, **options)
+
+    mesh = jax.typeof(projections).sharding.mesh
+    if mesh.explicit_axes:
+        # On a mesh with explicit axes too, the compiler places the collectives.
+        compute = jax.sharding.auto_axes(
+            compute, axes=mesh.explicit_axes, out_sharding=NamedSharding(mesh, P())
+        )
+    return compute(inputs)
+
+
+def _compute(
+    projections: jax.Array,
+    labels: jax.Array | None,
+    temperature: float | jax.Array,
+    positives_key: jax.Array | None,
+    *,
+    contrast_mode: str,
+    summation: str,
+    denominator: str,
+    positives_cap: int | None,
+    scale: str | float,
+    normalize: bool,
+    reduction: str,
+    axis_name: str | tuple[str, ...] | None,
+    block_size: int,
+    with_diagnostics: bool,
+) -> Any:
+    """`supcon_loss` of checked arguments."""
+    num_images, num_views, _ = projections.shape
     dtype = jnp.promote_types(projections.dtype, jnp.float32)
     embeddings = projections.reshape(num_images * num_views, -1).astype(dtype)
     if normalize:
@@ -135,7 +183,7 @@ def supcon_loss(
         plan = Plan(
             summation=summation,
             bound=_logit_bound(temperature) if normalize else None,
-            block_size=block_size or _default_block_size(),
+            block_size=block_size,
             axis_name=axis_name,
             with_statistics=with_diagnostics,
         )
@@ -155,7 +203,7 @@ def supcon_loss(
             positives_cap=positives_cap,
             cap_order=order,
             num_views=num_views,
-            block_size=block_size or _default_block_size(),
+            block_size=block_size,
             with_statistics=with_diagnostics,
         )
 
