@@ -30,8 +30,8 @@ def set_digits(config):
     config.data.name = "digits"
     config.data.image_size = 8
     config.data.eval_resize = 8
-    # Digits have no colour, and a mirrored digit is another sign.
-    config.augment.crop_area = (0.5, 1.0)
+    # Digits have no colour, a mirrored digit is another sign, and a small part is none.
+    config.augment.crop_area = (0.75, 1.0)
     config.augment.flip = False
     common.set_augmentation(config, "identity")
     config.encoder.name = "resnet8"

@@ -327,9 +327,20 @@ def build_augmentation(
         jitter_probability=options.jitter_probability,
         grayscale_probability=options.grayscale_probability,
         blur_probability=options.blur_probability,
+        chunk_size=augmentation_chunk(),
     )
     scale = build_normalization(config)
     return lambda images, ids: scale(in_step(images, ids))
+
+
+def augmentation_chunk() -> int | None:
+    """Images that are augmented at a time in the step.
+
+    A processor's caches hold the intermediate values of few images. Over several devices
+    a loop along the batch would gather it, and accelerators want all the work at once.
+    """
+    alone = jax.default_backend() == "cpu" and jax.device_count() == 1
+    return 64 if alone else None
 
 
 def build_normalization(config: ConfigDict) -> Callable[[jax.Array], jax.Array]:

@@ -516,3 +516,9 @@ def test_mixtures_are_functions_of_the_identity():
     assert not np.array_equal(mixed(seed=1, mixup_alpha=0.4)[1], out)
     with pytest.raises(ValueError, match="one must be above 0"):
         mixed()
+
+
+@pytest.mark.parametrize("chunk_size", [1, 3, 4])
+def test_chunks_change_nothing(chunk_size):
+    out = augmented(BATCH, IDS, **ALL, chunk_size=chunk_size)
+    np.testing.assert_allclose(out, augmented(BATCH, IDS), atol=1e-6)

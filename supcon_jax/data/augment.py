@@ -321,6 +321,7 @@ def augment_batch(
     jitter_probability: float = 0.8,
     grayscale_probability: float = 0.0,
     blur_probability: float = 0.0,
+    chunk_size: int | None = None,
 ) -> jax.Array:
     """Augments a batch; several views are made of one image, or refined one by one.
 
@@ -336,14 +337,12 @@ def augment_batch(
       jitter_probability: share of views that are jittered.
       grayscale_probability: share of views that lose their colour.
       blur_probability: share of views that are blurred.
+      chunk_size: images augmented at a time; None: all at once.
 
     Returns:
       `[B, V, H, W, 3]` float32 in [0, 1].
     """
-    keys = view_keys(seed, ids, views)
-    images = images.astype(jnp.float32) / 255.0
-    images = jnp.broadcast_to(images, (images.shape[0], views, *images.shape[2:]))
-    one = functools.partial(
+    view = functools.partial(
         augment_view,
         crop_area=crop_area,
         flip=flip,
@@ -352,7 +351,16 @@ def augment_batch(
         grayscale_probability=grayscale_probability,
         blur_probability=blur_probability,
     )
-    return jax.vmap(jax.vmap(one))(keys, images)
+
+    def example(inputs: tuple[jax.Array, jax.Array]) -> jax.Array:
+        image, keys = inputs
+        image = image.astype(jnp.float32) / 255.0
+        return jax.vmap(view)(keys, jnp.broadcast_to(image, (views, *image.shape[1:])))
+
+    inputs = images, view_keys(seed, ids, views)
+    if chunk_size is None or chunk_size >= len(images):
+        return jax.vmap(example)(inputs)
+    return jax.lax.map(example, inputs, batch_size=chunk_size)
 
 
 def mix_examples(
