@@ -80,15 +80,15 @@ def measure_input(batches: Iterator[Batch], batch_size: int) -> Iterator[Batch]:
     images = head[0]["image"]
     rate = len(images) / seconds
     logger.info(
-        "input: a step needs %s images as %s %dx%d; this host (%d cores) makes %s "
-        "images/s of its %s, so a step takes at least %.3g s",
+        "input: a step needs %s images (%s, %dx%d), %s from this host, whose %d cores "
+        "make %s images/s: at least %.1f ms a step",
         f"{batch_size:,}",
-        "whole images" if images.shape[1] == 1 else f"{images.shape[1]} views",
+        "whole" if images.shape[1] == 1 else f"{images.shape[1]} views",
         *images.shape[2:4],
+        f"{len(images):,}" if len(images) < batch_size else "all",
         os.cpu_count(),
         f"{rate:,.0f}" if rate < 1e5 else "over 100,000",
-        f"{len(images):,}",
-        seconds,
+        1e3 * seconds,
     )
     return itertools.chain(head, batches)
 

@@ -67,6 +67,8 @@ def batches(
       ValueError: an example cannot be decoded, or its label is out of range.
     """
     unreadable: set[int] = set()
+    # A local name: at the interpreter's exit the module's are gone.
+    errors = (tf.errors.OpError, OSError)
     step = start_step
     while step != stop_step:
         rows = functools.partial(
@@ -76,7 +78,7 @@ def batches(
             for batch in _dataset(source, rows, transform, shape, step, stop_step):
                 yield _checked(source, batch)
                 step += 1
-        except (tf.errors.OpError, OSError) as error:
+        except errors as error:
             found = _diagnose(source, rows(step))
             if not found:
                 raise
