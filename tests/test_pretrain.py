@@ -210,6 +210,8 @@ def _one_step(devices, config, workdir):
 def test_eight_devices_equal_one(loss, tmp_path):
     config = pretrain_config(**{"loss.name": loss, "projection.batch_norm": True})
     config.projection.hidden_dims = (8,)
+    # Views that are almost equal give a gradient of small differences: more rounding.
+    config.augment.crop_area = (0.5, 1.0)
     one = _one_step(1, config, tmp_path)
     eight = _one_step(8, config, tmp_path)
     assert jax.tree.structure(one) == jax.tree.structure(eight)
