@@ -15,6 +15,7 @@ def get_config() -> ConfigDict:
     config.mode = "pretrain"  # "pretrain" | "linear_eval"
     config.seed = 0  # of initialisation, example order and augmentation
     config.batch_size = 256  # global, in images (each gives data.views views)
+    config.microbatch_size = 0  # images that the encoder takes at a time; 0: all
     config.epochs = 100.0  # length of the run
     config.total_steps = 0  # length in steps instead; 0: from epochs
     config.log_every = 100  # steps between progress lines
@@ -66,14 +67,28 @@ def get_config() -> ConfigDict:
     config.encoder.stem = "imagenet"  # "imagenet" (7x7 and pool) | "cifar" (3x3)
     config.encoder.dtype = "float32"  # of convolutions; "auto": bfloat16 off the CPU
     config.encoder.normalize_embedding = False  # unit length before any head
+    config.encoder.batch_norm_devices = (
+        0  # that share statistics; 0: all, 1: each alone
+    )
+    config.encoder.remat = False  # compute blocks twice: less memory, a third more time
 
     config.projection = ConfigDict()  # the head of contrastive losses
     config.projection.hidden_dims = (2048,)  # (): one linear layer
     config.projection.output_dim = 128
     config.projection.batch_norm = False  # after every hidden layer
+    config.projection.bias = False  # of the last layer
 
     config.classifier = ConfigDict()  # the head of cross-entropy and linear_eval
     config.classifier.init = "glorot"  # of its kernel: "glorot" | "zeros"
+
+    config.probe = ConfigDict()  # online: a classifier beside a contrastive loss
+    config.probe.learning_rate = 0.0  # of Adam, on the detached embedding; 0: no probe
+
+    # An average of encoder and projection that makes the keys of the views after the
+    # first, which is the anchor (MoCo).
+    config.momentum_encoder = ConfigDict()
+    config.momentum_encoder.decay = 0.0  # of the average, each step; 0: none
+    config.momentum_encoder.queue_size = 0  # newest keys kept; 0: those of this step
 
     config.loss = ConfigDict()
     config.loss.name = "supcon"  # "supcon" | "simclr" | "cross_entropy"
@@ -90,7 +105,9 @@ def get_config() -> ConfigDict:
     config.optimizer.learning_rate = 0.3  # peak, for learning_rate_batch images
     config.optimizer.learning_rate_batch = 256  # scaled linearly; 0: not scaled
     config.optimizer.schedule = "cosine"  # or "constant", "staircase", "piecewise"
-    config.optimizer.warmup_epochs = 10.0  # linear from 0
+    config.optimizer.warmup_epochs = 10.0  # linear, from warmup_start
+    config.optimizer.warmup_start = 0.0  # share of the peak at step 0
+    config.optimizer.cosine_end = 0.0  # share of the peak at the last step
     config.optimizer.decay_rate = 0.97  # staircase, piecewise: factor
     config.optimizer.decay_epochs = 0.5  # staircase: length of a stair
     config.optimizer.boundaries_epochs = (60.0, 75.0, 90.0)  # piecewise, after warm-up

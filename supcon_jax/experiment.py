@@ -369,6 +369,8 @@ def build_optimizer(
         total_steps=total_steps,
         steps_per_epoch=steps_per_epoch,
         warmup_epochs=options.warmup_epochs,
+        warmup_start=options.warmup_start,
+        cosine_end=options.cosine_end,
         decay_rate=options.decay_rate,
         decay_epochs=options.decay_epochs,
         boundaries_epochs=tuple(options.boundaries_epochs),

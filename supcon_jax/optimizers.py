@@ -21,26 +21,30 @@ def create_schedule(
     total_steps: int,
     steps_per_epoch: float,
     warmup_epochs: float = 0.0,
+    warmup_start: float = 0.0,
+    cosine_end: float = 0.0,
     decay_rate: float = 0.97,
     decay_epochs: float = 0.5,
     boundaries_epochs: Sequence[float] = (),
 ) -> optax.Schedule:
-    """Linear warm-up from exactly 0, then a decay whose clock starts at its end.
+    """Linear warm-up, then a decay whose clock starts at its end.
 
-    With t the step, w the warm-up steps and u = t - w:
+    With t the step, w the warm-up steps, u = t - w, s = warmup_start, e = cosine_end:
 
-    - warm-up (t < w): `learning_rate * t / w`
+    - warm-up (t < w): `learning_rate * (s + (1 - s) t / w)`
     - "constant": `learning_rate`
-    - "cosine": `learning_rate * (1 + cos(pi u / (total_steps - w))) / 2`
+    - "cosine": `learning_rate * (e + (1 - e) (1 + cos(pi u / (total_steps - w))) / 2)`
     - "staircase": `learning_rate * decay_rate ** floor(u / decay_steps)`
     - "piecewise": `learning_rate * decay_rate ** (number of boundaries passed)`
 
     Args:
       name: one of `SCHEDULES`.
       learning_rate: peak value.
-      total_steps: length of the run in steps; cosine ends there at 0.
+      total_steps: length of the run in steps, where cosine ends.
       steps_per_epoch: may be fractional, examples / batch size.
       warmup_epochs: length of the warm-up in epochs.
+      warmup_start: where the warm-up begins, a share of the peak.
+      cosine_end: where "cosine" ends, a share of the peak.
       decay_rate: factor of "staircase" and "piecewise".
       decay_epochs: stair length of "staircase" in epochs.
       boundaries_epochs: boundaries of "piecewise", in epochs after the warm-up.
@@ -74,6 +78,7 @@ def create_schedule(
         if name == "cosine":
             progress = jnp.minimum(after / decay_steps, 1.0)
             factor = 0.5 * (1.0 + jnp.cos(jnp.pi * progress))
+            factor = cosine_end + (1.0 - cosine_end) * factor
         elif name == "staircase":
             stairs = jnp.floor(after / (decay_epochs * steps_per_epoch))
             factor = decay_rate**stairs
@@ -83,6 +88,7 @@ def create_schedule(
         else:
             factor = jnp.ones(())
         warmup = step / warmup_steps if warmup_steps > 0 else 1.0
+        warmup = warmup_start + (1.0 - warmup_start) * warmup
         return learning_rate * jnp.where(step < warmup_steps, warmup, factor)
 
     return schedule

@@ -100,6 +100,7 @@ def build_head(config: ConfigDict, num_classes: int) -> nn.Module:
         output_dim=config.projection.output_dim,
         batch_norm=config.projection.batch_norm,
         normalize_embedding=config.encoder.normalize_embedding,
+        bias=config.projection.bias,
     )
 
 

@@ -27,20 +27,23 @@ class ProjectionHead(nn.Module):
     """Maps embeddings `[N, D_E]` to projections `[N, output_dim]`, not normalised.
 
     The loss normalises. With no hidden layer this is the single linear layer of the
-    paper's ImageNet recipes; kernels start at N(0, 0.01^2) and the last layer has no
-    bias, as in the official code.
+    paper's ImageNet recipes; kernels start at N(0, 0.01^2), as in the official code.
 
     Attributes:
       hidden_dims: widths of the hidden layers (ReLU after each).
       output_dim: dimension D of the projection.
       batch_norm: BatchNorm after every hidden layer (SimCLR recipe).
       normalize_embedding: scale the embedding to unit length first (SupCon recipe).
+      bias: of the last layer (the authors' PyTorch code; the official code has none).
+      axis_name: see `ResNet`.
     """
 
     hidden_dims: Sequence[int] = ()
     output_dim: int = 128
     batch_norm: bool = False
     normalize_embedding: bool = False
+    bias: bool = False
+    axis_name: str | None = None
 
     @nn.compact
     def __call__(self, embeddings: jax.Array, *, train: bool) -> jax.Array:
@@ -59,11 +62,15 @@ class ProjectionHead(nn.Module):
                     use_running_average=not train,
                     momentum=0.9,
                     epsilon=1e-5,
+                    axis_name=self.axis_name,
                     name=f"batch_norm{index}",
                 )(x)
             x = nn.relu(x)
         return nn.Dense(
-            self.output_dim, use_bias=False, kernel_init=kernel_init, name="dense_out"
+            self.output_dim,
+            use_bias=self.bias,
+            kernel_init=kernel_init,
+            name="dense_out",
         )(x)
 
 

@@ -101,6 +101,10 @@ class ResNet(nn.Module):
         (3x3 stride 1, no pool).
       dtype: compute type of convolutions; parameters and BatchNorm statistics stay
         float32.
+      axis_name: inside `jax.shard_map`, the mesh axis over which BatchNorm takes its
+        statistics in training; None: those of this device's images.
+      remat: keep only what goes into each block, and compute the rest again in the
+        backward pass.
     """
 
     stage_sizes: Sequence[int]
@@ -108,6 +112,8 @@ class ResNet(nn.Module):
     base_width: int = 64
     stem: str = "imagenet"
     dtype: Any = jnp.float32
+    axis_name: str | None = None
+    remat: bool = False
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
@@ -122,7 +128,9 @@ class ResNet(nn.Module):
             momentum=0.9,
             epsilon=1e-5,
             dtype=self.dtype,
+            axis_name=self.axis_name,
         )
+        block = nn.remat(self.block) if self.remat else self.block
         x = images.astype(self.dtype)
         if self.stem == "imagenet":
             x = _conv(self.base_width, 7, 2, dtype=self.dtype, name="conv_stem")(x)
@@ -133,7 +141,7 @@ class ResNet(nn.Module):
             x = nn.max_pool(x, (3, 3), strides=(2, 2), padding="SAME")
         for stage, num_blocks in enumerate(self.stage_sizes):
             for index in range(num_blocks):
-                x = self.block(
+                x = block(
                     width=self.base_width * 2**stage,
                     strides=2 if stage > 0 and index == 0 else 1,
                     project=index == 0,
@@ -163,6 +171,8 @@ def create_encoder(
     width: float = 1.0,
     stem: str = "imagenet",
     dtype: Any = jnp.float32,
+    axis_name: str | None = None,
+    remat: bool = False,
 ) -> ResNet:
     """Builds an encoder by name.
 
@@ -171,6 +181,7 @@ def create_encoder(
       width: multiplies every channel count.
       stem: "imagenet" or "cifar".
       dtype: compute type of the convolutions.
+      axis_name, remat: see `ResNet`.
 
     Raises:
       ValueError: unknown name or stem, or a width that leaves no channel.
@@ -202,4 +213,4 @@ def create_encoder(
             f"encoder width {width} leaves no channel of {base_width}; use a width of "
             f"at least {1 / base_width} (--config.encoder.width)"
         )
-    return ResNet(stage_sizes, block, channels, stem, dtype)
+    return ResNet(stage_sizes, block, channels, stem, dtype, axis_name, remat)
