@@ -28,7 +28,10 @@ ITEMS = ("encoder", "training")
 
 def _split(state: TrainState) -> dict[str, PyTree]:
     """The state as the items that are saved."""
-    encoder, training = {}, {"step": state.step, "opt_state": state.opt_state}
+    encoder: dict[str, PyTree] = {}
+    training = {
+        name: getattr(state, name) for name in ("step", "opt_state", "momentum")
+    }
     for collection in ("params", "batch_stats"):
         tree = dict(getattr(state, collection))
         if "encoder" in tree:
@@ -47,9 +50,8 @@ def _join(items: dict[str, PyTree]) -> TrainState:
         name: training[name] | ({"encoder": encoder[name]} if name in encoder else {})
         for name in ("params", "batch_stats")
     }
-    return TrainState(
-        step=training["step"], opt_state=training["opt_state"], **collections
-    )
+    rest = {name: training[name] for name in ("step", "opt_state", "momentum")}
+    return TrainState(**rest, **collections)
 
 
 class Checkpointer:

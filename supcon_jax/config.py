@@ -205,6 +205,14 @@ def check_config(config: ConfigDict) -> None:
             f"got data.eval_resize={config.data.eval_resize}; allowed: at least "
             f"data.image_size, {config.data.image_size} (--config.data.eval_resize)"
         )
+    _check_momentum(config)
+    contrastive = config.mode == "pretrain" and config.loss.name != "cross_entropy"
+    if config.probe.learning_rate and not contrastive:
+        raise ValueError(
+            f"got probe.learning_rate={config.probe.learning_rate} with "
+            f"mode={config.mode} and loss.name={config.loss.name}; allowed: beside a "
+            "contrastive loss (--config.probe.learning_rate=0)"
+        )
     for key in ("mixup_alpha", "cutmix_alpha"):
         if config.augment[key] and (config.mode, config.loss.name) != MIXING_RUN:
             raise ValueError(
@@ -212,3 +220,40 @@ def check_config(config: ConfigDict) -> None:
                 f"loss.name={config.loss.name}; allowed: with the cross-entropy "
                 f"baseline (--config.augment.{key}=0)"
             )
+
+
+def _check_momentum(config: ConfigDict) -> None:
+    """Refuses what a momentum encoder cannot be used with, and a queue without one."""
+    options, views = config.momentum_encoder, config.data.views
+    if not options.decay:
+        if options.queue_size:
+            raise ValueError(
+                f"got momentum_encoder.queue_size={options.queue_size} without a momentum "
+                "encoder to make its keys; allowed: with one, "
+                "--config.momentum_encoder.decay=0.999"
+            )
+        return
+    needed = {
+        "mode": (config.mode, ("pretrain",)),
+        "loss.name": (config.loss.name, ("supcon", "simclr")),
+        "loss.contrast_mode": (config.loss.contrast_mode, ("one",)),
+        "loss.positives_cap": (config.loss.positives_cap, (-1,)),
+    }
+    for key, (value, allowed) in needed.items():
+        if value not in allowed:
+            raise ValueError(
+                f"got {key}={value!r} with a momentum encoder; allowed: "
+                f"{', '.join(map(repr, allowed))} (--config.{key}, or "
+                "--config.momentum_encoder.decay=0)"
+            )
+    if views < 2:
+        raise ValueError(
+            f"got data.views={views} with a momentum encoder; allowed: at least 2, the "
+            "first is the anchor and the others are keys (--config.data.views)"
+        )
+    keys = config.batch_size * (views - 1)
+    if 0 < options.queue_size < keys:
+        raise ValueError(
+            f"got momentum_encoder.queue_size={options.queue_size}; allowed: 0, or at "
+            f"least the {keys} keys of a step (--config.momentum_encoder.queue_size)"
+        )

@@ -81,6 +81,8 @@ def open_run(config: ConfigDict, workdir: str | pathlib.Path) -> Run:
     setup_compilation_cache(enabled=config.compilation_cache)
     mesh = parallel.create_mesh()
     parallel.check_batch_size(config.batch_size, mesh)
+    parallel.check_microbatch_size(config.microbatch_size, config.batch_size, mesh)
+    parallel.grouped_mesh(mesh, config.encoder.batch_norm_devices)
     skipped = {} if config.data.skip_errors else None
     train_source, eval_source = open_sources(config, skipped)
     sampler = build_sampler(config, train_source)
@@ -240,8 +242,18 @@ def finished_metrics(workdir: pathlib.Path) -> dict[str, Any] | None:
     return records[-1] if records and records[-1].get("final") else None
 
 
-def build_encoder(config: ConfigDict) -> ResNet:
-    """The encoder that `config.encoder` describes."""
+def num_microbatches(config: ConfigDict) -> int:
+    """Parts of a batch that go through the encoder one after the other."""
+    return config.batch_size // (config.microbatch_size or config.batch_size)
+
+
+def build_encoder(config: ConfigDict, *, axis_name: str | None = None) -> ResNet:
+    """The encoder that `config.encoder` describes.
+
+    Args:
+      config: a checked config.
+      axis_name: the mesh axis over which BatchNorm takes its statistics in training.
+    """
     dtype = config.encoder.dtype
     if dtype == "auto":
         # Processors emulate bfloat16 several times slower than they run float32.
@@ -251,6 +263,8 @@ def build_encoder(config: ConfigDict) -> ResNet:
         width=config.encoder.width,
         stem=config.encoder.stem,
         dtype=jnp.dtype(dtype),
+        axis_name=axis_name,
+        remat=config.encoder.remat,
     )
 
 
@@ -385,4 +399,10 @@ def build_optimizer(
         rmsprop_epsilon=options.rmsprop_epsilon,
         exclude=tuple(options.exclude),
     )
+    if config.probe.learning_rate:
+        # The recipes' rates are for contrastive losses; a probe has one of its own.
+        optimizer = optax.partition(
+            {"model": optimizer, "probe": optax.adam(config.probe.learning_rate)},
+            lambda params: {n: "probe" if n == "probe" else "model" for n in params},
+        )
     return optimizer, schedule

@@ -19,7 +19,7 @@ from supcon_jax.checkpoint import read_config, restore_encoder
 from supcon_jax.config import ENCODER_KEYS, check_config, flatten
 from supcon_jax.experiment import Run
 from supcon_jax.loop import Evaluate, Step
-from supcon_jax.pretrain import cross_entropy_of_views
+from supcon_jax.losses.cross_entropy import cross_entropy_of_views
 from supcon_jax.train_state import TrainState
 
 PyTree = Any
@@ -80,6 +80,7 @@ def build(
         schedule=schedule,
         augment=experiment.build_augmentation(config, run.train_source),
         label_smoothing=config.loss.label_smoothing,
+        num_microbatches=experiment.num_microbatches(config),
     )
     predictor = experiment.build_predictor(run, encoder, head)
 
@@ -166,6 +167,7 @@ def train_step(
     schedule: optax.Schedule,
     augment: Callable[[jax.Array, jax.Array], jax.Array],
     label_smoothing: float,
+    num_microbatches: int = 1,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One update of the classifier; the encoder is in inference mode and unchanged.
 
@@ -176,24 +178,25 @@ def train_step(
       encoder, head, optimizer, schedule: what they belong to.
       augment: `(images, ids) -> [B, V, H, W, 3]`.
       label_smoothing: see `cross_entropy_loss`.
+      num_microbatches: parts of the batch that the encoder takes one after the other.
 
     Returns:
       The new state, and scalar metrics named as in metrics.jsonl.
     """
-    images = augment(batch["image"], batch["id"])
-    num_images, views = images.shape[:2]
-    embeddings = encoder.apply(
-        encoder_variables,
-        images.reshape(num_images * views, *images.shape[2:]),
-        train=False,
-    )
+
+    def embed(carry: None, rows: dict[str, jax.Array]) -> tuple[None, jax.Array]:
+        images = augment(rows["image"], rows["id"])
+        num_images, views = images.shape[:2]
+        images = images.reshape(num_images * views, *images.shape[2:])
+        embeddings = encoder.apply(encoder_variables, images, train=False)
+        return carry, embeddings.reshape(num_images, views, -1)
+
+    _, embeddings = parallel.scan_microbatches(embed, None, batch, num_microbatches)
 
     def compute_loss(params: PyTree) -> tuple[jax.Array, dict[str, jax.Array]]:
         logits = head.apply({"params": params["head"]}, embeddings, train=True)
         return cross_entropy_of_views(
-            logits.reshape(num_images, views, -1),
-            batch["label"],
-            label_smoothing=label_smoothing,
+            logits, batch["label"], label_smoothing=label_smoothing
         )
 
     gradient = jax.value_and_grad(compute_loss, has_aux=True)

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from supcon_jax import experiment, parallel, report
+from supcon_jax import experiment, memory, parallel, report
 from supcon_jax.checkpoint import Checkpointer
 from supcon_jax.experiment import Run
 from supcon_jax.train_state import TrainState
@@ -43,8 +43,9 @@ def train(
 ) -> dict[str, Any]:
     """Trains a run to its last step, from its newest checkpoint if it has one.
 
-    It always evaluates and saves at the last step. Metrics are fetched one step late,
-    after the next step has been dispatched, so that the device never waits.
+    It always evaluates and saves at the last step. The host is one step ahead: it waits
+    for a step, and fetches its metrics, after it has dispatched the next one, so the
+    device never waits; batches are on their way to it two steps ahead.
 
     Args:
       run: see `experiment.open_run`.
@@ -59,6 +60,7 @@ def train(
 
     Raises:
       FloatingPointError: the loss is not finite; nothing is saved after it.
+      ValueError: the step does not fit into memory.
     """
     if run.finished is not None:
         logger.info("this run is complete; another --workdir starts a new one")
@@ -66,7 +68,8 @@ def train(
     log_file = add_log_file(run.workdir)
     checkpointer = Checkpointer(run.workdir, keep=run.config.keep_checkpoints)
     try:
-        final = _fit(run, checkpointer, init, step, evaluate, frozen, watch)
+        with memory.explained(run):
+            final = _fit(run, checkpointer, init, step, evaluate, frozen, watch)
         return report.report_end(run, final)
     finally:
         # Also after an interrupt: the save that is under way becomes whole.
@@ -99,6 +102,7 @@ def _fit(
     batches = parallel.prefetch_to_devices(host_batches, run.mesh)
     first_batch = next(batches)
     compiled = compile_step(step, state, first_batch, run.mesh, *frozen)
+    memory.check_memory(run, compiled)
     batches = itertools.chain([first_batch], batches)
     writer = MetricWriter(
         run.workdir,
@@ -109,6 +113,7 @@ def _fit(
     meter = _Meter(start_step)
     pending: tuple[int, dict[str, jax.Array]] | None = None
     last: Metrics = {}
+    device_metrics: dict[str, jax.Array] = {}
 
     def log_metrics(at: int, device_metrics: dict[str, jax.Array]) -> Metrics:
         metrics = _fetch(at, device_metrics)
@@ -122,7 +127,10 @@ def _fit(
         return metrics
 
     for number in range(start_step + 1, total_steps + 1):
+        before = device_metrics
         state, device_metrics = compiled(state, next(batches), *frozen)
+        # One step ahead keeps the device busy; more would pile up batches on it.
+        jax.block_until_ready(before)
         if pending is not None:
             last = log_metrics(*pending)
             pending = None

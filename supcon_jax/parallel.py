@@ -10,13 +10,19 @@ from __future__ import annotations
 import collections
 import importlib.util
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.flatten_util import ravel_pytree
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 DATA_AXIS = "data"
+GROUP_AXIS = "group"  # beside it, where neighbouring devices form groups
+
+PyTree = Any
 
 
 def initialize() -> None:
@@ -64,6 +70,31 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def microbatch_sizes(batch_size: int, mesh: Mesh) -> list[int]:
+    """Sizes into which a batch can be cut so that the devices share each part evenly."""
+    return [
+        size
+        for size in range(mesh.size, batch_size + 1, mesh.size)
+        if batch_size % size == 0
+    ]
+
+
+def check_microbatch_size(microbatch_size: int, batch_size: int, mesh: Mesh) -> None:
+    """Refuses microbatches (0: none) that batch or devices cannot be cut into evenly.
+
+    Raises:
+      ValueError: naming the nearest sizes that can be.
+    """
+    allowed = microbatch_sizes(batch_size, mesh)
+    if microbatch_size and microbatch_size not in allowed:
+        nearest = sorted(allowed, key=lambda size: abs(size - microbatch_size))[:2]
+        raise ValueError(
+            f"microbatch size {microbatch_size} does not divide the batch size "
+            f"{batch_size} into parts that the {mesh.size} devices share evenly; set "
+            f"--config.microbatch_size={' or '.join(map(str, sorted(nearest)))}, or 0"
+        )
+
+
 def check_batch_size(batch_size: int, mesh: Mesh) -> None:
     """Refuses a global batch that the devices cannot share evenly.
 
@@ -77,6 +108,120 @@ def check_batch_size(batch_size: int, mesh: Mesh) -> None:
             f"batch size {batch_size} is not divisible by the {mesh.size} devices; "
             f"set --config.batch_size={' or '.join(nearest)}"
         )
+
+
+def grouped_mesh(mesh: Mesh, devices: int) -> tuple[Mesh, str | None]:
+    """The same devices in groups of neighbours, and the axis along each group.
+
+    Args:
+      mesh: as `create_mesh` makes it.
+      devices: how many form a group; 0: all of them.
+
+    Returns:
+      A mesh that `jax.shard_map` can split the same batch over, and the name of the
+      axis within a group: "data", or None where each device is alone.
+
+    Raises:
+      ValueError: groups of this size do not share the devices evenly.
+    """
+    if devices in (0, mesh.size):
+        return mesh, DATA_AXIS
+    if mesh.size % devices:
+        nearest = [n for n in range(1, mesh.size + 1) if mesh.size % n == 0]
+        raise ValueError(
+            f"groups of {devices} devices for BatchNorm do not divide the {mesh.size} "
+            f"devices; allowed: 0 (all), {', '.join(map(str, nearest))} "
+            "(--config.encoder.batch_norm_devices)"
+        )
+    if devices == 1:
+        return mesh, None
+    grid = mesh.devices.reshape(-1, devices)
+    return Mesh(
+        grid, (GROUP_AXIS, DATA_AXIS), axis_types=(AxisType.Auto,) * 2
+    ), DATA_AXIS
+
+
+def value_and_grad(
+    function: Callable[..., tuple[jax.Array, PyTree]], mesh: Mesh, *, aux_specs: PyTree
+) -> Callable[..., tuple[tuple[jax.Array, PyTree], PyTree]]:
+    """The gradient of a loss over the global batch, each device with its own rows.
+
+    `function(params, constants, rows) -> (loss, aux)` runs inside `jax.shard_map` and
+    may use collectives; its loss is that of the whole batch, the same on every device.
+    Gradients are summed over the devices in the type of the parameters, float32, also
+    where the function casts these to bfloat16 (left to itself, the compiler would sum
+    after the cast: the sum of 256 devices with 8 bits).
+
+    Args:
+      function: see above.
+      mesh: the devices.
+      aux_specs: a tree of `PartitionSpec` for what the function returns beside the loss.
+
+    Returns:
+      `(params, constants, batch) -> ((loss, aux), gradients)` of global arrays.
+    """
+    axes = mesh.axis_names
+
+    def on_device(params: PyTree, constants: PyTree, rows: PyTree) -> PyTree:
+        def of_own_copy(params: PyTree) -> tuple[jax.Array, PyTree]:
+            # The transpose of this cast is the sum over devices: here, in float32.
+            return function(varying(params, axes), constants, rows)
+
+        return jax.value_and_grad(of_own_copy, has_aux=True)(params)
+
+    everywhere, split = PartitionSpec(), PartitionSpec(axes)
+    return jax.shard_map(
+        on_device,
+        mesh=mesh,
+        in_specs=(everywhere, everywhere, split),
+        out_specs=((everywhere, aux_specs), everywhere),
+    )
+
+
+def varying(tree: PyTree, axes: tuple[str, ...]) -> PyTree:
+    """Inside `jax.shard_map`: arrays that may come to differ along these axes."""
+    return jax.tree.map(lambda x: jax.lax.pcast(x, axes, to="varying"), tree)
+
+
+def mean_over(tree: PyTree, axes: tuple[str, ...]) -> PyTree:
+    """Inside `jax.shard_map`: the mean of float32 arrays over axes, in one collective."""
+    if not axes or not jax.tree.leaves(tree):
+        return tree
+    flat, unravel = ravel_pytree(tree)
+    return unravel(jax.lax.pmean(flat, axes))
+
+
+def scan_microbatches(
+    function: Callable[[PyTree, PyTree], tuple[PyTree, PyTree]],
+    carry: PyTree,
+    batch: PyTree,
+    count: int,
+) -> tuple[PyTree, PyTree]:
+    """`function(carry, rows) -> (carry, outputs)` over `count` parts of a batch in turn.
+
+    Row r belongs to part r mod count, whatever the number of devices: each device has
+    the same share of every part, and no row moves between devices.
+
+    Args:
+      function: maps `m = B / count` rows to m outputs.
+      carry: what goes from one part to the next.
+      batch: arrays `[B, ...]`.
+      count: number of parts, dividing B; 1 calls the function on the batch as it is.
+
+    Returns:
+      The last carry, and outputs `[B, ...]` in the order of the batch.
+    """
+    if count == 1:
+        return function(carry, batch)
+
+    def split(x: jax.Array) -> jax.Array:
+        return jnp.swapaxes(x.reshape(-1, count, *x.shape[1:]), 0, 1)
+
+    def join(x: jax.Array) -> jax.Array:
+        return jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:])
+
+    carry, outputs = jax.lax.scan(function, carry, jax.tree.map(split, batch))
+    return carry, jax.tree.map(join, outputs)
 
 
 def to_global(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:

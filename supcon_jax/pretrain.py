@@ -10,30 +10,24 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
-import optax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from supcon_jax import experiment, loop, parallel
 from supcon_jax.config import check_config
 from supcon_jax.data.augment import mix_examples
-from supcon_jax.data.sources import take_subset
+from supcon_jax.data.sources import Source, take_subset
 from supcon_jax.evaluation.knn import knn_accuracy
 from supcon_jax.experiment import Run
 from supcon_jax.loop import Evaluate, Step
 from supcon_jax.losses import supcon_loss
-from supcon_jax.losses.cross_entropy import cross_entropy_loss
+from supcon_jax.losses.cross_entropy import cross_entropy_of_views
+from supcon_jax.losses.momentum_contrast import momentum_contrast_loss
 from supcon_jax.models import ProjectionHead
 from supcon_jax.train_state import TrainState
+from supcon_jax.train_step import Batch, LossFunction, Prepare, init_state, train_step
 
 logger = logging.getLogger(__name__)
-Batch = dict[str, jax.Array]
-# (outputs [B, V, D], labels [B]) -> scalar loss and metrics
-LossFunction = Callable[[jax.Array, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
-
-# (images [B, V, H, W, 3], labels [B], ids [B, 2]) -> images and targets [B, C]
-Mix = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
 
 # Progress lines in a row at the collapse level before the run says so.
 COLLAPSE_PATIENCE = 5
@@ -64,34 +58,44 @@ def build(run: Run) -> tuple[Callable[[], TrainState], Step, Evaluate]:
       `init() -> state`, `step(state, batch) -> (state, metrics)`, both pure, and
       `evaluate(state) -> metrics`.
     """
-    config = run.config
-    encoder = experiment.build_encoder(config)
-    head = build_head(config, run.train_source.num_classes)
+    config, num_classes = run.config, run.train_source.num_classes
+    mesh, norm_axis = parallel.grouped_mesh(run.mesh, config.encoder.batch_norm_devices)
+    modules = {
+        "encoder": experiment.build_encoder(config, axis_name=norm_axis),
+        "head": build_head(config, num_classes, axis_name=norm_axis),
+        "probe": build_probe(config, num_classes),
+    }
     optimizer, schedule = experiment.build_optimizer(
         config, run.total_steps, run.steps_per_epoch
     )
+    momentum_decay = config.momentum_encoder.decay
     init = functools.partial(
         init_state,
-        encoder=encoder,
-        head=head,
+        **modules,
         optimizer=optimizer,
         image_size=config.data.image_size,
         seed=config.seed,
+        momentum_decay=momentum_decay,
+        queue_size=config.momentum_encoder.queue_size,
     )
     step = functools.partial(
         train_step,
-        encoder=encoder,
-        head=head,
+        **modules,
+        mesh=mesh,
         optimizer=optimizer,
         schedule=schedule,
-        augment=experiment.build_augmentation(config, run.train_source),
-        loss_function=build_loss(config, run.mesh),
-        mix=build_mixing(config, run.train_source.num_classes),
+        prepare=build_preparation(config, run.train_source),
+        loss_function=build_loss(config, mesh),
+        supervised=config.loss.name == "supcon",
+        num_microbatches=experiment.num_microbatches(config),
+        momentum_decay=momentum_decay,
     )
-    return init, step, build_evaluation(run, encoder, head)
+    return init, step, build_evaluation(run, **modules)
 
 
-def build_head(config: ConfigDict, num_classes: int) -> nn.Module:
+def build_head(
+    config: ConfigDict, num_classes: int, *, axis_name: str | None
+) -> nn.Module:
     """The projection head, or the classifier of the cross-entropy baseline."""
     if config.loss.name == "cross_entropy":
         return experiment.build_classifier(config, num_classes)
@@ -101,172 +105,91 @@ def build_head(config: ConfigDict, num_classes: int) -> nn.Module:
         batch_norm=config.projection.batch_norm,
         normalize_embedding=config.encoder.normalize_embedding,
         bias=config.projection.bias,
+        axis_name=axis_name,
     )
+
+
+def build_probe(config: ConfigDict, num_classes: int) -> nn.Module | None:
+    """The classifier that is trained beside a contrastive loss, where one is."""
+    if not config.probe.learning_rate:
+        return None
+    return experiment.build_classifier(config, num_classes)
 
 
 def build_loss(config: ConfigDict, mesh: Mesh) -> LossFunction:
-    """The loss that `config.loss` describes, over the global batch of a mesh."""
-    options = config.loss
+    """The loss that `config.loss` describes, for use inside `jax.shard_map`.
+
+    Each device compares its own anchors with the gathered batch; the compiler alone
+    would not promise that nobody holds the whole matrix of similarities.
+    """
+    options, axes = config.loss, mesh.axis_names
     if options.name == "cross_entropy":
         return functools.partial(
-            cross_entropy_of_views, label_smoothing=options.label_smoothing
+            cross_entropy_of_views,
+            label_smoothing=options.label_smoothing,
+            axis_name=axes,
         )
     named_scale = options.scale in ("none", "temperature")
+    shared = {
+        "temperature": options.temperature,
+        "summation": options.summation,
+        "denominator": options.denominator,
+        "scale": options.scale if named_scale else float(options.scale),
+        "with_diagnostics": True,
+    }
+    if config.momentum_encoder.decay:
+        return functools.partial(momentum_contrast_loss, axis_name=axes, **shared)
+    # Alone, a device does half the work: a tile of the matrix stands for its mirror image.
+    alone = mesh.size == 1
     loss = functools.partial(
         supcon_loss,
-        temperature=options.temperature,
         contrast_mode=options.contrast_mode,
-        summation=options.summation,
-        denominator=options.denominator,
         positives_cap=None if options.positives_cap < 0 else options.positives_cap,
-        scale=options.scale if named_scale else float(options.scale),
-        axis_name=parallel.DATA_AXIS,
-        with_diagnostics=True,
-    )
-    split = PartitionSpec(parallel.DATA_AXIS)
-    # Each device compares its own anchors with the gathered batch; the compiler alone
-    # would not promise that nobody holds the whole matrix of similarities.
-    if options.name == "simclr":
-        sharded = jax.shard_map(
-            loss, mesh=mesh, in_specs=split, out_specs=PartitionSpec()
-        )
-        return lambda projections, labels: sharded(projections)
-    return jax.shard_map(
-        loss, mesh=mesh, in_specs=(split, split), out_specs=PartitionSpec()
+        axis_name=None if alone else axes,
+        **shared,
     )
 
+    def of_outputs(outputs: jax.Array, labels: jax.Array) -> tuple[jax.Array, Any]:
+        result = loss(outputs, labels if options.name == "supcon" else None)
+        return jax.lax.pmean(result, axes) if alone else result
 
-def build_mixing(config: ConfigDict, num_classes: int) -> Mix | None:
-    """Mixup and CutMix of the cross-entropy baseline; None where there is neither."""
+    return of_outputs
+
+
+def build_preparation(config: ConfigDict, source: Source) -> Prepare:
+    """Augmentation, Mixup and CutMix of the rows of a batch."""
+    augment = experiment.build_augmentation(config, source)
     options = config.augment
-    if not options.mixup_alpha and not options.cutmix_alpha:
-        return None
-    return functools.partial(
+    mixes = options.mixup_alpha or options.cutmix_alpha
+    mix = functools.partial(
         mix_examples,
         seed=config.seed,
-        num_classes=num_classes,
+        num_classes=source.num_classes,
         mixup_alpha=options.mixup_alpha,
         cutmix_alpha=options.cutmix_alpha,
     )
 
-
-def cross_entropy_of_views(
-    logits: jax.Array, labels: jax.Array, *, label_smoothing: float = 0.0
-) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Mean cross-entropy over images and views, and top-1 accuracy.
-
-    Args:
-      logits: `[B, V, C]`.
-      labels: `[B]` integers, or `[B, C]` shares of the classes in each image.
-      label_smoothing: see `cross_entropy_loss`.
-    """
-    views = logits.shape[1]
-    logits = logits.reshape(-1, logits.shape[-1])
-    labels = jnp.repeat(labels, views, axis=0)
-    losses = cross_entropy_loss(logits, labels, label_smoothing=label_smoothing)
-    if labels.ndim == 2:
-        labels = jnp.argmax(labels, axis=-1)  # of a mixture, the larger part
-    top1 = jnp.mean(jnp.argmax(logits, axis=-1) == labels)
-    return jnp.mean(losses), {"top1": top1}
-
-
-def init_state(
-    *,
-    encoder: nn.Module,
-    head: nn.Module,
-    optimizer: optax.GradientTransformation,
-    image_size: int,
-    seed: int,
-) -> TrainState:
-    """A new TrainState; a function of the seed and the modules alone."""
-    encoder_key, head_key = jax.random.split(jax.random.key(seed))
-    images = jnp.zeros((2, image_size, image_size, 3))
-    embeddings, encoder_variables = encoder.init_with_output(
-        encoder_key, images, train=True
-    )
-    head_variables = head.init(head_key, embeddings, train=True)
-    variables = {"encoder": encoder_variables, "head": head_variables}
-    params = {name: tree["params"] for name, tree in variables.items()}
-    return TrainState(
-        step=jnp.zeros((), jnp.int32),
-        params=params,
-        batch_stats={n: tree.get("batch_stats", {}) for n, tree in variables.items()},
-        opt_state=optimizer.init(params),
-    )
-
-
-def train_step(
-    state: TrainState,
-    batch: Batch,
-    *,
-    encoder: nn.Module,
-    head: nn.Module,
-    optimizer: optax.GradientTransformation,
-    schedule: optax.Schedule,
-    augment: Callable[[jax.Array, jax.Array], jax.Array],
-    loss_function: LossFunction,
-    mix: Mix | None = None,
-) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One update on one global batch; a pure function of state and batch.
-
-    All views go through the encoder together, so BatchNorm sees the statistics of the
-    whole global batch.
-
-    Args:
-      state: see `TrainState`.
-      batch: "image" uint8 `[B, 1 or V, H, W, 3]`, "label" `[B]`, "id" `[B, 2]`.
-      encoder, head, optimizer, schedule: what `state` belongs to.
-      augment: `(images, ids) -> [B, V, H, W, 3]`.
-      loss_function: `(outputs [B, V, D], labels [B]) -> (loss, metrics)`.
-      mix: makes mixtures of two images each, and targets `[B, C]` for the loss.
-
-    Returns:
-      The new state, and scalar metrics named as in metrics.jsonl.
-    """
-    images, labels = augment(batch["image"], batch["id"]), batch["label"]
-    if mix is not None:
-        images, labels = mix(images, labels, batch["id"])
-    num_images, views = images.shape[:2]
-
-    def compute_loss(params: Any) -> tuple[jax.Array, Any]:
-        variables = {
-            name: {"params": params[name], "batch_stats": state.batch_stats[name]}
-            for name in params
-        }
-        embeddings, encoder_stats = encoder.apply(
-            variables["encoder"],
-            images.reshape(num_images * views, *images.shape[2:]),
-            train=True,
-            mutable=["batch_stats"],
+    def prepare(rows: Batch) -> tuple[jax.Array, jax.Array]:
+        images = augment(rows["image"], rows["id"])
+        return (
+            mix(images, rows["label"], rows["id"]) if mixes else (images, rows["label"])
         )
-        outputs, head_stats = head.apply(
-            variables["head"], embeddings, train=True, mutable=["batch_stats"]
-        )
-        loss, metrics = loss_function(outputs.reshape(num_images, views, -1), labels)
-        stats = {
-            "encoder": encoder_stats.get("batch_stats", {}),
-            "head": head_stats.get("batch_stats", {}),
-        }
-        return loss, (metrics, stats)
 
-    gradient = jax.value_and_grad(compute_loss, has_aux=True)
-    (loss, (metrics, batch_stats)), gradients = gradient(state.params)
-    metrics = {f"train/{name}": value for name, value in metrics.items()}
-    metrics |= {"train/loss": loss, "optim/learning_rate": schedule(state.step)}
-    state = state.apply_gradients(
-        gradients, optimizer=optimizer, batch_stats=batch_stats
-    )
-    return state, metrics
+    return prepare
 
 
-def build_evaluation(run: Run, encoder: nn.Module, head: nn.Module) -> Evaluate:
+def build_evaluation(
+    run: Run, encoder: nn.Module, head: nn.Module, probe: nn.Module | None
+) -> Evaluate:
     """Online evaluation: kNN on the embeddings, and the classifier where there is one.
 
     The bank is made of training images without augmentation; the queries are the whole
     evaluation split.
     """
     config = run.config
-    predictor = experiment.build_predictor(run, encoder, head)
+    own = config.loss.name == "cross_entropy"  # its head is a classifier
+    classifier = head if own else probe
+    predictor = experiment.build_predictor(run, encoder, classifier)
     bank = take_subset(run.train_source, config.knn.bank, seed=config.seed)
 
     def evaluate(state: TrainState) -> dict[str, float]:
@@ -275,8 +198,11 @@ def build_evaluation(run: Run, encoder: nn.Module, head: nn.Module) -> Evaluate:
             for name, params in state.params.items()
         }
         metrics = {}
-        if config.loss.name == "cross_entropy":
-            metrics = predictor.classify(variables, run.eval_source)
+        if classifier is not None:
+            of_classifier = variables["head" if own else "probe"]
+            metrics = predictor.classify(
+                variables | {"head": of_classifier}, run.eval_source
+            )
         if config.knn.bank:
             metrics["knn/top1"] = knn_accuracy(
                 *predictor.embed(variables, bank, label="kNN: training images"),

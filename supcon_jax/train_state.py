@@ -20,12 +20,14 @@ class TrainState:
       params: `{"encoder": ..., "head": ...}` (linear evaluation: `{"head": ...}`).
       batch_stats: BatchNorm's running statistics, with the same keys.
       opt_state: the optimizer's state.
+      momentum: momentum encoder and queue, see momentum.py; empty without them.
     """
 
     step: jax.Array
     params: PyTree
     batch_stats: PyTree
     opt_state: optax.OptState
+    momentum: PyTree = flax.struct.field(default_factory=dict)
 
     def apply_gradients(
         self,

@@ -20,6 +20,8 @@ LAYERS = {
     "supcon_jax.data": 1,
     "supcon_jax.parallel": 1,
     "supcon_jax.train_state": 2,
+    "supcon_jax.momentum": 2,
+    "supcon_jax.train_step": 2,
     "supcon_jax.checkpoint": 2,
     "supcon_jax.writers": 2,
     "supcon_jax.evaluation.predict": 2,

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 # Weights of red, green and blue in the luma (ITU-R BT.601).
 LUMA = (0.299, 0.587, 0.114)
@@ -373,7 +374,10 @@ def mix_examples(
     mixup_alpha: float = 0.0,
     cutmix_alpha: float = 0.0,
 ) -> tuple[jax.Array, jax.Array]:
-    """Mixup and CutMix: each image with the one at the other end of the batch.
+    """Mixup and CutMix: each image with its neighbour in the batch.
+
+    Images 0 and 1, 2 and 3, ... are mixed with each other, so that no device needs
+    another's images (of an odd number the last one stays alone).
 
     Mixup: `x = l x_i + (1 - l) x_j`, `q = l onehot(y_i) + (1 - l) onehot(y_j)`, with
     l ~ Beta(alpha, alpha). CutMix: a box of share 1 - l of the area, about a random pixel
@@ -422,10 +426,11 @@ def mix_examples(
     )
     mask, kept = jax.vmap(shares)(keys)
     mask, kept = mask[:, None, :, :, None].astype(images.dtype), kept[:, None]
+    neighbour = np.minimum(np.arange(len(images)) ^ 1, len(images) - 1)
     onehot = jax.nn.one_hot(labels, num_classes)
     return (
-        mask * images + (1 - mask) * images[::-1],
-        kept * onehot + (1 - kept) * onehot[::-1],
+        mask * images + (1 - mask) * images[neighbour],
+        kept * onehot + (1 - kept) * onehot[neighbour],
     )
 
 

@@ -119,7 +119,9 @@ def class_balanced(
         turn, part = divmod(step, steps_a_round)
         order = np.random.default_rng((seed, 0, turn)).permutation(present)
         chosen = order[part * classes : (part + 1) * classes]
-        return np.concatenate([of_class(int(label), turn) for label in chosen])
+        ids = np.concatenate([of_class(int(label), turn) for label in chosen])
+        # Mixed, so that any part of the batch (a device's, a microbatch) has its classes.
+        return np.random.default_rng((seed, 1, step)).permutation(ids)
 
     return identities
 

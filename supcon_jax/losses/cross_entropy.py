@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from supcon_jax.losses.diagnostics import psum
+
 
 def cross_entropy_loss(
     logits: jax.Array, labels: jax.Array, *, label_smoothing: float = 0.0
@@ -46,3 +48,33 @@ def cross_entropy_loss(
         labels = jax.nn.one_hot(labels, num_classes)
     targets = (1.0 - label_smoothing) * labels + label_smoothing / num_classes
     return optax.softmax_cross_entropy(logits.astype(jnp.float32), targets)
+
+
+def cross_entropy_of_views(
+    logits: jax.Array,
+    labels: jax.Array,
+    *,
+    label_smoothing: float = 0.0,
+    axis_name: str | tuple[str, ...] | None = None,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Mean cross-entropy over images and views, and top-1 accuracy.
+
+    Args:
+      logits: `[B, V, C]`.
+      labels: `[B]` integers, or `[B, C]` shares of the classes in each image.
+      label_smoothing: see `cross_entropy_loss`.
+      axis_name: inside `jax.shard_map`, the mesh axis over which the batch is split.
+
+    Returns:
+      A scalar and `{"top1": scalar}`, over the whole batch, the same on every device.
+    """
+    views = logits.shape[1]
+    logits = logits.reshape(-1, logits.shape[-1])
+    labels = jnp.repeat(labels, views, axis=0)
+    losses = cross_entropy_loss(logits, labels, label_smoothing=label_smoothing)
+    if labels.ndim == 2:
+        labels = jnp.argmax(labels, axis=-1)  # of a mixture, the larger part
+    hits = jnp.argmax(logits, axis=-1) == labels
+    count = psum(jnp.float32(len(losses)), axis_name)
+    loss, top1 = (psum(jnp.sum(x), axis_name) / count for x in (losses, hits))
+    return loss, {"top1": top1}

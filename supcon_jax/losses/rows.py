@@ -32,7 +32,8 @@ def rowwise_losses(
 
     Args:
       rows: this device's n views.
-      columns: the N views of the global batch.
+      columns: the N views that they are compared with, those of the global batch or
+        others; one with an index below 0 is a gap and counts for nothing.
       temperature: only to turn logits back into cosines for the diagnostics.
       summation: "outside" or "inside".
       denominator: "all", "one_positive" or "only_negatives".
@@ -86,9 +87,9 @@ def _block_losses(
     with_statistics: bool,
 ) -> tuple[jax.Array, jax.Array, AnchorStatistics | None]:
     logits = matmul(rows.embedding, columns.embedding.T)
-    other = rows.index[:, None] != columns.index[None, :]
+    other = (rows.index[:, None] != columns.index) & (columns.index >= 0)
     same = rows.group[:, None] == columns.group[None, :]
-    positive, negative = same & other, ~same
+    positive, negative = same & other, ~same & other
     if positives_cap is not None:
         positive &= _kept(
             rows, columns, positives_cap // num_views, cap_order, num_views

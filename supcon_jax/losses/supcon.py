@@ -134,7 +134,7 @@ def supcon_loss(
         "normalize": normalize,
         "reduction": reduction,
         "axis_name": axis_name,
-        "block_size": block_size or _default_block_size(),
+        "block_size": block_size or default_block_size(),
         "with_diagnostics": with_diagnostics,
     }
     for name, value in (("temperature", temperature), ("positives_key", positives_key)):
@@ -174,7 +174,7 @@ def _compute(
     dtype = jnp.promote_types(projections.dtype, jnp.float32)
     embeddings = projections.reshape(num_images * num_views, -1).astype(dtype)
     if normalize:
-        embeddings = _unit(embeddings)
+        embeddings = unit(embeddings)
     # With the temperature inside the vectors, their products are the logits, and its
     # gradient needs no formula of its own.
     embeddings *= lax.rsqrt(jnp.asarray(temperature, dtype))
@@ -215,8 +215,7 @@ def _compute(
     scale = {"none": 1.0, "temperature": temperature}.get(scale, scale)
     losses, counted = scale * anchors(losses), anchors(counted)
     if reduction == "mean":
-        num_anchors = psum(jnp.sum(counted.astype(dtype)), axis_name)
-        loss = psum(jnp.sum(losses), axis_name) / jnp.maximum(num_anchors, 1)
+        loss = mean_over_anchors(losses, counted, axis_name)
     else:
         loss = jnp.mean(losses, axis=1)
     if not with_diagnostics:
@@ -231,7 +230,15 @@ def _compute(
     )
 
 
-def _unit(x: jax.Array) -> jax.Array:
+def mean_over_anchors(
+    losses: jax.Array, counted: jax.Array, axis_name: str | tuple[str, ...] | None
+) -> jax.Array:
+    """The sum of all losses over the number of anchors that count, on all devices."""
+    num_anchors = psum(jnp.sum(counted.astype(losses.dtype)), axis_name)
+    return psum(jnp.sum(losses), axis_name) / jnp.maximum(num_anchors, 1)
+
+
+def unit(x: jax.Array) -> jax.Array:
     """Rows of unit length; a zero row stays zero, with a zero gradient."""
     # The result does not depend on this factor, so neither does the gradient; without
     # it the squares of small or large entries leave the range of float32.
@@ -271,7 +278,8 @@ def _logit_bound(temperature: float | jax.Array) -> float | None:
     return 1 / float(temperature)
 
 
-def _default_block_size() -> int:
+def default_block_size() -> int:
+    """Side of the tiles of logits that are held at a time."""
     # Measured on CPU cores, where a tile should stay in the cache; an accelerator wants
     # fewer and larger tiles.
     return 1024 if jax.default_backend() == "cpu" else 2048
