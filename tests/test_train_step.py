@@ -1,0 +1,465 @@
+"""The update of stage 1: devices, microbatches, BatchNorm, probe and momentum encoder."""
+
+import functools
+import re
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from supcon_jax import experiment, loop, parallel, pretrain, train_step
+from supcon_jax.losses import supcon_loss
+from supcon_jax.losses.cross_entropy import cross_entropy_of_views
+from supcon_jax.losses.momentum_contrast import EMPTY, momentum_contrast_loss
+from supcon_jax.momentum import NOBODY
+from tests.runs import assert_trees_equal, first_batches, pretrain_config
+
+GRADIENT_SCALE = 2.0**16
+
+
+def build(devices, config, workdir):
+    """`init`, `step` (with plain SGD, whose update is the gradient), batch and mesh."""
+    mesh = parallel.create_mesh(jax.devices()[:devices])
+    run = experiment.open_run(config, workdir)
+    run = experiment.dataclasses.replace(run, mesh=mesh)
+    init, step, _ = pretrain.build(run)
+    # Small gradients would drown in the rounding of parameters near 1: made large.
+    optimizer = optax.sgd(GRADIENT_SCALE)
+    init = functools.partial(init, optimizer=optimizer)
+    step = functools.partial(step, optimizer=optimizer)
+    return init, step, next(first_batches(run)), mesh
+
+
+def one_step(devices, config, workdir):
+    """Metrics, gradients, statistics and momentum state of one step on so many devices."""
+    init, step, batch, mesh = build(devices, config, workdir)
+    state = jax.jit(init, out_shardings=parallel.replicated(mesh))()
+    before = jax.device_get(state.params)
+    batch = parallel.to_global(batch, mesh)
+    compiled = loop.compile_step(step, state, batch, mesh)
+    state, metrics = compiled(state, batch)
+    gradients = jax.tree.map(
+        lambda a, b: (a - np.asarray(b)) / GRADIENT_SCALE, before, state.params
+    )
+    return jax.device_get((metrics, gradients, state.batch_stats, state.momentum))
+
+
+MOMENTUM = {
+    "loss.contrast_mode": "one",
+    "momentum_encoder.decay": 0.9,
+    "momentum_encoder.queue_size": 40,
+}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"loss.name": "supcon", "probe.learning_rate": 0.1},
+        {"loss.name": "simclr", "microbatch_size": 8},
+        {"loss.name": "cross_entropy", "augment.mixup_alpha": 0.5},
+        MOMENTUM | {"loss.temperature": 0.5},
+    ],
+    ids=["supcon+probe", "simclr+microbatches", "cross_entropy+mixup", "momentum"],
+)
+def test_eight_devices_equal_one(options, tmp_path):
+    config = pretrain_config(**options, **{"projection.batch_norm": True})
+    config.projection.hidden_dims = (8,)
+    # Views that are almost equal give a gradient of small differences: more rounding.
+    config.augment.crop_area = (0.5, 1.0)
+    one = one_step(1, config, tmp_path)
+    eight = one_step(8, config, tmp_path)
+    assert jax.tree.structure(one) == jax.tree.structure(eight)
+    for (path, x), y in zip(
+        jax.tree_util.tree_leaves_with_path(one), jax.tree.leaves(eight), strict=True
+    ):
+        scale = max(float(np.max(np.abs(x))), 1e-3)
+        np.testing.assert_allclose(
+            y / scale, x / scale, atol=1e-5, err_msg=jax.tree_util.keystr(path)
+        )
+    assert max(float(np.max(np.abs(g))) for g in jax.tree.leaves(one[1])) > 1e-3
+
+
+def test_state_is_donated(tmp_path):
+    config = pretrain_config(**MOMENTUM)
+    init, step, batch, mesh = build(8, config, tmp_path)
+    state = jax.jit(init, out_shardings=parallel.replicated(mesh))()
+    batch = parallel.to_global(batch, mesh)
+    compiled = loop.compile_step(step, state, batch, mesh)
+    compiled(state, batch)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.params))
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.momentum))
+
+
+def test_step_is_a_function_of_state_and_batch(tmp_path):
+    """Twice the same call, twice the same bits; another seed, other views."""
+    results = []
+    for seed in (0, 0, 1):
+        run = experiment.open_run(pretrain_config(seed=seed), tmp_path / str(seed))
+        init, step, _ = pretrain.build(run)
+        batch = next(first_batches(run))
+        results.append(jax.device_get(jax.jit(step)(jax.jit(init)(), batch)))
+    assert_trees_equal(results[0], results[1])
+    assert results[0][1]["train/loss"] != results[2][1]["train/loss"]
+
+
+# --- microbatches and BatchNorm, with an encoder that is small enough to spell out ---
+
+DECAY = 0.9
+
+
+class Encoder(nn.Module):
+    """A convolution, a normalisation, a nonlinearity and the spatial mean."""
+
+    norm: str = "batch"
+    axis_name: str | None = None
+    dtype: type = jnp.float32
+
+    @nn.compact
+    def __call__(self, images, *, train):
+        x = nn.Conv(6, (3, 3), use_bias=False, name="conv", dtype=self.dtype)(images)
+        if self.norm == "batch":
+            x = nn.BatchNorm(
+                use_running_average=not train,
+                momentum=DECAY,
+                axis_name=self.axis_name,
+                dtype=self.dtype,
+                name="norm",
+            )(x)
+        else:
+            x = nn.LayerNorm(name="norm")(x)
+        return jnp.mean(jnp.tanh(x), (1, 2)).astype(jnp.float32)
+
+
+class Head(nn.Module):
+    """A linear projection."""
+
+    @nn.compact
+    def __call__(self, embeddings, *, train):
+        return nn.Dense(5, name="dense")(embeddings)
+
+
+IMAGES = np.random.default_rng(0).normal(size=(16, 2, 6, 6, 3)).astype(np.float32)
+LABELS = np.arange(16, dtype=np.int32) % 5
+BATCH = {"image": IMAGES, "label": LABELS}
+
+
+def tiny_step(devices=1, norm_devices=0, *, norm="batch", momentum=0.0, **options):
+    """State and arguments of `train_step` for the small encoder, on some devices."""
+    whole = parallel.create_mesh(jax.devices()[:devices])
+    mesh, axis = parallel.grouped_mesh(whole, norm_devices)
+    modules = {"encoder": Encoder(norm, axis), "head": Head()}
+    optimizer = optax.sgd(1.0)
+    state = train_step.init_state(
+        **modules,
+        optimizer=optimizer,
+        image_size=6,
+        seed=0,
+        momentum_decay=momentum,
+        queue_size=40 if momentum else 0,
+    )
+    axes = mesh.axis_names
+    loss = functools.partial(supcon_loss, axis_name=axes, with_diagnostics=True)
+    if momentum:
+        loss = functools.partial(
+            momentum_contrast_loss, axis_name=axes, with_diagnostics=True
+        )
+    step = functools.partial(
+        train_step.train_step,
+        **modules,
+        mesh=mesh,
+        optimizer=optimizer,
+        schedule=optax.constant_schedule(1.0),
+        prepare=lambda rows: (rows["image"], rows["label"]),
+        loss_function=loss,
+        momentum_decay=momentum,
+        **options,
+    )
+    return state, step
+
+
+def result(state, step, batch=BATCH):
+    """Loss, gradients (SGD's update at rate 1) and batch statistics of a step."""
+    after, metrics = jax.jit(step)(state, batch)
+    gradients = jax.tree.map(jnp.subtract, state.params, after.params)
+    return metrics["train/loss"], gradients, after.batch_stats
+
+
+def expected(state, parts, *, norm="batch"):
+    """The same by plain differentiation, BatchNorm over each part of the rows in turn."""
+    encoder, head = Encoder(norm), Head()
+
+    def loss(params):
+        embeddings = [None] * len(IMAGES)
+        statistics = []
+        for rows in parts:
+            outputs, updated = encoder.apply(
+                {
+                    "params": params["encoder"],
+                    "batch_stats": state.batch_stats["encoder"],
+                },
+                IMAGES[rows].reshape(-1, 6, 6, 3),
+                train=True,
+                mutable=["batch_stats"],
+            )
+            statistics.append(updated.get("batch_stats", {}))
+            for row, pair in zip(rows, outputs.reshape(-1, 2, 6), strict=True):
+                embeddings[row] = pair
+        outputs = head.apply(
+            {"params": params["head"]}, jnp.stack(embeddings), train=True
+        )
+        return supcon_loss(outputs, LABELS), statistics
+
+    (value, statistics), gradients = jax.value_and_grad(loss, has_aux=True)(
+        state.params
+    )
+    return value, gradients, statistics
+
+
+def assert_close(ours, theirs, tolerance=1e-6):
+    ours, theirs = jax.device_get((ours, theirs))
+    scale = max(float(jnp.max(jnp.abs(x))) for x in jax.tree.leaves(theirs))
+    for x, y in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_allclose(x, y, atol=tolerance * scale, rtol=0)
+
+
+@pytest.mark.parametrize("devices", [1, 4])
+@pytest.mark.parametrize("count", [2, 4])
+def test_microbatches_equal_the_whole_batch_without_batch_statistics(devices, count):
+    """Gradient caching is exact: the loss and its gradient are those of all pairs."""
+    full = result(*tiny_step(1, norm="layer"))
+    parts = result(*tiny_step(devices, norm="layer", num_microbatches=count))
+    assert_close(parts[:2], full[:2])
+    assert_close(
+        full[:2], expected(tiny_step(norm="layer")[0], [range(16)], norm="layer")[:2]
+    )
+
+
+@pytest.mark.parametrize("devices", [1, 4])
+def test_microbatches_have_batch_statistics_of_their_own(devices):
+    """Equal to four parts encoded apart; running statistics move once for each."""
+    state, step = tiny_step(devices, num_microbatches=4)
+    loss, gradients, stats = result(state, step)
+    parts = [range(part, 16, 4) for part in range(4)]
+    value, by_hand, statistics = expected(state, parts)
+    assert_close((loss, gradients), (value, by_hand))
+    running = state.batch_stats["encoder"]
+    for part in statistics:
+        # Each part was encoded from the same start: its own share is what it added.
+        own = jax.tree.map(
+            lambda new, old: new - DECAY * old, part, state.batch_stats["encoder"]
+        )
+        running = jax.tree.map(lambda old, new: DECAY * old + new, running, own)
+    assert_close(stats["encoder"], running)
+    whole = result(*tiny_step(1))
+    assert abs(float(whole[0]) - float(loss)) > 1e-4  # not the same as all 16 together
+
+
+@pytest.mark.parametrize(
+    ("norm_devices", "groups"), [(0, 1), (8, 1), (4, 2), (2, 4), (1, 8)]
+)
+def test_batch_norm_over_all_groups_and_single_devices(norm_devices, groups):
+    state, step = tiny_step(8, norm_devices)
+    loss, gradients, stats = result(state, step)
+    size = 16 // groups
+    parts = [range(g * size, (g + 1) * size) for g in range(groups)]
+    value, by_hand, statistics = expected(state, parts)
+    assert_close((loss, gradients), (value, by_hand), tolerance=2e-6)
+    # Every device ends with the mean of the groups' statistics.
+    mean = jax.tree.map(lambda *x: sum(x) / groups, *statistics)
+    assert_close(stats["encoder"], mean)
+
+
+def test_batch_norm_groups_of_microbatches():
+    """Both at once: a part of the batch on the devices of a group."""
+    state, step = tiny_step(4, 2, num_microbatches=2)
+    loss, gradients, _ = result(state, step)
+    parts = [range(g * 8 + m, g * 8 + 8, 2) for m in range(2) for g in range(2)]
+    value, by_hand, _ = expected(state, parts)
+    assert_close((loss, gradients), (value, by_hand), tolerance=2e-6)
+
+
+# --- what the compiled step sends between devices ---
+
+
+def collectives(compiled):
+    """The result types of every collective of a compiled program, by kind."""
+    kinds = "all-reduce|all-gather|reduce-scatter|collective-permute|all-to-all"
+    found = {}
+    for types, kind in re.findall(
+        rf"= (.*?) ({kinds})(?:-start)?\(", compiled.as_text()
+    ):
+        found.setdefault(kind, []).append(types)
+    return found
+
+
+def compiled_tiny_step(norm_devices=0, dtype=jnp.float32, **options):
+    state, step = tiny_step(8, norm_devices, **options)
+    encoder = Encoder("batch", step.keywords["encoder"].axis_name, dtype)
+    step = functools.partial(step, encoder=encoder)
+    return jax.jit(step).lower(state, BATCH).compile()
+
+
+def test_batch_norm_alone_costs_collectives():
+    """One layer: two when shared (forward and backward), none when each is alone."""
+    counts = {
+        size: len(collectives(compiled_tiny_step(size))["all-reduce"])
+        for size in (0, 2, 1)
+    }
+    assert counts[1] < counts[0] <= counts[1] + 2
+    # In groups, two more: the running statistics' mean, and the loss goes alone.
+    assert counts[0] <= counts[2] <= counts[0] + 2
+
+
+def test_nothing_of_the_encoder_travels():
+    """Only projections are gathered; nothing is scattered or sent from one to another."""
+    found = collectives(compiled_tiny_step())
+    assert set(found) == {"all-reduce", "all-gather"}
+
+
+def reductions_in_bfloat16(monkeypatch=None):
+    if monkeypatch is not None:
+        monkeypatch.setattr(parallel, "varying", lambda tree, axes: tree)
+    state, step = tiny_step(8)
+    encoder = Encoder("batch", "data", jnp.bfloat16)
+    lowered = jax.jit(functools.partial(step, encoder=encoder)).lower(state, BATCH)
+    asked = re.findall(
+        r"all_reduce.*?\n(?:.*\n){0,5}?.*-> tensor<([^>]*)>", lowered.as_text()
+    )
+    done = collectives(lowered.compile())["all-reduce"]
+    assert asked and done
+    return [t for t in asked if "bf16" in t], [t for t in done if "bf16" in t]
+
+
+def test_gradients_are_summed_in_float32():
+    """Also where convolutions run in bfloat16."""
+    asked, done = reductions_in_bfloat16()
+    assert not asked and not done
+
+
+def test_gradients_would_be_summed_in_bfloat16(monkeypatch):
+    """Without the cast that the step makes: so the test above can fail."""
+    asked, _ = reductions_in_bfloat16(monkeypatch)
+    assert asked
+
+
+# --- probe ---
+
+
+def test_probe_learns_and_leaves_the_encoder_alone(tmp_path):
+    config = pretrain_config(**{"probe.learning_rate": 0.05})
+    results = {}
+    for name in ("with", "without"):
+        if name == "without":
+            config = pretrain_config()
+        run = experiment.open_run(config, tmp_path / name)
+        init, step, _ = pretrain.build(run)
+        state, step = jax.jit(init)(), jax.jit(step)
+        batch, losses = next(first_batches(run)), []
+        for _ in range(6):
+            state, metrics = step(state, batch)
+            losses.append(float(metrics.get("train/probe_loss", 0)))
+        results[name] = state.params, losses, metrics
+    ours, losses, metrics = results["with"]
+    assert losses[-1] < 0.8 * losses[0]
+    assert 0 < float(metrics["train/probe_top1"]) <= 1
+    theirs = results["without"][0]
+    for name in ("encoder", "head"):
+        for x, y in zip(
+            jax.tree.leaves(ours[name]), jax.tree.leaves(theirs[name]), strict=True
+        ):
+            np.testing.assert_allclose(x, y, atol=1e-5)
+
+
+# --- momentum encoder and queue ---
+
+
+def momentum_by_hand(state, queue, decay):
+    """One step in plain NumPy-style code: loss, average, keys with their labels."""
+    encoder, head = Encoder(), Head()
+    average = jax.tree.map(
+        lambda a, p: decay * a + (1 - decay) * p,
+        state.momentum["average"],
+        state.params,
+    )
+
+    def project(params, images):
+        embeddings, _ = encoder.apply(
+            {
+                "params": params["encoder"],
+                "batch_stats": state.batch_stats["encoder"],
+            },
+            images,
+            train=True,
+            mutable=["batch_stats"],
+        )
+        x = head.apply({"params": params["head"]}, embeddings, train=True)
+        return x / jnp.linalg.norm(x, axis=1, keepdims=True)
+
+    keys = project(average, IMAGES[:, 1])
+    everyone = [(k, int(y)) for k, y in zip(keys, LABELS, strict=True)] + queue
+    everyone = everyone[:40]
+
+    def loss(params):
+        queries, total = project(params, IMAGES[:, 0]), 0.0
+        for i, query in enumerate(queries):
+            logits = jnp.stack([query @ key for key, _ in everyone]) / 0.1
+            own = [j for j, (_, label) in enumerate(everyone) if label == LABELS[i]]
+            total += jax.nn.logsumexp(logits) - jnp.mean(logits[jnp.array(own)])
+        return total / len(queries)
+
+    value, gradients = jax.value_and_grad(loss)(state.params)
+    return value, gradients, average, everyone
+
+
+@pytest.mark.parametrize("devices", [1, 4])
+def test_momentum_queue_against_a_loop(devices):
+    """Three steps: keys of this step and of earlier ones, oldest out after 40."""
+    decay = 0.8
+    state, step = tiny_step(devices, momentum=decay)
+    step, queue = jax.jit(step), []
+    for number in range(1, 4):
+        value, gradients, average, everyone = momentum_by_hand(state, queue, decay)
+        queue = everyone
+        after, metrics = step(state, BATCH)
+        assert float(metrics["train/loss"]) == pytest.approx(float(value), rel=1e-5)
+        updates = jax.tree.map(jnp.subtract, state.params, after.params)
+        assert_close(updates, gradients, tolerance=1e-4)
+        assert_close(after.momentum["average"], average)
+        stored, filled = after.momentum["queue"], min(40, 16 * number)
+        assert stored["groups"][:filled].tolist() == [label for _, label in queue]
+        assert np.all(stored["groups"][filled:] == EMPTY)
+        assert_close(
+            stored["keys"][:filled], jnp.stack([key for key, _ in queue]), 1e-5
+        )
+        state = after
+
+
+def test_momentum_unsupervised_keys_match_nobody_later():
+    """MoCo: the positive of a query is its own key, and old keys are negatives."""
+    state, step = tiny_step(4, momentum=0.5, supervised=False)
+    first, metrics = jax.jit(step)(state, BATCH)
+    assert float(metrics["train/mean_positives"]) == 1
+    assert np.all(first.momentum["queue"]["groups"][:16] == NOBODY)
+    _, metrics = jax.jit(step)(first, BATCH)
+    assert float(metrics["train/mean_positives"]) == 1
+    assert float(metrics["train/collapse_loss"]) == pytest.approx(np.log(32), rel=1e-6)
+
+
+def test_cross_entropy_over_devices():
+    """The mean over the devices' rows is the mean over all rows."""
+    mesh = parallel.create_mesh(jax.devices()[:4])
+    logits = np.random.default_rng(0).normal(size=(8, 2, 5)).astype(np.float32)
+    labels = np.arange(8, dtype=np.int32) % 5
+    split, everywhere = jax.P("data"), jax.P()
+    sharded = jax.shard_map(
+        functools.partial(cross_entropy_of_views, axis_name="data"),
+        mesh=mesh,
+        in_specs=(split, split),
+        out_specs=everywhere,
+    )
+    assert_close(
+        jax.jit(sharded)(logits, labels), cross_entropy_of_views(logits, labels)
+    )
