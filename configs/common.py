@@ -156,6 +156,166 @@ def set_augmentation(config, name: str, *, strength: float = 1.0, blur: bool = T
     config.augment.blur_probability = blurred if blur else 0.0
 
 
+def set_imagenet(config, encoder: str, augmentation: str, *, batch_size: int):
+    """Data, encoder and batch of the ImageNet configs.
+
+    Args:
+      config: the config to change.
+      encoder: a ResNet's name.
+      augmentation: a key of `AUGMENTATIONS`.
+      batch_size: images; the run evaluates and saves every ten epochs of them.
+    """
+    config.batch_size = batch_size
+    config.eval_every = config.checkpoint_every = 10 * 1_281_167 // batch_size
+    config.data.name = "imagenet2012"
+    config.data.eval_split = "validation"
+    config.data.image_size = 224
+    config.data.eval_resize = 256
+    config.augment.crop_area = (0.08, 1.0)
+    set_augmentation(config, augmentation)
+    config.encoder.name = encoder
+    config.encoder.dtype = "auto"
+
+
+def set_official_supcon(config):
+    """Head, loss and schedule of the official SupCon scripts for ImageNet."""
+    config.encoder.normalize_embedding = True
+    config.projection.hidden_dims = ()
+    config.loss.temperature = 0.1
+    config.loss.scale = "temperature"
+    config.optimizer.name = "lars"
+    config.optimizer.warmup_epochs = 12.0
+
+
+def set_official_cross_entropy(config):
+    """Loss and optimizer of the official cross-entropy scripts for ImageNet."""
+    config.data.views = 1
+    config.loss.name = "cross_entropy"
+    config.loss.label_smoothing = 0.05
+    config.optimizer.name = "nesterov"
+    config.optimizer.learning_rate = 0.1
+    config.optimizer.warmup_epochs = 12.0
+    config.optimizer.weight_decay = 1e-4
+
+
+def set_linear(config, pretrained: str):
+    """Stage 2 on the encoder in `runs/<pretrained>`; its BatchNorm stays as trained."""
+    config.mode = "linear_eval"
+    config.pretrained = f"runs/{pretrained}"
+    config.data.views = 1
+
+
+def set_official_linear(config):
+    """Stage 2 of the official SupCon scripts for ImageNet."""
+    config.epochs = 90.0
+    config.encoder.normalize_embedding = True
+    config.loss.label_smoothing = 0.05
+    config.optimizer.name = "rmsprop"
+    config.optimizer.learning_rate = 0.05
+    config.optimizer.schedule = "staircase"
+    config.optimizer.decay_rate = 0.97
+    config.optimizer.decay_epochs = 0.5
+    config.optimizer.warmup_epochs = 12.0
+    config.optimizer.weight_decay = 1e-6
+
+
+def set_moco(config, *, batch_size: int):
+    """ImageNet and SGD as MoCo v2 has them, with crops and flips, both stages.
+
+    Source: github.com/facebookresearch/moco, main_moco.py and main_lincls.py.
+    """
+    set_imagenet(config, "resnet50", "identity", batch_size=batch_size)
+    config.data.mean = (0.485, 0.456, 0.406)
+    config.data.std = (0.229, 0.224, 0.225)
+    config.optimizer.name = "momentum"
+    config.optimizer.warmup_epochs = 0.0
+
+
+# Classes -> mean and standard deviation of the training pixels, as in the authors'
+# PyTorch code. The official code has those of CIFAR-10 for pixels in [-1, 1].
+CIFAR_STATISTICS = {
+    10: ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
+    100: ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
+}
+
+
+def set_cifar(config, classes: int):
+    """CIFAR-10 or CIFAR-100, with the augmentation of both official codes."""
+    config.data.name = f"cifar{classes}"
+    config.data.image_size = 32
+    config.data.eval_resize = 32
+    config.data.mean, config.data.std = CIFAR_STATISTICS[classes]
+    config.augment.crop_area = (0.2, 1.0)
+    set_augmentation(config, "sim_augment", strength=0.5, blur=False)
+
+
+def set_small_cifar(config):
+    """What a processor trains on CIFAR in minutes; ours.
+
+    Crops and flips alone: what docs/results.md was measured with.
+    """
+    config.batch_size = 256
+    config.epochs = 8.0
+    config.log_every = 50
+    config.eval_every = config.checkpoint_every = 390
+    set_augmentation(config, "identity")
+    config.encoder.name = "resnet8"
+    # At 32 pixels the strided stem leaves 8x8 maps: a sixteenth of the work.
+    config.encoder.stem = "imagenet"
+    config.optimizer.warmup_epochs = 0.5
+    config.knn.bank = 5_000
+
+
+def set_pytorch_cifar(config, *, learning_rate: float):
+    """Encoder, batch and optimizer of stage 1 in the authors' PyTorch code.
+
+    Source: github.com/HobbitLong/SupContrast at 66a8fe5, main_supcon.py, main_ce.py.
+    """
+    config.batch_size = 1024
+    config.log_every = 50
+    config.eval_every = config.checkpoint_every = 980
+    config.encoder.name = "resnet50"
+    config.encoder.stem = "cifar"
+    config.encoder.batch_norm_devices = 1  # DataParallel: each GPU alone
+    config.optimizer.name = "momentum"
+    config.optimizer.learning_rate = learning_rate
+    config.optimizer.learning_rate_batch = 1024
+    config.optimizer.warmup_epochs = 10.0
+    config.optimizer.warmup_start = 0.01 / learning_rate
+    config.optimizer.cosine_end = 1e-3
+    config.optimizer.weight_decay = 1e-4
+    config.optimizer.exclude = ()
+
+
+def set_official_cifar(config, *, batch_size: int):
+    """Encoder, batch and optimizer of the official CIFAR-10 scripts, both stages.
+
+    Source: google-research/supcon, scripts/*_cifar10_resnet50.sh, 2022.
+    """
+    config.batch_size = batch_size
+    config.log_every = 50
+    config.eval_every = config.checkpoint_every = 20 * 50_000 // batch_size
+    config.encoder.name = "resnet50"
+    config.encoder.stem = "cifar"
+    config.encoder.dtype = "auto"
+    config.optimizer.name = "momentum"
+
+
+def base_temperature_scale(temperature: float) -> str:
+    """The factor temperature / 0.07 of the PyTorch code and the official one of 2020."""
+    return repr(temperature / 0.07)
+
+
+def with_variant(file: str, variant: str) -> str:
+    """How `--config` names a config's variant; the default needs no name."""
+    return f"{file}:{variant}" if variant else file
+
+
+def run_name(stem: str, variant: str) -> str:
+    """The folder below runs/ that main.py gives to a config's variant."""
+    return f"{stem}_{variant}" if variant else stem
+
+
 def choose(variant: str, values: dict):
     """The value of a config's variant, as in `--config=file.py:variant`."""
     if variant not in values:

@@ -16,38 +16,26 @@ from configs import common
 from supcon_jax import experiment, linear_eval, pretrain
 from supcon_jax.config import ENCODER_KEYS, RULES, check_config, flatten
 from supcon_jax.evaluation.knn import knn_accuracy
+from tests.config_files import ALL, FILES, load, load_named
 from tests.runs import first_batches
 
-CONFIGS = pathlib.Path(common.__file__).parent
-VARIANTS = {
-    "linear_digits": ["", "random"],
-    "supcon_cifar10": ["", "pytorch"],
-    "linear_cifar10": ["", "pytorch"],
-}
-FILES = sorted(p.stem for p in CONFIGS.glob("[!_]*.py") if p.stem != "common")
 
-
-def load(stem, variant=""):
-    get_config = importlib.import_module(f"configs.{stem}").get_config
-    return get_config(variant) if variant else get_config()
-
-
-@pytest.mark.parametrize(
-    "stem, variant", [(s, v) for s in FILES for v in VARIANTS.get(s, [""])]
-)
+@pytest.mark.parametrize("stem, variant", ALL)
 def test_config_is_valid_and_locked(stem, variant):
     config = load(stem, variant)
     check_config(config)
     with pytest.raises(AttributeError):
         config.optimizer.lr = 1.0
     if config.next_config:
-        path, _, next_variant = config.next_config.partition(":")
-        following = load(pathlib.Path(path).stem, next_variant)
+        following = load_named(config.next_config)
         if following.mode == "linear_eval":
             ours, theirs = config.to_dict(), following.to_dict()
             ours, theirs = flatten(ours), flatten(theirs)
             for key in ENCODER_KEYS:
                 assert ours[key] == theirs[key], key
+            # The default workdir, as main.py names it.
+            workdir = f"runs/{stem}_{variant}" if variant else f"runs/{stem}"
+            assert following.pretrained == workdir
 
 
 @pytest.mark.parametrize("stem", FILES)

@@ -1,0 +1,155 @@
+"""Mean and deviation over the seeds of one config, from finished workdirs.
+
+    python -m supcon_jax.tools.seeds runs/digits_seed0 runs/digits_seed1
+    python -m supcon_jax.tools.seeds runs/digits_seed* --out=runs/digits.json
+
+Prints a Markdown table of the final metrics: mean, sample deviation and each seed's
+value. Runs that are not finished, that differ in more than the seed or that repeat a seed
+are refused.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pathlib
+import statistics
+import sys
+from typing import Any
+
+from supcon_jax.checkpoint import read_config
+from supcon_jax.config import MAY_DIFFER, flatten
+from supcon_jax.writers import read_metrics
+
+# A linear evaluation reads the encoder of its own seed.
+OF_THE_SEED = ("seed", "pretrained")
+
+# What a final line says of the run's length and speed, and not of its result.
+NOT_RESULTS = (
+    *("step", "epoch", "wall_s", "final"),
+    *("train/images_per_sec", "optim/learning_rate"),
+)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Parses the command line, prints the table and writes the file."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], allow_abbrev=False
+    )
+    parser.add_argument("workdirs", nargs="+", help="one for each seed")
+    parser.add_argument("--out", help="a JSON file to write")
+    options = parser.parse_args(arguments)
+    try:
+        summary = summarize(options.workdirs)
+        if options.out:
+            write(summary, pathlib.Path(options.out))
+    except ValueError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    print(markdown(summary))
+
+
+def summarize(workdirs: list[str]) -> dict[str, Any]:
+    """What the finished runs of one config gave.
+
+    Args:
+      workdirs: one for each seed, at least two.
+
+    Returns:
+      `{"workdirs": [...], "seeds": [...], "metrics": {name: {"mean": ...,
+      "deviation": ..., "values": [...]}}}` in the order of the seeds; the deviation is
+      that of a sample (n - 1).
+
+    Raises:
+      ValueError: what makes these runs no sample of one config, in one line.
+    """
+    if len(workdirs) < 2:
+        raise ValueError(
+            f"got one workdir, {workdirs[0]}; a deviation needs two or more"
+        )
+    configs = {}
+    for workdir in workdirs:
+        config = read_config(workdir)
+        if config is None:
+            raise ValueError(f"no run in {workdir}: it has no config.json")
+        configs[workdir] = flatten(config)
+    _check_one_config(configs)
+    seeds: dict[int, str] = {}
+    for workdir, config in configs.items():
+        other = seeds.setdefault(config["seed"], workdir)
+        if other != workdir or workdirs.count(workdir) > 1:
+            raise ValueError(
+                f"{other} and {workdir} have the same seed, {config['seed']}; give "
+                "each run its own --config.seed"
+            )
+    finals = {workdir: _final_line(workdir) for workdir in workdirs}
+    in_order = [seeds[seed] for seed in sorted(seeds)]
+    metrics = {}
+    for name in finals[in_order[0]]:
+        values = [finals[workdir].get(name) for workdir in in_order]
+        if name not in NOT_RESULTS and None not in values:
+            metrics[name] = {
+                "mean": statistics.fmean(values),
+                "deviation": statistics.stdev(values),
+                "values": values,
+            }
+    return {"workdirs": in_order, "seeds": sorted(seeds), "metrics": metrics}
+
+
+def _check_one_config(configs: dict[str, dict[str, Any]]) -> None:
+    """Refuses runs that differ in more than the seed and where things lie."""
+    (first, ours), *others = configs.items()
+    for workdir, theirs in others:
+        differing = [
+            f"{key} ({ours.get(key)!r}, {theirs.get(key)!r})"
+            for key in sorted(ours.keys() | theirs.keys())
+            if ours.get(key) != theirs.get(key)
+            and key not in (*OF_THE_SEED, *MAY_DIFFER)
+        ]
+        if differing:
+            raise ValueError(
+                f"{first} and {workdir} are runs of different configs; differing: "
+                f"{', '.join(differing)}"
+            )
+
+
+def _final_line(workdir: str) -> dict[str, Any]:
+    records = read_metrics(workdir)
+    if not records or not records[-1].get("final"):
+        reached = f"it reached step {records[-1]['step']}" if records else "no metrics"
+        raise ValueError(
+            f"the run in {workdir} is not finished ({reached}); the command that "
+            "started it goes on with it"
+        )
+    return records[-1]
+
+
+def markdown(summary: dict[str, Any]) -> str:
+    """The summary as a table; accuracies and errors that are shares in percent."""
+    seeds = ", ".join(str(seed) for seed in summary["seeds"])
+    lines = [f"| metric | mean ± deviation | seeds {seeds} |", "|---|---|---|"]
+    for name, found in summary["metrics"].items():
+        share = name.endswith(("top1", "top5", "ece"))
+        factor, text, unit = (100, "{:.2f}", " (%)") if share else (1, "{:.5g}", "")
+        mean, deviation, *each = (
+            text.format(factor * value)
+            for value in (found["mean"], found["deviation"], *found["values"])
+        )
+        lines.append(f"| {name}{unit} | {mean} ± {deviation} | {', '.join(each)} |")
+    return "\n".join(lines)
+
+
+def write(summary: dict[str, Any], path: pathlib.Path) -> None:
+    """Writes the summary as JSON.
+
+    Raises:
+      ValueError: the file cannot be written.
+    """
+    try:
+        path.write_text(json.dumps(summary, indent=2) + "\n")
+    except OSError as error:
+        raise ValueError(f"cannot write {path}: {error.strerror} (--out)") from None
+
+
+if __name__ == "__main__":
+    main()
