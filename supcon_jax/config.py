@@ -179,7 +179,8 @@ def unknown_key(key: str) -> str:
     # A key without its group: learning_rate for optimizer.learning_rate.
     nearest = [name for name in RULES if name.endswith(f".{key}")]
     nearest = nearest or difflib.get_close_matches(key, RULES, n=1, cutoff=0.4)
-    hint = f"; did you mean --config.{nearest[0]}?" if nearest else ""
+    named = " or ".join(f"--config.{name}" for name in nearest)
+    hint = f"; did you mean {named}?" if named else ""
     return f"unknown config key {key!r}{hint} (see configs/common.py)"
 
 

@@ -87,7 +87,9 @@ def open_run(config: ConfigDict, workdir: str | pathlib.Path) -> Run:
     train_source, eval_source = open_sources(config, skipped)
     sampler = build_sampler(config, train_source)
     steps_per_epoch = train_source.num_examples / config.batch_size
-    total_steps = config.total_steps or max(1, round(config.epochs * steps_per_epoch))
+    # Whole steps, as in the official code; the summand is for products such as 389.9...9.
+    steps = int(config.epochs * steps_per_epoch + 1e-6)
+    total_steps = config.total_steps or max(1, steps)
     # Built once here for its checks alone, before the workdir is made.
     build_optimizer(config, total_steps, steps_per_epoch)
     build_encoder(config)

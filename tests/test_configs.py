@@ -19,6 +19,10 @@ from supcon_jax.evaluation.knn import knn_accuracy
 from tests.config_files import ALL, FILES, load, load_named
 from tests.runs import first_batches
 
+CROSS_ENTROPY = {"loss.name": "cross_entropy"}
+MOMENTUM = {"loss.contrast_mode": "one", "momentum_encoder.decay": 0.9}
+COSINE = {"optimizer.schedule": "cosine"}
+
 
 @pytest.mark.parametrize("stem, variant", ALL)
 def test_config_is_valid_and_locked(stem, variant):
@@ -106,6 +110,43 @@ def test_refused_values(key, value):
     assert "allowed" in str(refusal.value)
 
 
+@pytest.mark.parametrize(
+    "changes, says",
+    [
+        ({"momentum_encoder.queue_size": 512}, "without a momentum encoder"),
+        ({"momentum_encoder.decay": 0.9}, "loss.contrast_mode='all' .* 'one'"),
+        (MOMENTUM | {"loss.name": "cross_entropy"}, "loss.name='cross_entropy'"),
+        (MOMENTUM | {"loss.positives_cap": 2}, "loss.positives_cap=2"),
+        (MOMENTUM | {"data.views": 1}, "data.views=1 .* at least 2"),
+        (MOMENTUM | {"momentum_encoder.queue_size": 255}, "at least the 256 keys"),
+        (CROSS_ENTROPY | {"probe.learning_rate": 0.1}, "beside a contrastive loss"),
+        ({"mode": "linear_eval", "probe.learning_rate": 0.1}, "mode=linear_eval"),
+    ],
+    ids=str,
+)
+def test_keys_that_do_not_go_together(changes, says):
+    config = common.get_config()
+    config.update_from_flattened_dict(changes)
+    with pytest.raises(ValueError, match=says) as refusal:
+        check_config(config)
+    assert "\n" not in str(refusal.value) and "--config." in str(refusal.value)
+    assert "allowed" in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    "key, value, says",
+    [
+        ("microbatch_size", 12, "set --config.microbatch_size=8 or 16, or 0"),
+        ("encoder.batch_norm_devices", 3, "allowed: 0 .all., 1, 2, 4, 8"),
+    ],
+)
+def test_sizes_that_the_devices_cannot_share(key, value, says, tmp_path):
+    with pytest.raises(ValueError, match=says) as refusal:
+        experiment.open_run(tiny(**{key: value}), tmp_path / "run")
+    assert "\n" not in str(refusal.value)
+    assert not (tmp_path / "run").exists()
+
+
 # What a run is made of, as text: any key that changes the computation shows here.
 def tiny(**overrides):
     config = load("digits")
@@ -148,11 +189,11 @@ def fingerprint(workdir, **overrides):
     return result
 
 
-CROSS_ENTROPY = {"loss.name": "cross_entropy"}
 JITTER = {"augment.jitter_strength": 0.5, "augment.jitter_probability": 0.8}
 IN_STEP = {
     "seed": (1, {}),
     "batch_size": (32, {}),
+    "microbatch_size": (8, {}),
     "epochs": (7.0, {}),
     "total_steps": (9, {}),
     "data.views": (3, {}),
@@ -171,9 +212,15 @@ IN_STEP = {
     "encoder.stem": ("imagenet", {}),
     "encoder.dtype": ("bfloat16", {}),
     "encoder.normalize_embedding": (True, {}),
+    "encoder.batch_norm_devices": (2, {}),
+    "encoder.remat": (True, {}),
     "projection.hidden_dims": ((9,), {}),
     "projection.output_dim": (5, {}),
     "projection.batch_norm": (True, {}),
+    "projection.bias": (True, {}),
+    "probe.learning_rate": (0.01, {}),
+    "momentum_encoder.decay": (0.99, MOMENTUM),
+    "momentum_encoder.queue_size": (32, MOMENTUM),
     "classifier.init": ("zeros", CROSS_ENTROPY),
     "loss.name": ("simclr", {}),
     "loss.temperature": (0.2, {}),
@@ -188,6 +235,8 @@ IN_STEP = {
     "optimizer.learning_rate_batch": (0, {}),
     "optimizer.schedule": ("constant", {}),
     "optimizer.warmup_epochs": (0.5, {}),
+    "optimizer.warmup_start": (0.5, {}),
+    "optimizer.cosine_end": (0.1, COSINE),
     "optimizer.decay_rate": (0.5, {"optimizer.schedule": "staircase"}),
     "optimizer.decay_epochs": (2.0, {"optimizer.schedule": "staircase"}),
     "optimizer.boundaries_epochs": ((1.0,), {"optimizer.schedule": "piecewise"}),

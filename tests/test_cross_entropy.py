@@ -10,7 +10,10 @@ import numpy as np
 import pytest
 
 from supcon_jax.losses import cross_entropy
-from supcon_jax.losses.cross_entropy import cross_entropy_loss
+from supcon_jax.losses.cross_entropy import (
+    cross_entropy_loss,
+    cross_entropy_of_views,
+)
 
 
 def loop_cross_entropy(logits, labels, smoothing):
@@ -105,3 +108,17 @@ def test_shares_of_classes(smoothing):
 
 def test_docstring_example():
     assert doctest.testmod(cross_entropy).failed == 0
+
+
+def test_cross_entropy_of_views_against_a_loop():
+    logits = jax.random.normal(jax.random.key(0), (3, 2, 4))
+    labels = jnp.array([0, 3, 1])
+    loss, metrics = cross_entropy_of_views(logits, labels)
+    expected, hits = [], []
+    for b in range(3):
+        for v in range(2):
+            row = np.asarray(logits[b, v], np.float64)
+            expected.append(np.log(np.exp(row).sum()) - row[int(labels[b])])
+            hits.append(row.argmax() == int(labels[b]))
+    assert float(loss) == pytest.approx(np.mean(expected), rel=1e-6)
+    assert float(metrics["top1"]) == pytest.approx(np.mean(hits))

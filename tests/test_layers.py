@@ -29,6 +29,7 @@ LAYERS = {
     "supcon_jax.tools": 3,
     "supcon_jax.experiment": 3,
     "supcon_jax.report": 3,
+    "supcon_jax.memory": 3,
     "supcon_jax.loop": 3,
     "supcon_jax.pretrain": 3,
     "supcon_jax.linear_eval": 3,

@@ -134,7 +134,7 @@ def test_every_cell_is_the_configs_value(title):
         for name, cell in zip(COLUMNS[title], cells, strict=True):
             config = load_named(name)
             if label == "steps":
-                expected = round(steps(config))  # as experiment.open_run has it
+                expected = int(steps(config))  # as experiment.open_run has it
             elif label == "peak learning rate":
                 expected = scaled_learning_rate(config)
             else:
