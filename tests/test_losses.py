@@ -101,6 +101,25 @@ def example(num_images=9, num_views=2, dimension=5, classes=3, seed=0):
     return x, labels.astype(np.int32)
 
 
+# One program instead of one for every operation. Called eagerly, as a user may, in
+# test_published_unit_test_values, test_triplet_is_a_special_case and the docstring.
+compiled_loss = jax.jit(
+    supcon_loss,
+    static_argnames=(
+        "temperature",
+        "normalize",
+        "contrast_mode",
+        "summation",
+        "denominator",
+        "positives_cap",
+        "scale",
+        "reduction",
+        "block_size",
+        "with_diagnostics",
+    ),
+)
+
+
 @functools.partial(jax.jit, static_argnums=3)
 def losses_and_pullback(x, labels, weight, options):
     losses, pull_back = jax.vjp(
@@ -225,7 +244,7 @@ def test_published_unit_test_values(options, labels, expected):
 def test_collapsed_embeddings_give_the_logarithm(summation):
     x = np.ones((12, 2, 7), np.float32)
     labels = np.arange(12) % 3
-    loss, diagnostics = supcon_loss(
+    loss, diagnostics = compiled_loss(
         x, labels, summation=summation, scale=2.0, block_size=5, with_diagnostics=True
     )
     assert loss == pytest.approx(2 * math.log(23), rel=1e-6)
@@ -238,7 +257,7 @@ def test_collapsed_embeddings_give_the_logarithm(summation):
 @pytest.mark.parametrize("denominator", ["one_positive", "only_negatives"])
 def test_collapse_level_of_the_other_denominators(denominator):
     x, labels = np.ones((8, 2, 3), np.float32), np.arange(8) % 2
-    loss, diagnostics = supcon_loss(
+    loss, diagnostics = compiled_loss(
         x, labels, denominator=denominator, with_diagnostics=True
     )
     assert loss == pytest.approx(float(diagnostics["collapse_loss"]), rel=1e-5)
@@ -247,7 +266,7 @@ def test_collapse_level_of_the_other_denominators(denominator):
 def test_orthogonal_classes():
     """Two views at one corner each, three classes: log(e^(1/T) + 4) - 1/T."""
     x = np.repeat(np.eye(3, dtype=np.float32)[:, None], 2, axis=1)
-    loss = supcon_loss(x, np.arange(3), temperature=0.5)
+    loss = compiled_loss(x, np.arange(3), temperature=0.5)
     assert loss == pytest.approx(math.log(math.exp(2) + 4) - 2, rel=1e-5)
 
 
@@ -260,7 +279,7 @@ def test_n_pairs_is_a_special_case():
     for i in range(10):
         ratios = [np.exp(logits[i, j] - logits[i, i ^ 1]) for j in range(10) if j != i]
         expected.append(np.log(np.sum(ratios)))
-    losses = supcon_loss(x, np.arange(10) // 2, temperature=1.0, reduction="none")
+    losses = compiled_loss(x, np.arange(10) // 2, temperature=1.0, reduction="none")
     np.testing.assert_allclose(losses, expected, rtol=1e-5)
 
 
@@ -278,14 +297,14 @@ def test_relations_in_the_documentation():
     b, v, d = np.indices((6, 2, 4))
     x, labels = np.sin(1.0 + 7 * b + 3 * v + d**2), np.array([0, 0, 0, 1, 1, 2])
     losses = {
-        "L_out": supcon_loss(x, labels),
-        "L_in": supcon_loss(x, labels, summation="inside"),
-        "L_out x T": supcon_loss(x, labels, scale="temperature"),
-        "L_out x T / 0.07": supcon_loss(x, labels, scale=0.1 / 0.07),
-        "one positive": supcon_loss(x, labels, denominator="one_positive"),
-        "SimCLR": supcon_loss(x),
+        "L_out": compiled_loss(x, labels),
+        "L_in": compiled_loss(x, labels, summation="inside"),
+        "L_out x T": compiled_loss(x, labels, scale="temperature"),
+        "L_out x T / 0.07": compiled_loss(x, labels, scale=0.1 / 0.07),
+        "one positive": compiled_loss(x, labels, denominator="one_positive"),
+        "SimCLR": compiled_loss(x),
     }
-    per_image = supcon_loss(x, labels, summation="inside", reduction="none")
+    per_image = compiled_loss(x, labels, summation="inside", reduction="none")
     num_positives = 2 * np.bincount(labels)[labels] - 1
     losses["sum of positives"] = np.mean(per_image - np.log(num_positives))
     text = (ROOT / "docs" / "losses.md").read_text()
@@ -296,18 +315,18 @@ def test_relations_in_the_documentation():
 
 def test_scale_and_reduction():
     x, labels = example()
-    losses = supcon_loss(x, labels, reduction="none")
-    assert supcon_loss(x, labels) == pytest.approx(float(jnp.mean(losses)), rel=1e-6)
+    losses = compiled_loss(x, labels, reduction="none")
+    assert compiled_loss(x, labels) == pytest.approx(float(jnp.mean(losses)), rel=1e-6)
     for scale, factor in [("temperature", 0.1), (0.1 / 0.07, 0.1 / 0.07), (3, 3)]:
-        scaled = supcon_loss(x, labels, scale=scale, reduction="none")
+        scaled = compiled_loss(x, labels, scale=scale, reduction="none")
         np.testing.assert_allclose(scaled, factor * losses, rtol=1e-6)
 
 
 def test_anchors_without_positives_do_not_count():
     x, _ = example(num_images=6, num_views=1)
     labels = np.array([0, 0, 0, 1, 2, -1])
-    loss, diagnostics = supcon_loss(x, labels, with_diagnostics=True)
-    losses = supcon_loss(x, labels, reduction="none")
+    loss, diagnostics = compiled_loss(x, labels, with_diagnostics=True)
+    losses = compiled_loss(x, labels, reduction="none")
     np.testing.assert_array_equal(losses[3:], 0)
     assert loss == pytest.approx(float(losses[:3].mean()), rel=1e-6)
     assert diagnostics["num_anchors"] == 3
@@ -317,8 +336,8 @@ def test_anchors_without_positives_do_not_count():
 
 def test_unlabelled_images_are_groups_of_their_own():
     x, _ = example(num_images=5)
-    mixed = supcon_loss(x, np.array([4, -1, 4, -1, -9]), reduction="none")
-    named = supcon_loss(x, np.array([4, 0, 4, 1, 2]), reduction="none")
+    mixed = compiled_loss(x, np.array([4, -1, 4, -1, -9]), reduction="none")
+    named = compiled_loss(x, np.array([4, 0, 4, 1, 2]), reduction="none")
     np.testing.assert_array_equal(mixed, named)
 
 
@@ -326,11 +345,11 @@ def test_unlabelled_images_are_groups_of_their_own():
 def test_label_types(dtype):
     x, _ = example(num_images=200, num_views=1)
     labels = np.arange(200) % 100
-    expected = supcon_loss(x, labels.astype(np.int32))
-    assert supcon_loss(x, labels.astype(dtype)) == pytest.approx(float(expected))
+    expected = compiled_loss(x, labels.astype(np.int32))
+    assert compiled_loss(x, labels.astype(dtype)) == pytest.approx(float(expected))
     # 200 unlabelled images do not fit into int8.
     if np.issubdtype(dtype, np.signedinteger):
-        assert supcon_loss(x, np.full(200, -1, dtype)) == 0
+        assert compiled_loss(x, np.full(200, -1, dtype)) == 0
 
 
 @pytest.mark.parametrize(
@@ -391,14 +410,16 @@ def test_random_cap_keeps_a_uniform_choice():
 def test_cap_without_effect_equals_no_cap():
     x, labels = example()
     for key in (None, jax.random.key(3)):
-        capped = supcon_loss(x, labels, positives_cap=100, positives_key=key)
-        assert capped == pytest.approx(float(supcon_loss(x, labels)), rel=1e-6)
+        capped = compiled_loss(x, labels, positives_cap=100, positives_key=key)
+        assert capped == pytest.approx(float(compiled_loss(x, labels)), rel=1e-6)
 
 
 def test_diagnostics_equal_their_definitions():
     x, labels = example(num_images=12)
     for options in ({}, {"temperature": 0.01}, {"denominator": "one_positive"}):
-        _, got = supcon_loss(x, labels, block_size=7, with_diagnostics=True, **options)
+        _, got = compiled_loss(
+            x, labels, block_size=7, with_diagnostics=True, **options
+        )
         z = (x / np.linalg.norm(x, axis=-1, keepdims=True)).reshape(24, -1)
         group = np.repeat(np.where(labels < 0, -1 - np.arange(12), labels), 2)
         other = ~np.eye(24, dtype=bool)
@@ -428,9 +449,11 @@ def test_diagnostics_equal_their_definitions():
 
 def test_diagnostics_change_neither_value_nor_gradient():
     x, labels = example()
-    plain = jax.value_and_grad(supcon_loss)(x.astype(np.float32), labels)
-    (loss, _), gradient = jax.value_and_grad(
-        lambda x: supcon_loss(x, labels, with_diagnostics=True), has_aux=True
+    plain = jax.jit(jax.value_and_grad(supcon_loss))(x.astype(np.float32), labels)
+    (loss, _), gradient = jax.jit(
+        jax.value_and_grad(
+            lambda x: supcon_loss(x, labels, with_diagnostics=True), has_aux=True
+        )
     )(x.astype(np.float32))
     np.testing.assert_array_equal(plain[0], loss)
     np.testing.assert_array_equal(plain[1], gradient)
@@ -479,7 +502,7 @@ def test_floating_types(dtype):
     x, labels = example()
     with jax.enable_x64(True):
         x = jnp.asarray(x, dtype)
-        loss, gradient = jax.value_and_grad(supcon_loss)(x, labels)
+        loss, gradient = jax.jit(jax.value_and_grad(supcon_loss))(x, labels)
         expected = loop_loss(np.asarray(x, np.float64), labels).mean()
     assert gradient.dtype == dtype
     assert np.all(np.isfinite(np.asarray(gradient, np.float32)))
@@ -493,8 +516,8 @@ def test_opposite_embeddings_at_low_temperature(summation):
     """Every logit is -100, far below what a fixed shift leaves in float32."""
     x = np.array([[[1.0, 0]], [[-1, 0]]], np.float32)
     options = {"temperature": 0.01, "summation": summation}
-    loss, gradient = jax.value_and_grad(
-        lambda x: supcon_loss(x, np.zeros(2, int), **options)
+    loss, gradient = jax.jit(
+        jax.value_and_grad(lambda x: supcon_loss(x, np.zeros(2, int), **options))
     )(x)
     assert loss == pytest.approx(0, abs=1e-5)
     assert np.all(np.isfinite(gradient))
@@ -503,7 +526,7 @@ def test_opposite_embeddings_at_low_temperature(summation):
 def test_large_logits_without_normalisation():
     x, labels = example()
     x = 30 * np.float32(x)
-    losses = supcon_loss(x, labels, normalize=False, reduction="none", block_size=5)
+    losses = compiled_loss(x, labels, normalize=False, reduction="none", block_size=5)
     expected = loop_loss(x, labels, normalize=False)
     assert expected.max() > 1000
     np.testing.assert_allclose(losses, expected, rtol=1e-5, atol=1e-2)
