@@ -111,7 +111,8 @@ def out_of_memory(
             told += f", which has {_bytes(limit)}"
     elif error is not None:
         # TPU: "Used 22.28G of 15.75G hbm. Exceeded hbm capacity by 6.53G."
-        found = re.search(r"Used \S+ of \S+ hbm|[Oo]ut of memory[^.\n]*", str(error))
+        found = re.search(r"Used \S+ of \S+ hbm", str(error))
+        found = found or re.search(r"[Oo]ut of memory[^.\n]*", str(error))
         told = f": {found.group()}" if found else ""
     flags = [
         f"--config.microbatch_size={size}"

@@ -394,6 +394,37 @@ def test_eight_devices_equal_one():
         np.testing.assert_allclose(eight / scale, one / scale, atol=1e-5)
 
 
+def test_remat_changes_memory_and_nothing_else():
+    """The same parameters, values, statistics and gradients, from less that is kept."""
+    images = np.random.default_rng(0).normal(size=(4, 16, 16, 3)).astype(np.float32)
+    results, kept = [], []
+    for remat in (False, True):
+        encoder = create_encoder("resnet8", stem="cifar", width=0.25, remat=remat)
+        init = functools.partial(encoder.init, train=True)
+        variables = jax.jit(init)(jax.random.key(0), images)
+
+        def loss(params, encoder=encoder, variables=variables):
+            embeddings, stats = encoder.apply(
+                variables | {"params": params},
+                images,
+                train=True,
+                mutable=["batch_stats"],
+            )
+            return jnp.sum(jnp.sin(embeddings)), stats
+
+        gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))
+        results.append(gradient(variables["params"]))
+        _, backward = jax.eval_shape(
+            lambda params, loss=loss: jax.vjp(lambda p: loss(p)[0], params),
+            variables["params"],
+        )
+        kept.append(sum(leaf.size for leaf in jax.tree.leaves(backward)))
+    assert jax.tree.structure(results[0]) == jax.tree.structure(results[1])
+    for x, y in zip(*map(jax.tree.leaves, results), strict=True):
+        np.testing.assert_allclose(x, y, atol=1e-5)
+    assert kept[1] < 0.5 * kept[0]
+
+
 def test_inference_sees_each_image_alone():
     encoder = create_encoder("resnet8", stem="cifar", width=0.25)
     images = jax.random.normal(jax.random.key(0), (4, 8, 8, 3))
@@ -418,6 +449,22 @@ def test_projection_head_formula():
     out = head.apply({"params": params}, x, train=True)
     np.testing.assert_allclose(out, expected, rtol=1e-5)
     assert out.shape == (7, 4)
+
+
+def test_projection_head_bias_of_the_last_layer():
+    x = np.ones((2, 3), np.float32)
+    shapes = {}
+    for bias in (False, True):
+        head = ProjectionHead((4,), 5, bias=bias)
+        variables = head.init(jax.random.key(0), x, train=True)
+        shapes[bias] = jax.tree.map(np.shape, variables["params"]["dense_out"])
+    assert shapes == {False: {"kernel": (4, 5)}, True: {"bias": (5,), "kernel": (4, 5)}}
+    variables["params"]["dense_out"]["bias"] += 2.0
+    shifted = head.apply(variables, x, train=True)
+    variables["params"]["dense_out"]["bias"] *= 0.0
+    np.testing.assert_allclose(
+        shifted, head.apply(variables, x, train=True) + 2, rtol=1e-5
+    )
 
 
 def test_projection_head_normalizes_what_comes_in_not_what_goes_out():

@@ -60,6 +60,23 @@ def test_cosine_points():
     np.testing.assert_allclose(schedule(160), 0.0, atol=1e-6)
 
 
+def test_ends_of_warmup_and_cosine():
+    """Shares of the peak, as in the authors' PyTorch code: 0.01 of 0.5, and 1e-3."""
+    schedule = create_schedule(
+        "cosine",
+        learning_rate=0.5,
+        total_steps=110,
+        steps_per_epoch=10,
+        warmup_epochs=1,
+        warmup_start=0.02,
+        cosine_end=1e-3,
+    )
+    points = {0: 0.01, 5: 0.255, 10: 0.5, 60: 0.5 * (1 + 1e-3) / 2, 110: 5e-4}
+    for step, rate in points.items():
+        np.testing.assert_allclose(schedule(step), rate, rtol=1e-5)
+    np.testing.assert_allclose(schedule(500), 5e-4, rtol=1e-5)
+
+
 def test_staircase_points():
     schedule = create_schedule(
         "staircase",

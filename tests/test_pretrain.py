@@ -179,6 +179,44 @@ def test_diverged_loss_stops_before_it_is_saved(tmp_path):
             assert np.isfinite(np.asarray(leaf)).all()
 
 
+def test_momentum_queue_and_probe_survive_an_interrupt(tmp_path, monkeypatch):
+    """Queue, average and probe lie in the checkpoint: the same bits as without a stop."""
+    config = pretrain_config(
+        checkpoint_every=5,
+        **{
+            "loss.contrast_mode": "one",
+            "momentum_encoder.decay": 0.9,
+            "momentum_encoder.queue_size": 64,
+            "probe.learning_rate": 0.05,
+        },
+    )
+    whole = pretrain.pretrain(config, tmp_path / "whole")
+    assert whole["eval/num_examples"] == 500 and 0 < whole["eval/top1"] <= 1
+    assert whole["train/probe_loss"] > 0
+    assert whole["train/collapse_loss"] == pytest.approx(np.log(64), rel=1e-6)
+
+    def stop(self, step, metrics):
+        if step == 10:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pretrain.CollapseMonitor, "__call__", stop)
+        with pytest.raises(KeyboardInterrupt):
+            pretrain.pretrain(config, tmp_path / "stopped")
+    final = pretrain.pretrain(config, tmp_path / "stopped")
+    for name in (
+        "train/loss",
+        "train/probe_loss",
+        "eval/top1",
+        "eval/loss",
+        "knn/top1",
+    ):
+        assert final[name] == whole[name], name
+    assert_trees_equal(
+        restore_encoder(tmp_path / "stopped"), restore_encoder(tmp_path / "whole")
+    )
+
+
 def test_cross_entropy_baseline(tmp_path):
     config = pretrain_config(**{"loss.name": "cross_entropy"})
     final = pretrain.pretrain(config, tmp_path)

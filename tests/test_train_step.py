@@ -14,6 +14,7 @@ from supcon_jax import experiment, loop, parallel, pretrain, train_step
 from supcon_jax.losses import supcon_loss
 from supcon_jax.losses.cross_entropy import cross_entropy_of_views
 from supcon_jax.losses.momentum_contrast import EMPTY, momentum_contrast_loss
+from supcon_jax.models import Classifier
 from supcon_jax.momentum import NOBODY
 from tests.runs import assert_trees_equal, first_batches, pretrain_config
 
@@ -146,11 +147,13 @@ LABELS = np.arange(16, dtype=np.int32) % 5
 BATCH = {"image": IMAGES, "label": LABELS}
 
 
-def tiny_step(devices=1, norm_devices=0, *, norm="batch", momentum=0.0, **options):
+def tiny_step(
+    devices=1, norm_devices=0, *, norm="batch", momentum=0.0, probe=None, **options
+):
     """State and arguments of `train_step` for the small encoder, on some devices."""
     whole = parallel.create_mesh(jax.devices()[:devices])
     mesh, axis = parallel.grouped_mesh(whole, norm_devices)
-    modules = {"encoder": Encoder(norm, axis), "head": Head()}
+    modules = {"encoder": Encoder(norm, axis), "head": Head(), "probe": probe}
     optimizer = optax.sgd(1.0)
     state = train_step.init_state(
         **modules,
@@ -212,9 +215,8 @@ def expected(state, parts, *, norm="batch"):
         )
         return supcon_loss(outputs, LABELS), statistics
 
-    (value, statistics), gradients = jax.value_and_grad(loss, has_aux=True)(
-        state.params
-    )
+    gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))
+    (value, statistics), gradients = gradient(state.params)
     return value, gradients, statistics
 
 
@@ -245,11 +247,14 @@ def test_microbatches_have_batch_statistics_of_their_own(devices):
     parts = [range(part, 16, 4) for part in range(4)]
     value, by_hand, statistics = expected(state, parts)
     assert_close((loss, gradients), (value, by_hand))
-    running = state.batch_stats["encoder"]
+    statistics, stats = jax.device_get((statistics, stats))
+    running = jax.device_get(state.batch_stats["encoder"])
     for part in statistics:
         # Each part was encoded from the same start: its own share is what it added.
         own = jax.tree.map(
-            lambda new, old: new - DECAY * old, part, state.batch_stats["encoder"]
+            lambda new, old: new - DECAY * old,
+            part,
+            jax.device_get(state.batch_stats["encoder"]),
         )
         running = jax.tree.map(lambda old, new: DECAY * old + new, running, own)
     assert_close(stats["encoder"], running)
@@ -348,29 +353,39 @@ def test_gradients_would_be_summed_in_bfloat16(monkeypatch):
 # --- probe ---
 
 
-def test_probe_learns_and_leaves_the_encoder_alone(tmp_path):
-    config = pretrain_config(**{"probe.learning_rate": 0.05})
-    results = {}
-    for name in ("with", "without"):
-        if name == "without":
-            config = pretrain_config()
-        run = experiment.open_run(config, tmp_path / name)
-        init, step, _ = pretrain.build(run)
-        state, step = jax.jit(init)(), jax.jit(step)
-        batch, losses = next(first_batches(run)), []
-        for _ in range(6):
-            state, metrics = step(state, batch)
-            losses.append(float(metrics.get("train/probe_loss", 0)))
-        results[name] = state.params, losses, metrics
-    ours, losses, metrics = results["with"]
-    assert losses[-1] < 0.8 * losses[0]
-    assert 0 < float(metrics["train/probe_top1"]) <= 1
-    theirs = results["without"][0]
+def test_probe_learns_and_leaves_the_encoder_alone():
+    """Its gradient is cross-entropy's on the embeddings; the others' are as without it."""
+    probe = Classifier(5)
+    state, step = tiny_step(2, probe=probe)
+    loss, gradients, _ = result(state, step)
+    plain, step_without = tiny_step(2)
+    assert_trees_equal(plain.params["encoder"], state.params["encoder"])
+    loss_without, gradients_without, _ = result(plain, step_without)
+    assert float(loss) == float(loss_without)  # train/loss is the contrastive one
     for name in ("encoder", "head"):
-        for x, y in zip(
-            jax.tree.leaves(ours[name]), jax.tree.leaves(theirs[name]), strict=True
-        ):
-            np.testing.assert_allclose(x, y, atol=1e-5)
+        assert_close(gradients[name], gradients_without[name])
+
+    @jax.jit
+    def by_hand(params):
+        embeddings, _ = Encoder().apply(
+            {
+                "params": state.params["encoder"],
+                "batch_stats": state.batch_stats["encoder"],
+            },
+            IMAGES.reshape(-1, 6, 6, 3),
+            train=True,
+            mutable=["batch_stats"],
+        )
+        logits = probe.apply({"params": params}, embeddings, train=True)
+        return cross_entropy_of_views(logits.reshape(16, 2, 5), LABELS)
+
+    (value, metrics), gradient = jax.value_and_grad(by_hand, has_aux=True)(
+        state.params["probe"]
+    )
+    assert_close(gradients["probe"], gradient)
+    _, ours = jax.jit(step)(state, BATCH)
+    assert float(ours["train/probe_loss"]) == pytest.approx(float(value), rel=1e-6)
+    assert float(ours["train/probe_top1"]) == pytest.approx(float(metrics["top1"]))
 
 
 # --- momentum encoder and queue ---
@@ -410,7 +425,7 @@ def momentum_by_hand(state, queue, decay):
             total += jax.nn.logsumexp(logits) - jnp.mean(logits[jnp.array(own)])
         return total / len(queries)
 
-    value, gradients = jax.value_and_grad(loss)(state.params)
+    value, gradients = jax.jit(jax.value_and_grad(loss))(state.params)
     return value, gradients, average, everyone
 
 

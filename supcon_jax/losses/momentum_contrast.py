@@ -68,8 +68,9 @@ def momentum_contrast_loss(
       >>> import jax, jax.numpy as jnp
       >>> queries, keys = jnp.eye(2), jnp.eye(2)
       >>> labels = jnp.array([0, 1], jnp.int32)
-      >>> momentum_contrast_loss(queries, labels, keys, labels, temperature=1.0).round(4)
-      Array(0.3133, dtype=float32)
+      >>> loss = momentum_contrast_loss(queries, labels, keys, labels, temperature=1.0)
+      >>> round(float(loss), 4)  # log(1 + exp(-1))
+      0.3133
 
     Source: He et al., arXiv 1911.05722, with the positives of Khosla et al., arXiv
     2004.11362, Eq. 2. The code behind the paper's 79.1 % was not released.
