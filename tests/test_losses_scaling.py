@@ -2,11 +2,7 @@
 
 import contextlib
 import functools
-import importlib.util
-import os
 import re
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +11,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from supcon_jax.losses import streaming, supcon_loss
+from tests.aot import compiled_for_tpu
 
 MIB = 2**20
 
@@ -454,38 +451,12 @@ def test_memory_of_a_device_is_small():
     assert memory.temp_size_in_bytes < 32 * MIB
 
 
-AOT_PROGRAM = """
-import jax, numpy as np
-from jax.experimental import topologies
-import test_losses_scaling as scaling
-topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4")
-mesh = jax.sharding.Mesh(np.array(topology.devices), ("data",))
-print("found", scaling.sharded_gradient_collectives(mesh, 512, 128))
-"""
-
-
 @pytest.mark.aot
 def test_backward_has_no_large_collective_on_a_tpu():
     """Compiled for eight TPU v5e chips, which need not be there."""
-    if importlib.util.find_spec("libtpu") is None:
-        pytest.skip("needs libtpu: pip install 'jax[tpu]'")
-    here = os.path.dirname(os.path.abspath(__file__))
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "TPU_SKIP_MDS_QUERY": "1",
-        "TPU_WORKER_HOSTNAMES": "localhost",
-        "TPU_ACCELERATOR_TYPE": "v5litepod-8",
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-        "PYTHONPATH": os.pathsep.join([here, os.path.dirname(here)]),
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", AOT_PROGRAM],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=900,
+    found = compiled_for_tpu(
+        "from tests import test_losses_scaling as scaling\n"
+        "print('found', scaling.sharded_gradient_collectives(mesh, 512, 128))"
     )
-    assert done.returncode == 0, done.stderr[-2000:]
-    (found,) = re.findall(r"found (.*)", done.stdout)
     # The compiler may turn a small gathering into a sum over zero-padded arrays.
     assert found in ("['all-gather']", "['all-reduce']")
