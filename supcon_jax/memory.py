@@ -61,7 +61,7 @@ def check_memory(run: Run, compiled: jax.stages.Compiled) -> None:
         return
     limit = device_memory(run.mesh.local_mesh.devices.flat[0])
     logger.info(
-        "memory: a step needs %s on each device, %s of it for the state and %s for each "
+        "memory: a step needs %s on each device: %s for state and batch, and %s for each "
         "view in the encoder%s",
         _bytes(sum(needs)),
         _bytes(needs.held),

@@ -14,7 +14,7 @@ import jax
 
 from supcon_jax import optimizers
 from supcon_jax.data.pipeline import Batch
-from supcon_jax.experiment import Run, scaled_learning_rate
+from supcon_jax.experiment import Run, num_microbatches, scaled_learning_rate
 from supcon_jax.train_state import TrainState
 from supcon_jax.writers import plot_curves
 
@@ -39,12 +39,14 @@ def log_start(run: Run, state: TrainState) -> None:
         f"{images:,}",
         run.train_source.num_classes,
     )
+    parts = num_microbatches(config)
     logger.info(
-        "%d x %s, global batch %d images x %d views, %d steps (%.4g epochs)",
+        "%d x %s, global batch %d images x %d views%s, %d steps (%.4g epochs)",
         run.mesh.size,
         run.mesh.devices.flat[0].device_kind,
         config.batch_size,
         config.data.views,
+        f", encoded {config.microbatch_size} at a time" if parts > 1 else "",
         run.total_steps,
         run.total_steps / run.steps_per_epoch,
     )
