@@ -105,9 +105,8 @@ def test_same_command_again_changes_nothing(finished, caplog):
     assert set(changed) <= {"config.json", "curves.png"}
 
 
-def test_resumed_run_equals_an_uninterrupted_one(finished, tmp_path, monkeypatch):
-    """Stopped between two checkpoints, continued by the same call: same bits."""
-    config = pretrain_config(eval_every=5, checkpoint_every=5)
+def interrupt_at_step_10(config, workdir, monkeypatch):
+    """A run that its user stops at its progress line of step 10."""
 
     def stop(self, step, metrics):
         if step == 10:
@@ -116,7 +115,14 @@ def test_resumed_run_equals_an_uninterrupted_one(finished, tmp_path, monkeypatch
     with monkeypatch.context() as patch:
         patch.setattr(pretrain.CollapseMonitor, "__call__", stop)
         with pytest.raises(KeyboardInterrupt):
-            pretrain.pretrain(config, tmp_path)
+            pretrain.pretrain(config, workdir)
+
+
+def test_resumed_run_equals_an_uninterrupted_one(finished, tmp_path, monkeypatch):
+    """Stopped between two checkpoints, continued by the same call: same bits."""
+    config = pretrain_config(eval_every=5, checkpoint_every=5)
+
+    interrupt_at_step_10(config, tmp_path, monkeypatch)
     written = [r["step"] for r in read_metrics(tmp_path)]
     assert max(written) == 10
     saved = [p.name for p in (tmp_path / "checkpoints").iterdir()]
@@ -195,14 +201,7 @@ def test_momentum_queue_and_probe_survive_an_interrupt(tmp_path, monkeypatch):
     assert whole["train/probe_loss"] > 0
     assert whole["train/collapse_loss"] == pytest.approx(np.log(64), rel=1e-6)
 
-    def stop(self, step, metrics):
-        if step == 10:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(pretrain.CollapseMonitor, "__call__", stop)
-        with pytest.raises(KeyboardInterrupt):
-            pretrain.pretrain(config, tmp_path / "stopped")
+    interrupt_at_step_10(config, tmp_path / "stopped", monkeypatch)
     final = pretrain.pretrain(config, tmp_path / "stopped")
     for name in (
         "train/loss",
