@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.interpreters import partial_eval
 
 
 def count_flops(function: Callable[..., Any], *arguments: Any) -> int:
@@ -23,7 +24,10 @@ def count_flops(function: Callable[..., Any], *arguments: Any) -> int:
       function: traced, not run.
       arguments: trees of arrays or `jax.ShapeDtypeStruct`.
     """
-    return _of_jaxpr(jax.make_jaxpr(function)(*arguments).jaxpr)
+    jaxpr = jax.make_jaxpr(function)(*arguments).jaxpr
+    # What nobody reads is not computed, as the gradient with respect to the images.
+    used, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
+    return _of_jaxpr(used)
 
 
 def loss_flops(views: int, dimension: int, devices: int = 1) -> int:
