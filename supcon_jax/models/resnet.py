@@ -17,6 +17,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from supcon_jax.models.convolution import convolve
+
 STEMS = ("imagenet", "cifar")
 
 # Explicit padding keeps a strided convolution symmetric; "SAME" would not be.
@@ -35,6 +37,7 @@ def _conv(
         use_bias=False,
         kernel_init=_conv_init,
         dtype=dtype,
+        conv_general_dilated=convolve,
         name=name,
     )
 
