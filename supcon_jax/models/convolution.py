@@ -39,9 +39,9 @@ def convolve(
     """
     for name in ("lhs_dilation", "rhs_dilation"):
         if set(options.get(name) or (1,)) != {1}:
-            raise NotImplementedError(f"{name} other than 1")
+            raise ValueError(f"got {name}={options[name]}; allowed: 1")
     if options.get("feature_group_count", 1) != 1:
-        raise NotImplementedError("feature groups")
+        raise ValueError("got feature groups; allowed: one")
     return _convolve(tuple(strides), tuple(map(tuple, padding)), images, kernel)
 
 
