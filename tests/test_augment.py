@@ -469,12 +469,12 @@ def mixed(count=400, seed=0, views=1, **alphas):
 
 
 def assert_targets(targets, kept):
-    """Row i: `kept` of class i mod 7, the rest of that of the image at the other end."""
+    """Row i: `kept` of class i mod 7, the rest of that of its neighbour."""
     count = len(kept)
     expected = np.zeros((count, 7))
     for i in range(count):
         expected[i, i % 7] += kept[i]
-        expected[i, (count - 1 - i) % 7] += 1 - kept[i]
+        expected[i, (i ^ 1) % 7] += 1 - kept[i]
     np.testing.assert_allclose(targets, expected, atol=1e-4)
     np.testing.assert_allclose(targets.sum(axis=1), 1, rtol=1e-5)
 
@@ -483,7 +483,8 @@ def test_mixup():
     values, out, targets = mixed(views=2, mixup_alpha=1.0)
     flat = out.reshape(400, -1)
     np.testing.assert_allclose(flat, flat[:, :1] + 0 * flat)  # pixels and views alike
-    kept = (flat[:, 0] - values[::-1]) / (values - values[::-1])
+    other = values[np.arange(400) ^ 1]
+    kept = (flat[:, 0] - other) / (values - other)
     assert_uniform(kept, 0, 1)  # Beta(1, 1)
     assert_targets(targets, kept)
 
@@ -491,7 +492,7 @@ def test_mixup():
 def test_cutmix():
     values, out, targets = mixed(cutmix_alpha=1.0)
     own = out[:, 0, :, :, 0] == values[:, None, None]
-    other = out[:, 0, :, :, 0] == values[::-1, None, None]
+    other = out[:, 0, :, :, 0] == values[np.arange(400) ^ 1, None, None]
     assert np.all(own ^ other)
     assert_targets(targets, own.mean(axis=(1, 2)))
     for shown in other:  # a box, of sides in the ratio of the image's but at borders
@@ -507,6 +508,15 @@ def test_mixup_or_cutmix():
     plain = np.isin(out[:, 0, :, :, 0], values).all(axis=(1, 2))
     assert_share(plain, 0.5)
     np.testing.assert_allclose(targets.sum(axis=1), 1, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "alphas", [{"mixup_alpha": 1.0}, {"cutmix_alpha": 1.0}], ids=str
+)
+def test_the_last_of_an_odd_number_stays_alone(alphas):
+    values, out, targets = mixed(count=5, **alphas)
+    np.testing.assert_allclose(out[4], values[4], rtol=1e-6)
+    np.testing.assert_allclose(targets[4], np.eye(7)[4], atol=1e-6)
 
 
 def test_mixtures_are_functions_of_the_identity():
