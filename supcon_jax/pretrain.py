@@ -20,9 +20,8 @@ from supcon_jax.data.sources import Source, take_subset
 from supcon_jax.evaluation.knn import knn_accuracy
 from supcon_jax.experiment import Run
 from supcon_jax.loop import Evaluate, Step
-from supcon_jax.losses import supcon_loss
+from supcon_jax.losses import momentum_contrast_loss, supcon_loss
 from supcon_jax.losses.cross_entropy import cross_entropy_of_views
-from supcon_jax.losses.momentum_contrast import momentum_contrast_loss
 from supcon_jax.models import ProjectionHead
 from supcon_jax.train_state import TrainState
 from supcon_jax.train_step import Batch, LossFunction, Prepare, init_state, train_step

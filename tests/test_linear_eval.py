@@ -90,6 +90,29 @@ def test_step_changes_the_head_and_nothing_else(pretrained, tmp_path):
     assert_trees_equal(variables, restore_encoder(pretrained))
 
 
+def test_microbatches_change_nothing(pretrained, tmp_path):
+    """BatchNorm is in inference mode, so the encoder may take any part of a batch."""
+    from supcon_jax import experiment, loop, parallel
+
+    results = []
+    for size in (0, 8):
+        config = linear_config(pretrained, microbatch_size=size)
+        run = experiment.open_run(config, tmp_path / str(size))
+        variables = linear_eval.load_encoder(config, run.mesh)
+        init, step, _ = linear_eval.build(run, variables)
+        state = jax.jit(init, out_shardings=parallel.replicated(run.mesh))()
+        batch = parallel.to_global(next(first_batches(run)), run.mesh)
+        compiled = loop.compile_step(step, state, batch, run.mesh, variables)
+        # Step 0 of the warm-up has learning rate 0.
+        state, metrics = compiled(state.replace(step=state.step + 5), batch, variables)
+        results.append(jax.device_get((state.params, metrics)))
+        if size:  # and no images move between devices for it
+            assert "all-to-all" not in compiled.as_text()
+            assert "collective-permute" not in compiled.as_text()
+    for x, y in zip(*map(jax.tree.leaves, results), strict=True):
+        np.testing.assert_allclose(x, y, atol=1e-6, rtol=1e-5)
+
+
 def test_random_encoder_differs(pretrained, tmp_path):
     trained = linear_eval.load_encoder(
         linear_config(pretrained), pretrain.parallel.create_mesh()
