@@ -173,14 +173,19 @@ def test_arrays_refuses_pickles(tmp_path):
         ({"train_images": IMAGES[..., :1]}, "expected uint8 [n, H, W, 3]"),
         ({"train_labels": LABELS[:4]}, "expected integers [6]"),
         ({"train_labels": LABELS / 2}, "expected integers [6]"),
-        ({"train_labels": LABELS - 1}, "is out of range"),
-        ({"test_labels": LABELS[:2] - 1}, "is out of range"),
+        ({"train_labels": LABELS - 1}, "label -1 of train image 0 is out of range"),
+        (
+            {"test_labels": np.array([1, -2])},
+            "label -2 of test image 1 is out of range",
+        ),
         ({"train_labels": None}, "unknown split 'train'; available: test"),
     ],
 )
 def test_arrays_refuses_other_contents(tmp_path, changes, part):
-    message = refusal("arrays", "train", root=save(tmp_path / "data.npz", **changes))
+    root = save(tmp_path / "data.npz", **changes)
+    message = refusal("arrays", "train", root=root)
     assert part in message
+    assert root in message or "--config.data.train_split" in message
 
 
 # --- TFDS folders, refused before TensorFlow is imported ---

@@ -3,6 +3,10 @@
 import io
 import itertools
 import logging
+import os
+import pathlib
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -19,6 +23,7 @@ from supcon_jax.data.sampler import shuffled
 from supcon_jax.data.sources import FileSource
 
 RNG = np.random.default_rng(0)
+REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
 
 
 def photo(size=(40, 30)):
@@ -222,6 +227,52 @@ def test_labels_out_of_range_are_named(tfds_dir):
     fewer = dataclasses.replace(source, num_classes=3)
     with pytest.raises(ValueError, match=r"label \d of .*tfrecord.*allowed: 0 to 2"):
         list(eval_batches(fewer, batch_size=3, image_size=32, resize=32))
+
+
+# --- the end of a process ---
+
+# Threads of TensorFlow's that were still reading hung about every third process.
+ENDS = """
+import sys
+import tests.test_host as host
+
+def stream(root):
+    source = host.open_source("folder", "train", root=root)
+    return host.train_batches(
+        source, host.shuffled(source.num_examples, 4, seed=0), batch_size=4,
+        image_size=8, views=2, augmentation=host.HostAugmentation(), seed=0,
+    )
+
+left_open = stream(sys.argv[1] + "/good")
+next(left_open)
+try:
+    list(stream(sys.argv[1] + "/broken"))
+except ValueError as error:
+    print(error)
+    sys.exit(2)
+"""
+
+
+def test_a_process_ends_while_images_are_read(tmp_path):
+    """By an error, which is kept until the end, and with a stream left open."""
+    for name in ("good", "broken"):
+        folder = tmp_path / name / "train" / "a"
+        folder.mkdir(parents=True)
+        for index in range(40):
+            photo().save(folder / f"{index:02}.jpg")
+    (folder / "20.jpg").write_text("no")
+    result = subprocess.run(
+        [sys.executable, "-c", ENDS, str(tmp_path)],
+        cwd=REPOSITORY,
+        env=os.environ | {"TF_CPP_MIN_LOG_LEVEL": "0"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == 2, result.stderr
+    assert "cannot decode" in result.stdout and "20.jpg" in result.stdout
+    for noise in ("Traceback", "interpreter"):
+        assert noise not in result.stderr
 
 
 # --- small splits in memory ---

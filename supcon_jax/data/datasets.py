@@ -17,7 +17,6 @@ from supcon_jax.data.sources import (
     FileSource,
     Source,
     SyntheticSource,
-    check_labels,
 )
 from supcon_jax.data.tfds import open_tfds, pick_split
 
@@ -176,8 +175,13 @@ def _open_arrays(root: str, split: str) -> ArraySource:
             f"expected integers [{len(images)}]"
         )
     # All splits count, so that train and test agree on the number of classes.
-    every = [arrays[f"{s}_labels"] for s in splits if f"{s}_labels" in keys]
-    num_classes = 1 + int(max(part.max(initial=0) for part in every))
-    for part in every:
-        check_labels(part, num_classes)
+    every = {s: arrays[f"{s}_labels"] for s in splits if f"{s}_labels" in keys}
+    num_classes = 1 + int(max(part.max(initial=0) for part in every.values()))
+    for name, part in every.items():
+        wrong = np.flatnonzero(part < 0)
+        if len(wrong):
+            raise ValueError(
+                f"{path}: label {part[wrong[0]]} of {name} image {wrong[0]} is out of "
+                "range; allowed: 0 and above (--config.data.root)"
+            )
     return ArraySource(images, labels.astype(np.int32), num_classes)

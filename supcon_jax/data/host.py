@@ -7,10 +7,13 @@ this module before a batch is asked for.
 
 from __future__ import annotations
 
+import atexit
 import functools
 import itertools
 import logging
 import os
+import traceback
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -33,6 +36,16 @@ Skipped = dict[str, str]  # name of an example -> why it could not be decoded
 # Attempts of the official code to find a crop that fits, and what it must cover.
 CROP_ATTEMPTS, CROP_COVERED = 100, 0.1
 ASPECT_RATIOS = (3 / 4, 4 / 3)
+
+# Streams that are being read. TensorFlow's threads run Python (the reading of bytes):
+# where they are still at it when the interpreter ends, the process may hang for ever.
+_OPEN: weakref.WeakSet[Iterator[Batch]] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_streams() -> None:
+    for stream in list(_OPEN):
+        stream.close()
 
 
 def batches(
@@ -75,10 +88,15 @@ def batches(
             _readable, source, identities, unreadable, replace_unreadable
         )
         try:
-            for batch in _dataset(source, rows, transform, shape, step, stop_step):
+            stream = _dataset(source, rows, transform, shape, step, stop_step)
+            _OPEN.add(stream)
+            for batch in stream:
                 yield _checked(source, batch)
                 step += 1
         except errors as error:
+            # Whoever keeps the error until the end keeps its frames, and with them the
+            # stream (see _OPEN).
+            traceback.clear_frames(error.__traceback__)
             found = _diagnose(source, rows(step))
             if not found:
                 raise
