@@ -4,7 +4,7 @@
     python main.py --config=configs/cross_entropy_cifar10.py:pytorch --config.data.dir=DIR
 
 Default: ResNet-8, the images and views of configs/supcon_cifar10.py; 2 CPU cores,
-minutes, not measured yet.
+minutes. Expected: docs/results.md.
 `:pytorch`: ResNet-50, 500 epochs, the settings of the authors' PyTorch code, which gave
 the paper's 95.0 % top-1 (Table 2); 8 GPUs there, hours. Not measured here.
 `:official_2022`: ResNet-50, 1000 epochs, the paper's TensorFlow code, 32 TPU cores there;
