@@ -3,6 +3,7 @@
 import builtins
 import hashlib
 import json
+import os
 import pathlib
 import shutil
 import sys
@@ -269,6 +270,18 @@ def test_tensorflow_missing(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "tensorflow", None)
     message = refusal("cifar10", "train", dir=str(tmp_path))
     assert "needs TensorFlow" in message and "data.name='arrays'" in message
+
+
+@pytest.mark.parametrize(
+    ("before", "after"), [(None, "3"), ("1", "3"), ("0", "0"), ("2", "2")]
+)
+def test_tensorflow_is_quiet_unless_told_otherwise(monkeypatch, before, after):
+    """JAX sets 1 when it is imported, which is nobody's choice."""
+    monkeypatch.setenv("TF_CPP_MIN_LOG_LEVEL", before or "")
+    if before is None:
+        monkeypatch.delenv("TF_CPP_MIN_LOG_LEVEL")
+    tfds_module.import_tensorflow()
+    assert os.environ["TF_CPP_MIN_LOG_LEVEL"] == after
 
 
 # --- TFDS on real data ---

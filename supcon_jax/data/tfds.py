@@ -42,9 +42,12 @@ def import_tensorflow() -> Any:
     Raises:
       ValueError: it is not installed.
     """
-    # Set before the import: TensorFlow prints a banner for every CPU feature. oneDNN
-    # serves matrix products, which input pipelines have none of; its banner stays.
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    # Set before the import: TensorFlow prints a banner for every CPU feature, and lines
+    # of its own beside ours for every broken image. JAX has set 1 already, unless the
+    # user chose. oneDNN serves matrix products, which input pipelines have none of; its
+    # banner stays.
+    if os.environ.get("TF_CPP_MIN_LOG_LEVEL", "1") == "1":
+        os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
     try:
         import tensorflow as tf
