@@ -40,6 +40,8 @@ def main(_: list[str]) -> None:
         modes[mode](config, _WORKDIR.value or default_workdir())
     except (ValueError, FloatingPointError) as error:
         _refuse(error, code=2 if isinstance(error, ValueError) else 1)
+    except KeyboardInterrupt:
+        _refuse("interrupted; the same command goes on from the last save", code=130)
 
 
 def default_workdir() -> str:

@@ -3,21 +3,29 @@
 import functools
 import re
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-from supcon_jax import experiment, loop, parallel, pretrain, train_step
+from supcon_jax import experiment, loop, parallel, pretrain
 from supcon_jax.losses import supcon_loss
 from supcon_jax.losses.cross_entropy import cross_entropy_of_views
-from supcon_jax.losses.momentum_contrast import EMPTY, momentum_contrast_loss
 from supcon_jax.models import Classifier
-from supcon_jax.momentum import NOBODY
 from tests.aot import compiled_for_tpu
 from tests.runs import assert_trees_equal, first_batches, pretrain_config
+from tests.small_step import (
+    BATCH,
+    DECAY,
+    IMAGES,
+    LABELS,
+    Encoder,
+    Head,
+    assert_close,
+    result,
+    tiny_step,
+)
 
 GRADIENT_SCALE = 2.0**16
 
@@ -109,87 +117,6 @@ def test_step_is_a_function_of_state_and_batch(tmp_path):
 
 # --- microbatches and BatchNorm, with an encoder that is small enough to spell out ---
 
-DECAY = 0.9
-
-
-class Encoder(nn.Module):
-    """A convolution, a normalisation, a nonlinearity and the spatial mean."""
-
-    norm: str = "batch"
-    axis_name: str | None = None
-    dtype: type = jnp.float32
-
-    @nn.compact
-    def __call__(self, images, *, train):
-        x = nn.Conv(6, (3, 3), use_bias=False, name="conv", dtype=self.dtype)(images)
-        if self.norm == "batch":
-            x = nn.BatchNorm(
-                use_running_average=not train,
-                momentum=DECAY,
-                axis_name=self.axis_name,
-                dtype=self.dtype,
-                name="norm",
-            )(x)
-        else:
-            x = nn.LayerNorm(name="norm")(x)
-        return jnp.mean(jnp.tanh(x), (1, 2)).astype(jnp.float32)
-
-
-class Head(nn.Module):
-    """A linear projection."""
-
-    @nn.compact
-    def __call__(self, embeddings, *, train):
-        return nn.Dense(5, name="dense")(embeddings)
-
-
-IMAGES = np.random.default_rng(0).normal(size=(16, 2, 6, 6, 3)).astype(np.float32)
-LABELS = np.arange(16, dtype=np.int32) % 5
-BATCH = {"image": IMAGES, "label": LABELS}
-
-
-def tiny_step(
-    devices=1, norm_devices=0, *, norm="batch", momentum=0.0, probe=None, **options
-):
-    """State and arguments of `train_step` for the small encoder, on some devices."""
-    whole = parallel.create_mesh(jax.devices()[:devices])
-    mesh, axis = parallel.grouped_mesh(whole, norm_devices)
-    modules = {"encoder": Encoder(norm, axis), "head": Head(), "probe": probe}
-    optimizer = optax.sgd(1.0)
-    state = train_step.init_state(
-        **modules,
-        optimizer=optimizer,
-        image_size=6,
-        seed=0,
-        momentum_decay=momentum,
-        queue_size=40 if momentum else 0,
-    )
-    axes = mesh.axis_names
-    loss = functools.partial(supcon_loss, axis_name=axes, with_diagnostics=True)
-    if momentum:
-        loss = functools.partial(
-            momentum_contrast_loss, axis_name=axes, with_diagnostics=True
-        )
-    step = functools.partial(
-        train_step.train_step,
-        **modules,
-        mesh=mesh,
-        optimizer=optimizer,
-        schedule=optax.constant_schedule(1.0),
-        prepare=lambda rows: (rows["image"], rows["label"]),
-        loss_function=loss,
-        momentum_decay=momentum,
-        **options,
-    )
-    return state, step
-
-
-def result(state, step, batch=BATCH):
-    """Loss, gradients (SGD's update at rate 1) and batch statistics of a step."""
-    after, metrics = jax.jit(step)(state, batch)
-    gradients = jax.tree.map(jnp.subtract, state.params, after.params)
-    return metrics["train/loss"], gradients, after.batch_stats
-
 
 def expected(state, parts, *, norm="batch"):
     """The same by plain differentiation, BatchNorm over each part of the rows in turn."""
@@ -219,13 +146,6 @@ def expected(state, parts, *, norm="batch"):
     gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))
     (value, statistics), gradients = gradient(state.params)
     return value, gradients, statistics
-
-
-def assert_close(ours, theirs, tolerance=1e-6):
-    ours, theirs = jax.device_get((ours, theirs))
-    scale = max(float(jnp.max(jnp.abs(x))) for x in jax.tree.leaves(theirs))
-    for x, y in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
-        np.testing.assert_allclose(x, y, atol=tolerance * scale, rtol=0)
 
 
 @pytest.mark.parametrize("devices", [1, 4])
@@ -358,6 +278,17 @@ def test_gradients_are_summed_in_float32_on_a_tpu():
         """
 import tempfile
 from supcon_jax import experiment, loop, pretrain
+from tests.small_step import (
+    BATCH,
+    DECAY,
+    IMAGES,
+    LABELS,
+    Encoder,
+    Head,
+    assert_close,
+    result,
+    tiny_step,
+)
 from tests.runs import first_batches, pretrain_config
 from tests.test_train_step import collectives
 
@@ -415,81 +346,6 @@ def test_probe_learns_and_leaves_the_encoder_alone():
     _, ours = jax.jit(step)(state, BATCH)
     assert float(ours["train/probe_loss"]) == pytest.approx(float(value), rel=1e-6)
     assert float(ours["train/probe_top1"]) == pytest.approx(float(metrics["top1"]))
-
-
-# --- momentum encoder and queue ---
-
-
-def momentum_by_hand(state, queue, decay):
-    """One step in plain NumPy-style code: loss, average, keys with their labels."""
-    encoder, head = Encoder(), Head()
-    average = jax.tree.map(
-        lambda a, p: decay * a + (1 - decay) * p,
-        state.momentum["average"],
-        state.params,
-    )
-
-    def project(params, images):
-        embeddings, _ = encoder.apply(
-            {
-                "params": params["encoder"],
-                "batch_stats": state.batch_stats["encoder"],
-            },
-            images,
-            train=True,
-            mutable=["batch_stats"],
-        )
-        x = head.apply({"params": params["head"]}, embeddings, train=True)
-        return x / jnp.linalg.norm(x, axis=1, keepdims=True)
-
-    keys = project(average, IMAGES[:, 1])
-    everyone = [(k, int(y)) for k, y in zip(keys, LABELS, strict=True)] + queue
-    everyone = everyone[:40]
-
-    def loss(params):
-        queries, total = project(params, IMAGES[:, 0]), 0.0
-        for i, query in enumerate(queries):
-            logits = jnp.stack([query @ key for key, _ in everyone]) / 0.1
-            own = [j for j, (_, label) in enumerate(everyone) if label == LABELS[i]]
-            total += jax.nn.logsumexp(logits) - jnp.mean(logits[jnp.array(own)])
-        return total / len(queries)
-
-    value, gradients = jax.jit(jax.value_and_grad(loss))(state.params)
-    return value, gradients, average, everyone
-
-
-@pytest.mark.parametrize("devices", [1, 4])
-def test_momentum_queue_against_a_loop(devices):
-    """Three steps: keys of this step and of earlier ones, oldest out after 40."""
-    decay = 0.8
-    state, step = tiny_step(devices, momentum=decay)
-    step, queue = jax.jit(step), []
-    for number in range(1, 4):
-        value, gradients, average, everyone = momentum_by_hand(state, queue, decay)
-        queue = everyone
-        after, metrics = step(state, BATCH)
-        assert float(metrics["train/loss"]) == pytest.approx(float(value), rel=1e-5)
-        updates = jax.tree.map(jnp.subtract, state.params, after.params)
-        assert_close(updates, gradients, tolerance=1e-4)
-        assert_close(after.momentum["average"], average)
-        stored, filled = after.momentum["queue"], min(40, 16 * number)
-        assert stored["groups"][:filled].tolist() == [label for _, label in queue]
-        assert np.all(stored["groups"][filled:] == EMPTY)
-        assert_close(
-            stored["keys"][:filled], jnp.stack([key for key, _ in queue]), 1e-5
-        )
-        state = after
-
-
-def test_momentum_unsupervised_keys_match_nobody_later():
-    """MoCo: the positive of a query is its own key, and old keys are negatives."""
-    state, step = tiny_step(4, momentum=0.5, supervised=False)
-    first, metrics = jax.jit(step)(state, BATCH)
-    assert float(metrics["train/mean_positives"]) == 1
-    assert np.all(first.momentum["queue"]["groups"][:16] == NOBODY)
-    _, metrics = jax.jit(step)(first, BATCH)
-    assert float(metrics["train/mean_positives"]) == 1
-    assert float(metrics["train/collapse_loss"]) == pytest.approx(np.log(32), rel=1e-6)
 
 
 def test_cross_entropy_over_devices():
