@@ -1,6 +1,7 @@
 """The command line: one line and exit code 2 for every mistake."""
 
 import pathlib
+import signal
 import subprocess
 import sys
 
@@ -74,3 +75,33 @@ def test_default_workdir_and_output(tmp_path):
     for words in ("ETA", "images/s", "collapse", "Result:", "Next:    python main.py"):
         assert words in result.stdout, words
     assert "Traceback" not in result.stderr
+
+
+def test_an_interrupt_is_one_line(tmp_path):
+    """Ctrl-C in the middle of a run; what has been saved stays."""
+    process = subprocess.Popen(
+        [
+            sys.executable,
+            "main.py",
+            "--config=configs/digits.py",
+            "--config.total_steps=100000",
+            "--config.log_every=10",
+            "--config.checkpoint_every=10",
+            "--config.batch_size=16",
+            "--config.encoder.width=0.25",
+            f"--workdir={tmp_path / 'run'}",
+        ],
+        cwd=REPOSITORY,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    for line in process.stdout:
+        if line.startswith("step") and " 20/" in line:
+            break
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert "error: interrupted; the same command goes on" in errors
+    assert "Traceback" not in errors
+    assert (tmp_path / "run" / "checkpoints" / "10").is_dir()

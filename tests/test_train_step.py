@@ -68,7 +68,8 @@ MOMENTUM = {
     "options",
     [
         {"loss.name": "supcon", "probe.learning_rate": 0.1},
-        {"loss.name": "simclr", "microbatch_size": 8},
+        # One positive an anchor: at a low temperature the gradient is mostly rounding.
+        {"loss.name": "simclr", "microbatch_size": 8, "loss.temperature": 0.5},
         {"loss.name": "cross_entropy", "augment.mixup_alpha": 0.5},
         MOMENTUM | {"loss.temperature": 0.5},
     ],
