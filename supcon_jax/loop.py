@@ -10,6 +10,8 @@ import contextlib
 import itertools
 import logging
 import math
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
@@ -68,8 +70,8 @@ def train(
     log_file = add_log_file(run.workdir)
     checkpointer = Checkpointer(run.workdir, keep=run.config.keep_checkpoints)
     try:
-        with memory.explained(run):
-            final = _fit(run, checkpointer, init, step, evaluate, frozen, watch)
+        with _interrupts_between_steps() as asked, memory.explained(run):
+            final = _fit(run, checkpointer, init, step, evaluate, frozen, watch, asked)
         return report.report_end(run, final)
     finally:
         # Also after an interrupt: the save that is under way becomes whole.
@@ -86,6 +88,7 @@ def _fit(
     evaluate: Evaluate,
     frozen: tuple[PyTree, ...],
     watch: Callable[[int, Metrics], None],
+    asked_to_stop: threading.Event,
 ) -> Metrics:
     config, total_steps = run.config, run.total_steps
     state = restore_or_init(checkpointer, init, run.mesh)
@@ -131,6 +134,8 @@ def _fit(
         state, device_metrics = compiled(state, next(batches), *frozen)
         # One step ahead keeps the device busy; more would pile up batches on it.
         jax.block_until_ready(before)
+        if asked_to_stop.is_set():
+            raise KeyboardInterrupt
         if pending is not None:
             last = log_metrics(*pending)
             pending = None
@@ -166,6 +171,30 @@ def _fit(
         "finished %d steps in %s", total_steps, format_duration(writer.wall_s())
     )
     return final_metrics
+
+
+@contextlib.contextmanager
+def _interrupts_between_steps() -> Iterator[threading.Event]:
+    """Ctrl-C stops the run after the step at hand; a second one stops it at once.
+
+    In the middle of a save, whose threads share the interpreter, it could be lost, or
+    leave them waiting for each other.
+    """
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked  # only the main thread hears of signals
+        return
+
+    def ask(number: int, frame: Any) -> None:
+        if asked.is_set():
+            raise KeyboardInterrupt
+        asked.set()
+
+    before = signal.signal(signal.SIGINT, ask)
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def compile_step(

@@ -77,6 +77,7 @@ def test_default_workdir_and_output(tmp_path):
     assert "Traceback" not in result.stderr
 
 
+@pytest.mark.slow
 def test_an_interrupt_is_one_line(tmp_path):
     """Ctrl-C in the middle of a run; what has been saved stays."""
     process = subprocess.Popen(

@@ -144,6 +144,32 @@ def test_resumed_run_equals_an_uninterrupted_one(finished, tmp_path, monkeypatch
     assert steps == sorted(set(steps)) and steps[-1] == 12
 
 
+def test_interrupts_wait_for_the_end_of_a_step(tmp_path, monkeypatch):
+    """The first signal does not cut off what runs; a second one does."""
+    handler = signal.getsignal(signal.SIGINT)
+    finished = []
+
+    def ctrl_c(times):
+        def watch(self, step, metrics):
+            if step == 5:
+                for _ in range(times):
+                    signal.raise_signal(signal.SIGINT)
+                finished.append(times)
+
+        return watch
+
+    for times in (1, 2):
+        with monkeypatch.context() as patch:
+            patch.setattr(pretrain.CollapseMonitor, "__call__", ctrl_c(times))
+            with pytest.raises(KeyboardInterrupt):
+                pretrain.pretrain(
+                    pretrain_config(checkpoint_every=5), tmp_path / str(times)
+                )
+        assert signal.getsignal(signal.SIGINT) is handler
+    assert finished == [1]
+    assert [p.name for p in (tmp_path / "1/checkpoints").iterdir()] == ["5"]
+
+
 def test_another_config_is_refused_and_nothing_is_harmed(finished):
     workdir, _, _ = finished
     before = snapshot(workdir)
