@@ -24,7 +24,7 @@ def convolve(
 
     XLA's fast convolution on a processor wants this one layout. Automatic
     differentiation leaves it, and XLA (jaxlib 0.10) goes back only outside of loops:
-    in a scan over microbatches the gradients ran twelve times slower. So, on a
+    in a scan over microbatches the gradients ran about eleven times slower. So, on a
     processor, the gradients are written in it here. Reverse mode only.
 
     Args:
