@@ -77,11 +77,11 @@ def parse_flags(argv: list[str]) -> list[str]:
 
 def _unknown_key(argv: list[str]) -> str | None:
     """What is wrong with the first override that names no key."""
-    from supcon_jax.config import RULES, unknown_key
+    from supcon_jax.config import KEYS, unknown_key
 
     for argument in argv[1:]:
         key = argument.partition("=")[0].lstrip("-").removeprefix("config.")
-        if argument.lstrip("-").startswith("config.") and key not in RULES:
+        if argument.lstrip("-").startswith("config.") and key not in KEYS:
             return unknown_key(key)
     return None
 

@@ -6,11 +6,12 @@ linear evaluation and users need) and "training" (everything else of the TrainSt
 
 from __future__ import annotations
 
-import json
+import hashlib
 import pathlib
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from jax.sharding import Sharding, SingleDeviceSharding
 from orbax.checkpoint.checkpoint_managers import (
@@ -113,15 +114,22 @@ def checkpoint_dir(workdir: str | pathlib.Path) -> pathlib.Path:
     return pathlib.Path(workdir).expanduser().absolute() / "checkpoints"
 
 
-def read_config(workdir: str | pathlib.Path) -> dict[str, Any] | None:
-    """The config that made a workdir, or None where there is none."""
-    path = pathlib.Path(workdir).expanduser() / "config.json"
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise ValueError(f"cannot read {path}: {error}; is it a workdir?") from None
+def saved_steps(workdir: str | pathlib.Path) -> list[int]:
+    """The steps of a workdir's complete checkpoints, oldest first."""
+    directory = checkpoint_dir(workdir)
+    names = [p.name for p in directory.iterdir()] if directory.is_dir() else []
+    # A save under way has a longer name until it is whole.
+    return sorted(int(name) for name in names if name.isdigit())
+
+
+def digest(tree: PyTree) -> str:
+    """A digest of the names, types, shapes and bytes of a tree of arrays."""
+    sha = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        array = np.asarray(leaf)
+        sha.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}".encode())
+        sha.update(np.ascontiguousarray(array).data)
+    return f"sha256:{sha.hexdigest()}"
 
 
 def restore_encoder(

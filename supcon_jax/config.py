@@ -5,22 +5,13 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
 from supcon_jax import optimizers
 from supcon_jax.models.heads import CLASSIFIER_INITS
 from supcon_jax.models.resnet import ENCODERS, STEMS
-
-# Where things lie does not change what a run computes.
-MAY_DIFFER = (
-    "compilation_cache",
-    "data.dir",
-    "data.root",
-    "data.skip_errors",  # a run that an unreadable image stopped goes on with it
-    "next_config",
-)
 
 # Keys on which a pretraining run and the use of its encoder must agree.
 ENCODER_KEYS = (
@@ -35,6 +26,21 @@ ENCODER_KEYS = (
 MIXING_RUN = ("pretrain", "cross_entropy")
 
 Rule = tuple[Callable[[Any], bool], str]
+
+
+class Key(NamedTuple):
+    """What is known of a config key.
+
+    Attributes:
+      default: what a run that was made before the key existed had.
+      rule: whether a value is allowed, and the allowed values in words.
+      free: whether a run may go on with another value, because it does not change what
+        the run computes: when it logs, evaluates and saves, where things lie.
+    """
+
+    default: Any
+    rule: Rule
+    free: bool = False
 
 
 def _one_of(*names: str) -> Rule:
@@ -70,98 +76,106 @@ def _is_scale(value: str) -> bool:
 _TEXT: Rule = (lambda value: True, "any text")
 _FLAG: Rule = (lambda value: isinstance(value, bool), "True, False")
 
-# Every key with the values it may take. Registries check names of their own again.
-RULES: dict[str, Rule] = {
-    "mode": _one_of("pretrain", "linear_eval"),
-    "seed": _number(0, 2**31 - 1),
-    "batch_size": _number(1),
-    "microbatch_size": _number(0),
-    "epochs": _number(0, above=True),
-    "total_steps": _number(0),
-    "log_every": _number(1),
-    "eval_every": _number(0),
-    "checkpoint_every": _number(0),
-    "keep_checkpoints": _number(1),
-    "pretrained": _TEXT,
-    "next_config": _TEXT,
-    "compilation_cache": _FLAG,
-    "data.name": _TEXT,
-    "data.dir": _TEXT,
-    "data.root": _TEXT,
-    "data.train_split": _TEXT,
-    "data.eval_split": _TEXT,
-    "data.validation_fraction": _number(0, 0.99),
-    "data.fraction": _number(0, 1, above=True),
-    "data.samples_per_class": _number(0),
-    "data.label_noise": _number(0, 1),
-    "data.split_seed": _number(0, 2**31 - 1),
-    "data.classes_per_batch": _number(0),
-    "data.skip_errors": _FLAG,
-    "data.fake": _FLAG,
-    "data.image_size": _number(1),
-    "data.eval_resize": _number(1),
-    "data.views": _number(1),
-    "data.mean": _numbers(3, 0),
-    "data.std": _numbers(3, 0, above=True),
-    "augment.crop_area": (
-        lambda area: len(area) == 2 and 0 < area[0] <= area[1] <= 1,
-        "(least, most) with 0 < least <= most <= 1",
+# Every key with its default and the values it may take. Registries check names of their
+# own again; tests hold the defaults to those of configs/common.py, where each key has its
+# meaning beside it.
+KEYS: dict[str, Key] = {
+    "mode": Key("pretrain", _one_of("pretrain", "linear_eval")),
+    "seed": Key(0, _number(0, 2**31 - 1)),
+    "batch_size": Key(256, _number(1)),
+    "microbatch_size": Key(0, _number(0)),
+    "epochs": Key(100.0, _number(0, above=True)),
+    "total_steps": Key(0, _number(0)),
+    "log_every": Key(100, _number(1), free=True),
+    "eval_every": Key(0, _number(0), free=True),
+    "checkpoint_every": Key(0, _number(0), free=True),
+    "keep_checkpoints": Key(2, _number(1), free=True),
+    "pretrained": Key("", _TEXT),
+    "next_config": Key("", _TEXT, free=True),
+    "compilation_cache": Key(True, _FLAG, free=True),
+    "data.name": Key("digits", _TEXT),
+    "data.dir": Key("", _TEXT, free=True),
+    "data.root": Key("", _TEXT, free=True),
+    "data.train_split": Key("train", _TEXT),
+    "data.eval_split": Key("test", _TEXT),
+    "data.validation_fraction": Key(0.0, _number(0, 0.99)),
+    "data.fraction": Key(1.0, _number(0, 1, above=True)),
+    "data.samples_per_class": Key(0, _number(0)),
+    "data.label_noise": Key(0.0, _number(0, 1)),
+    "data.split_seed": Key(0, _number(0, 2**31 - 1)),
+    "data.classes_per_batch": Key(0, _number(0)),
+    "data.skip_errors": Key(False, _FLAG, free=True),
+    "data.fake": Key(False, _FLAG),
+    "data.image_size": Key(32, _number(1)),
+    "data.eval_resize": Key(32, _number(1)),
+    "data.views": Key(2, _number(1)),
+    "data.mean": Key((0.5, 0.5, 0.5), _numbers(3, 0)),
+    "data.std": Key((0.5, 0.5, 0.5), _numbers(3, 0, above=True)),
+    "augment.crop_area": Key(
+        (0.2, 1.0),
+        (
+            lambda area: len(area) == 2 and 0 < area[0] <= area[1] <= 1,
+            "(least, most) with 0 < least <= most <= 1",
+        ),
     ),
-    "augment.flip": _FLAG,
-    "augment.jitter_strength": _number(0, 2.5),
-    "augment.jitter_probability": _number(0, 1),
-    "augment.policy": _one_of("none", "auto_augment", "rand_augment"),
-    "augment.rand_augment_layers": _number(1),
-    "augment.rand_augment_magnitude": _number(0, 10),
-    "augment.grayscale_probability": _number(0, 1),
-    "augment.blur_probability": _number(0, 1),
-    "augment.mixup_alpha": _number(0),
-    "augment.cutmix_alpha": _number(0),
-    "encoder.name": _one_of(*ENCODERS),
-    "encoder.width": _number(0, above=True),
-    "encoder.stem": _one_of(*STEMS),
-    "encoder.dtype": _one_of("auto", "float32", "bfloat16"),
-    "encoder.normalize_embedding": _FLAG,
-    "encoder.batch_norm_devices": _number(0),
-    "encoder.remat": _FLAG,
-    "projection.hidden_dims": _numbers(None, 1),
-    "projection.output_dim": _number(1),
-    "projection.batch_norm": _FLAG,
-    "projection.bias": _FLAG,
-    "classifier.init": _one_of(*CLASSIFIER_INITS),
-    "probe.learning_rate": _number(0),
-    "momentum_encoder.decay": _number(0, 0.999999),
-    "momentum_encoder.queue_size": _number(0),
-    "loss.name": _one_of("supcon", "simclr", "cross_entropy"),
-    "loss.temperature": _number(0, above=True),
-    "loss.contrast_mode": _one_of("all", "one"),
-    "loss.summation": _one_of("outside", "inside"),
-    "loss.denominator": _one_of("all", "one_positive", "only_negatives"),
-    "loss.positives_cap": _number(-1),
-    "loss.scale": (_is_scale, "none, temperature, or a number above 0"),
-    "loss.label_smoothing": _number(0, 0.999),
-    "optimizer.name": _one_of(*optimizers.OPTIMIZERS),
-    "optimizer.learning_rate": _number(0, above=True),
-    "optimizer.learning_rate_batch": _number(0),
-    "optimizer.schedule": _one_of(*optimizers.SCHEDULES),
-    "optimizer.warmup_epochs": _number(0),
-    "optimizer.warmup_start": _number(0, 1),
-    "optimizer.cosine_end": _number(0, 1),
-    "optimizer.decay_rate": _number(0, 1, above=True),
-    "optimizer.decay_epochs": _number(0, above=True),
-    "optimizer.boundaries_epochs": _numbers(None, 0),
-    "optimizer.weight_decay": _number(0),
-    "optimizer.momentum": _number(0, 0.9999),
-    "optimizer.trust_coefficient": _number(0, above=True),
-    "optimizer.rmsprop_decay": _number(0, 0.9999),
-    "optimizer.rmsprop_epsilon": _number(0, above=True),
-    "optimizer.exclude": (
-        lambda values: all(isinstance(v, str) and v for v in values),
-        "regular expressions on parameter paths",
+    "augment.flip": Key(True, _FLAG),
+    "augment.jitter_strength": Key(0.5, _number(0, 2.5)),
+    "augment.jitter_probability": Key(0.8, _number(0, 1)),
+    "augment.policy": Key("none", _one_of("none", "auto_augment", "rand_augment")),
+    "augment.rand_augment_layers": Key(2, _number(1)),
+    "augment.rand_augment_magnitude": Key(10.0, _number(0, 10)),
+    "augment.grayscale_probability": Key(0.2, _number(0, 1)),
+    "augment.blur_probability": Key(0.0, _number(0, 1)),
+    "augment.mixup_alpha": Key(0.0, _number(0)),
+    "augment.cutmix_alpha": Key(0.0, _number(0)),
+    "encoder.name": Key("resnet50", _one_of(*ENCODERS)),
+    "encoder.width": Key(1.0, _number(0, above=True)),
+    "encoder.stem": Key("imagenet", _one_of(*STEMS)),
+    "encoder.dtype": Key("float32", _one_of("auto", "float32", "bfloat16")),
+    "encoder.normalize_embedding": Key(False, _FLAG),
+    "encoder.batch_norm_devices": Key(0, _number(0)),
+    "encoder.remat": Key(False, _FLAG, free=True),
+    "projection.hidden_dims": Key((2048,), _numbers(None, 1)),
+    "projection.output_dim": Key(128, _number(1)),
+    "projection.batch_norm": Key(False, _FLAG),
+    "projection.bias": Key(False, _FLAG),
+    "classifier.init": Key("glorot", _one_of(*CLASSIFIER_INITS)),
+    "probe.learning_rate": Key(0.0, _number(0)),
+    "momentum_encoder.decay": Key(0.0, _number(0, 0.999999)),
+    "momentum_encoder.queue_size": Key(0, _number(0)),
+    "loss.name": Key("supcon", _one_of("supcon", "simclr", "cross_entropy")),
+    "loss.temperature": Key(0.1, _number(0, above=True)),
+    "loss.contrast_mode": Key("all", _one_of("all", "one")),
+    "loss.summation": Key("outside", _one_of("outside", "inside")),
+    "loss.denominator": Key("all", _one_of("all", "one_positive", "only_negatives")),
+    "loss.positives_cap": Key(-1, _number(-1)),
+    "loss.scale": Key("none", (_is_scale, "none, temperature, or a number above 0")),
+    "loss.label_smoothing": Key(0.0, _number(0, 0.999)),
+    "optimizer.name": Key("lars", _one_of(*optimizers.OPTIMIZERS)),
+    "optimizer.learning_rate": Key(0.3, _number(0, above=True)),
+    "optimizer.learning_rate_batch": Key(256, _number(0)),
+    "optimizer.schedule": Key("cosine", _one_of(*optimizers.SCHEDULES)),
+    "optimizer.warmup_epochs": Key(10.0, _number(0)),
+    "optimizer.warmup_start": Key(0.0, _number(0, 1)),
+    "optimizer.cosine_end": Key(0.0, _number(0, 1)),
+    "optimizer.decay_rate": Key(0.97, _number(0, 1, above=True)),
+    "optimizer.decay_epochs": Key(0.5, _number(0, above=True)),
+    "optimizer.boundaries_epochs": Key((60.0, 75.0, 90.0), _numbers(None, 0)),
+    "optimizer.weight_decay": Key(0.0001, _number(0)),
+    "optimizer.momentum": Key(0.9, _number(0, 0.9999)),
+    "optimizer.trust_coefficient": Key(0.001, _number(0, above=True)),
+    "optimizer.rmsprop_decay": Key(0.9, _number(0, 0.9999)),
+    "optimizer.rmsprop_epsilon": Key(0.001, _number(0, above=True)),
+    "optimizer.exclude": Key(
+        ("batch_norm",),
+        (
+            lambda values: all(isinstance(v, str) and v for v in values),
+            "regular expressions on parameter paths",
+        ),
     ),
-    "knn.bank": _number(0),
-    "knn.k": _number(1),
-    "knn.temperature": _number(0, above=True),
+    "knn.bank": Key(50000, _number(0)),
+    "knn.k": Key(20, _number(1)),
+    "knn.temperature": Key(0.07, _number(0, above=True)),
 }
 
 
@@ -177,8 +191,8 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def unknown_key(key: str) -> str:
     """One line about a key that there is not, with the nearest that there is."""
     # A key without its group: learning_rate for optimizer.learning_rate.
-    nearest = [name for name in RULES if name.endswith(f".{key}")]
-    nearest = nearest or difflib.get_close_matches(key, RULES, n=1, cutoff=0.4)
+    nearest = [name for name in KEYS if name.endswith(f".{key}")]
+    nearest = nearest or difflib.get_close_matches(key, KEYS, n=1, cutoff=0.4)
     named = " or ".join(f"--config.{name}" for name in nearest)
     hint = f"; did you mean {named}?" if named else ""
     return f"unknown config key {key!r}{hint} (see configs/common.py)"
@@ -192,9 +206,9 @@ def check_config(config: ConfigDict) -> None:
     """
     flat = flatten(config.to_dict())
     for key in flat:
-        if key not in RULES:
+        if key not in KEYS:
             raise ValueError(unknown_key(key))
-    for key, (holds, allowed) in RULES.items():
+    for key, (_, (holds, allowed), _) in KEYS.items():
         if key not in flat:
             raise ValueError(f"config key {key!r} is missing (see configs/common.py)")
         if not holds(flat[key]):

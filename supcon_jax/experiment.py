@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import logging
 import os
 import pathlib
@@ -22,8 +21,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from supcon_jax import optimizers, parallel
-from supcon_jax.checkpoint import checkpoint_dir, read_config
-from supcon_jax.config import MAY_DIFFER, flatten
+from supcon_jax.checkpoint import digest
 from supcon_jax.data import augment
 from supcon_jax.data import sources as sources_of
 from supcon_jax.data.datasets import open_source
@@ -39,9 +37,10 @@ from supcon_jax.data.sampler import Sampler, class_balanced, shuffled
 from supcon_jax.data.sources import Source, SyntheticSource
 from supcon_jax.evaluation.predict import Predictor
 from supcon_jax.models import Classifier, ResNet, create_encoder
-from supcon_jax.writers import read_metrics
+from supcon_jax.workdir import finished_metrics, open_workdir
 
 logger = logging.getLogger(__name__)
+PyTree = Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +57,7 @@ class Run:
       total_steps: updates to make.
       steps_per_epoch: images / batch size, fractional.
       finished: the final metrics, where the run is complete already.
+      frozen: arrays that every step reads and none changes, on every device.
     """
 
     config: ConfigDict
@@ -70,10 +70,21 @@ class Run:
     total_steps: int
     steps_per_epoch: float
     finished: dict[str, Any] | None
+    frozen: tuple[PyTree, ...] = ()
 
 
-def open_run(config: ConfigDict, workdir: str | pathlib.Path) -> Run:
+def open_run(
+    config: ConfigDict,
+    workdir: str | pathlib.Path,
+    *,
+    load_frozen: Callable[[Mesh], tuple[PyTree, ...]] = lambda mesh: (),
+) -> Run:
     """Opens data and workdir of a checked config; refuses before it writes anything.
+
+    Args:
+      config: a checked config.
+      workdir: folder of the run.
+      load_frozen: what the step reads and does not train, on every device of a mesh.
 
     Raises:
       ValueError: data, batch size or workdir cannot be used, in one line.
@@ -93,7 +104,8 @@ def open_run(config: ConfigDict, workdir: str | pathlib.Path) -> Run:
     # Built once here for its checks alone, before the workdir is made.
     build_optimizer(config, total_steps, steps_per_epoch)
     build_encoder(config)
-    path = open_workdir(config, workdir)
+    frozen = load_frozen(mesh)
+    path = open_workdir(config, workdir, frozen=digest(frozen) if frozen else "")
     logger.info("workdir %s", os.path.relpath(path))
     return Run(
         config=config,
@@ -106,6 +118,7 @@ def open_run(config: ConfigDict, workdir: str | pathlib.Path) -> Run:
         total_steps=total_steps,
         steps_per_epoch=steps_per_epoch,
         finished=finished_metrics(path),
+        frozen=frozen,
     )
 
 
@@ -186,62 +199,6 @@ def build_sampler(config: ConfigDict, source: Source) -> Sampler:
         classes=classes,
         seed=config.seed,
     )
-
-
-def open_workdir(config: ConfigDict, workdir: str | pathlib.Path) -> pathlib.Path:
-    """Creates a workdir with its config, or checks that this config made it.
-
-    Raises:
-      ValueError: another config made it (the differing keys are named), or it cannot
-        be written.
-    """
-    if "://" in str(workdir):
-        raise ValueError(
-            f"cannot write to {workdir}: --workdir takes a local or mounted path "
-            "(a bucket can be mounted with Cloud Storage FUSE)"
-        )
-    path = pathlib.Path(workdir).expanduser().absolute()
-    ours = json.loads(json.dumps(config.to_dict()))
-    theirs = read_config(path)
-    if theirs is not None:
-        _refuse_other_config(path, flatten(ours), flatten(theirs))
-    elif checkpoint_dir(path).exists():
-        raise ValueError(
-            f"{path} has checkpoints but no config.json, so it is not known what made "
-            "them; use another --workdir"
-        )
-    if jax.process_index() == 0:
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-            temporary = path / "config.json.tmp"
-            temporary.write_text(json.dumps(ours, indent=2) + "\n")
-            os.replace(temporary, path / "config.json")
-        except OSError as error:
-            raise ValueError(
-                f"cannot write to workdir {path}: {error.strerror} (--workdir)"
-            ) from None
-    return path
-
-
-def _refuse_other_config(
-    path: pathlib.Path, ours: dict[str, Any], theirs: dict[str, Any]
-) -> None:
-    differing = [
-        f"{key} (there {theirs.get(key)!r}, now {ours.get(key)!r})"
-        for key in sorted(ours.keys() | theirs.keys())
-        if ours.get(key) != theirs.get(key) and key not in MAY_DIFFER
-    ]
-    if differing:
-        raise ValueError(
-            f"workdir {path} was made by another config; differing: "
-            f"{', '.join(differing)}; use another --workdir"
-        )
-
-
-def finished_metrics(workdir: pathlib.Path) -> dict[str, Any] | None:
-    """The final metrics of a run that is already complete."""
-    records = read_metrics(workdir)
-    return records[-1] if records and records[-1].get("final") else None
 
 
 def num_microbatches(config: ConfigDict) -> int:

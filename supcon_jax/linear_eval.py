@@ -15,12 +15,13 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from supcon_jax import experiment, loop, parallel
-from supcon_jax.checkpoint import read_config, restore_encoder
+from supcon_jax.checkpoint import restore_encoder
 from supcon_jax.config import ENCODER_KEYS, check_config, flatten
 from supcon_jax.experiment import Run
 from supcon_jax.loop import Evaluate, Step
 from supcon_jax.losses.cross_entropy import cross_entropy_of_views
 from supcon_jax.train_state import TrainState
+from supcon_jax.workdir import read_config
 
 PyTree = Any
 RANDOM = "random"
@@ -40,12 +41,11 @@ def linear_eval(config: ConfigDict, workdir: str | pathlib.Path) -> dict[str, An
     """
     check_config(config)
     check_pretrained(config)
-    run = experiment.open_run(config, workdir)
-    encoder_variables = load_encoder(config, run.mesh)
-    init, step, evaluate = build(run, encoder_variables)
-    return loop.train(
-        run, init=init, step=step, evaluate=evaluate, frozen=(encoder_variables,)
+    run = experiment.open_run(
+        config, workdir, load_frozen=lambda mesh: (load_encoder(config, mesh),)
     )
+    init, step, evaluate = build(run, *run.frozen)
+    return loop.train(run, init=init, step=step, evaluate=evaluate)
 
 
 def build(

@@ -40,7 +40,6 @@ def train(
     init: Callable[[], TrainState],
     step: Step,
     evaluate: Evaluate,
-    frozen: tuple[PyTree, ...] = (),
     watch: Callable[[int, Metrics], None] = lambda step, metrics: None,
 ) -> dict[str, Any]:
     """Trains a run to its last step, from its newest checkpoint if it has one.
@@ -54,7 +53,6 @@ def train(
       init: makes the state of step 0.
       step: `(state, batch, *frozen) -> (state, metrics)`, pure.
       evaluate: metrics of a state.
-      frozen: arrays that every step reads, replicated already.
       watch: called with the metrics of every progress line.
 
     Returns:
@@ -71,7 +69,7 @@ def train(
     checkpointer = Checkpointer(run.workdir, keep=run.config.keep_checkpoints)
     try:
         with _interrupts_between_steps() as asked, memory.explained(run):
-            final = _fit(run, checkpointer, init, step, evaluate, frozen, watch, asked)
+            final = _fit(run, checkpointer, init, step, evaluate, watch, asked)
         return report.report_end(run, final)
     finally:
         # Also after an interrupt: the save that is under way becomes whole.
@@ -86,11 +84,10 @@ def _fit(
     init: Callable[[], TrainState],
     step: Step,
     evaluate: Evaluate,
-    frozen: tuple[PyTree, ...],
     watch: Callable[[int, Metrics], None],
     asked_to_stop: threading.Event,
 ) -> Metrics:
-    config, total_steps = run.config, run.total_steps
+    config, total_steps, frozen = run.config, run.total_steps, run.frozen
     state = restore_or_init(checkpointer, init, run.mesh)
     start_step = int(state.step)
     report.log_start(run, state)

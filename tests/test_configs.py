@@ -14,7 +14,7 @@ from PIL import Image
 
 from configs import common
 from supcon_jax import experiment, linear_eval, pretrain
-from supcon_jax.config import ENCODER_KEYS, RULES, check_config, flatten
+from supcon_jax.config import ENCODER_KEYS, KEYS, check_config, flatten
 from supcon_jax.evaluation.knn import knn_accuracy
 from tests.config_files import ALL, FILES, load, load_named
 from tests.runs import first_batches
@@ -57,10 +57,10 @@ def test_unknown_variant_is_refused():
 
 def test_every_key_is_documented_and_has_a_rule():
     config = common.get_config()
-    assert set(flatten(config.to_dict())) == set(RULES)
+    assert set(flatten(config.to_dict())) == set(KEYS)
     text = inspect.getsource(common.get_config)
     lines = re.findall(r"^    config\.([\w.]+) = (?!ConfigDict).*", text, re.M)
-    assert sorted(lines) == sorted(RULES)
+    assert sorted(lines) == sorted(KEYS)
 
 
 def test_check_config_names_what_is_wrong():
@@ -299,7 +299,7 @@ ELSEWHERE = {
 
 
 def test_every_key_has_a_test_of_its_effect():
-    assert set(IN_STEP) | set(ELSEWHERE) == set(RULES)
+    assert set(IN_STEP) | set(ELSEWHERE) == set(KEYS)
     for place in ELSEWHERE.values():
         file, name = place.split("::")
         text = (pathlib.Path(__file__).parent / file).read_text()

@@ -27,6 +27,7 @@ LAYERS = {
     "supcon_jax.evaluation.predict": 2,
     "supcon_jax.config": 3,
     "supcon_jax.tools": 3,
+    "supcon_jax.workdir": 3,
     "supcon_jax.experiment": 3,
     "supcon_jax.report": 3,
     "supcon_jax.memory": 3,

@@ -11,7 +11,7 @@ import re
 import pytest
 
 from configs import common
-from supcon_jax.config import MAY_DIFFER, RULES, check_config, flatten
+from supcon_jax.config import KEYS, check_config, flatten
 from supcon_jax.experiment import scaled_learning_rate
 from tests.config_files import ALL, FILES, load, load_named, variants
 
@@ -20,10 +20,10 @@ DEFAULTS = flatten(common.get_config().to_dict())
 IMAGES = {"imagenet2012": 1_281_167, "cifar10": 50_000, "cifar100": 50_000}
 # Where a run lies, how often it reports, how it fits a machine: not the recipe.
 NOT_A_RECIPE = {
-    *MAY_DIFFER,
+    *(key for key, known in KEYS.items() if known.free),
     *("mode", "seed", "pretrained", "total_steps", "microbatch_size", "encoder.remat"),
     *("log_every", "eval_every", "checkpoint_every", "keep_checkpoints"),
-    *(key for key in RULES if key.startswith(("knn.", "probe."))),
+    *(key for key in KEYS if key.startswith(("knn.", "probe."))),
 }
 # What common.set_augmentation sets by name; in this order in common.AUGMENTATIONS.
 AUGMENT = tuple(
@@ -139,7 +139,7 @@ def test_every_cell_is_the_configs_value(title):
                 expected = scaled_learning_rate(config)
             else:
                 expected = recipe(name).get(label.strip("`"))
-                assert label.strip("`") in (*RULES, "augment"), label
+                assert label.strip("`") in (*KEYS, "augment"), label
             assert says(cell, expected), f"{name} {label}: {cell}, not {expected}"
         assert source or label in ("`data.name`", "peak learning rate"), row
 

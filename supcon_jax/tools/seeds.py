@@ -17,8 +17,8 @@ import statistics
 import sys
 from typing import Any
 
-from supcon_jax.checkpoint import read_config
-from supcon_jax.config import MAY_DIFFER, flatten
+from supcon_jax.config import flatten
+from supcon_jax.workdir import differing_keys, read_config
 from supcon_jax.writers import read_metrics
 
 # A linear evaluation reads the encoder of its own seed.
@@ -102,9 +102,7 @@ def _check_one_config(configs: dict[str, dict[str, Any]]) -> None:
     for workdir, theirs in others:
         differing = [
             f"{key} ({ours.get(key)!r}, {theirs.get(key)!r})"
-            for key in sorted(ours.keys() | theirs.keys())
-            if ours.get(key) != theirs.get(key)
-            and key not in (*OF_THE_SEED, *MAY_DIFFER)
+            for key in differing_keys(ours, theirs, set(OF_THE_SEED))
         ]
         if differing:
             raise ValueError(

@@ -1,0 +1,150 @@
+"""A run's folder: what made it, and whether a config may go on with it."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from supcon_jax.checkpoint import saved_steps
+from supcon_jax.config import KEYS, flatten
+from supcon_jax.writers import read_metrics
+
+# Keys that set the length of a run, which its schedule depends on from the first step.
+LENGTH_KEYS = ("epochs", "total_steps")
+
+
+def read_config(workdir: str | pathlib.Path) -> dict[str, Any] | None:
+    """The config that made a workdir, or None where there is none.
+
+    Raises:
+      ValueError: there is one that cannot be read.
+    """
+    return _read_json(pathlib.Path(workdir).expanduser() / "config.json")
+
+
+def open_workdir(
+    config: ConfigDict, workdir: str | pathlib.Path, *, frozen: str = ""
+) -> pathlib.Path:
+    """Creates a workdir with its config, or checks that this config may go on with it.
+
+    A workdir that has a checkpoint or is finished belongs to its config: keys that
+    change the result must have the values they had (a key that did not exist then: its
+    default). Keys with `Key.free` may change. A workdir without a checkpoint is bound by
+    nothing.
+
+    Args:
+      config: a checked config.
+      workdir: a path; made where it does not exist.
+      frozen: digest of the arrays that the run reads and does not train; it takes the
+        place of `pretrained`, so that a pretraining run may be moved.
+
+    Raises:
+      ValueError: another config made it (the differing keys are named), or it cannot
+        be written.
+    """
+    if "://" in str(workdir):
+        raise ValueError(
+            f"cannot write to {workdir}: --workdir takes a local or mounted path "
+            "(a bucket can be mounted with Cloud Storage FUSE)"
+        )
+    path = pathlib.Path(workdir).expanduser().absolute()
+    ours = json.loads(json.dumps(config.to_dict()))
+    theirs = read_config(path)
+    started = bool(saved_steps(path))
+    if theirs is None and started:
+        raise ValueError(
+            f"{path} has checkpoints but no config.json, so it is not known what made "
+            "them; use another --workdir"
+        )
+    if theirs is not None and (started or finished_metrics(path)):
+        known = (_read_json(path / "run.json") or {}).get("frozen", "")
+        free = {"pretrained"} if frozen and known == frozen else set()
+        _refuse_other_config(path, flatten(ours), flatten(theirs), free)
+        if known and frozen and known != frozen:
+            raise ValueError(
+                f"workdir {path} was made with another encoder than the one that is now "
+                f"in {config.pretrained!r} (another run, or a later step of the same); "
+                "use another --workdir, or another --config.pretrained"
+            )
+    if jax.process_index() == 0:
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            _write_json(path / "config.json", ours)
+            if frozen:
+                _write_json(path / "run.json", {"frozen": frozen})
+        except OSError as error:
+            raise ValueError(
+                f"cannot write to workdir {path}: {error.strerror} (--workdir)"
+            ) from None
+    return path
+
+
+def finished_metrics(workdir: str | pathlib.Path) -> dict[str, Any] | None:
+    """The final metrics of a run that is already complete."""
+    records = read_metrics(workdir)
+    return records[-1] if records and records[-1].get("final") else None
+
+
+def differing_keys(
+    ours: dict[str, Any], theirs: dict[str, Any], ignored: set[str] = frozenset()
+) -> list[str]:
+    """Keys of two flat configs whose values give different results.
+
+    A key that one of them lacks, because a version of the program without it wrote it,
+    has its default there.
+    """
+
+    def value(flat: dict[str, Any], key: str) -> Any:
+        default = KEYS[key].default if key in KEYS else None
+        found = flat.get(key, default)
+        # config.json holds lists where a ConfigDict holds tuples.
+        return list(found) if isinstance(found, tuple) else found
+
+    return [
+        key
+        for key in sorted(ours.keys() | theirs.keys())
+        if key not in ignored
+        and not (key in KEYS and KEYS[key].free)
+        and value(ours, key) != value(theirs, key)
+    ]
+
+
+def _refuse_other_config(
+    path: pathlib.Path, ours: dict[str, Any], theirs: dict[str, Any], free: set[str]
+) -> None:
+    differing = differing_keys(ours, theirs, free)
+    if not differing:
+        return
+    told = ", ".join(
+        f"{key} (there {theirs.get(key)!r}, now {ours.get(key)!r})" for key in differing
+    )
+    length = ""
+    if set(differing) & set(LENGTH_KEYS):
+        length = (
+            " (a run cannot go on for longer: its learning rate depends on the length "
+            "from the first step)"
+        )
+    raise ValueError(
+        f"workdir {path} was made by another config; differing: {told}{length}; use "
+        "another --workdir"
+    )
+
+
+def _read_json(path: pathlib.Path) -> dict[str, Any] | None:
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot read {path}: {error}; is it a workdir?") from None
+
+
+def _write_json(path: pathlib.Path, content: dict[str, Any]) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(content, indent=2) + "\n")
+    os.replace(temporary, path)
