@@ -63,6 +63,13 @@ def test_every_key_is_documented_and_has_a_rule():
     assert sorted(lines) == sorted(KEYS)
 
 
+def test_the_defaults_of_the_schema_are_those_of_common():
+    """Older runs that lack a key are read with them."""
+    assert {k: v.default for k, v in KEYS.items()} == flatten(
+        common.get_config().to_dict()
+    )
+
+
 def test_check_config_names_what_is_wrong():
     config = common.get_config()
     with config.unlocked():
