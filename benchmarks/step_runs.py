@@ -3,32 +3,27 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import datetime
 import os
 import platform
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator
-from typing import Any
 
 import jax
 import numpy as np
+from ml_collections import ConfigDict
 
 from benchmarks.flops import count_flops
 from configs import common, supcon_r50
-from supcon_jax import experiment, loop, parallel, pretrain
-from supcon_jax.config import check_config
-from supcon_jax.experiment import Run
+from supcon_jax import parallel
 from supcon_jax.memory import step_memory
+from supcon_jax.plan import Plan, create_plan
 
-Config = Any
 BASELINE = "cross-entropy"
 METHODS = (BASELINE, "SupCon", "SimCLR", "microbatched", "remat")
 
 
-def build_config(options: argparse.Namespace, method: str) -> Config:
+def build_config(options: argparse.Namespace, method: str) -> ConfigDict:
     """The recipe of a method at the size that the flags say."""
     config = supcon_r50.get_config()
     augmentation = "sim_augment" if options.augment else "identity"
@@ -36,12 +31,9 @@ def build_config(options: argparse.Namespace, method: str) -> Config:
     config.update_from_flattened_dict(
         {
             "batch_size": options.batch,
-            "data.name": "synthetic",
-            "data.fake": True,
             "data.image_size": options.image_size,
             "data.eval_resize": options.image_size,
             "data.views": options.views,
-            "data.eval_split": "test",
             "encoder.name": options.encoder,
             "encoder.stem": options.stem,
             "encoder.dtype": options.dtype,
@@ -61,44 +53,39 @@ def build_config(options: argparse.Namespace, method: str) -> Config:
     return config
 
 
-@contextlib.contextmanager
-def opened(config: Config) -> Iterator[Run]:
-    """A run in a workdir that goes away."""
-    check_config(config)
-    with tempfile.TemporaryDirectory() as folder:
-        yield experiment.open_run(config, folder)
+def plan_of(config: ConfigDict) -> Plan:
+    """The plan of a config for ImageNet, on the devices that are here."""
+    return create_plan(
+        config,
+        parallel.create_mesh(),
+        num_classes=1000,
+        num_examples=1_281_167,
+        whole_images=False,  # files are cropped on the host
+    )
 
 
-def abstract(run: Run, init: Callable[[], Any]) -> tuple[Any, Any]:
-    """Shapes of the state and of a global batch."""
-    batch = next(batches_of(run))
-    rows = run.config.batch_size
-    shapes = {
-        key: jax.ShapeDtypeStruct((rows, *value.shape[1:]), value.dtype)
-        for key, value in batch.items()
+def noise_batch(plan: Plan, seed: int = 0) -> dict[str, np.ndarray]:
+    """A batch of noise images with labels, as a plan's step takes it."""
+    random, shapes = np.random.default_rng(seed), plan.abstract_batch()
+    most = {"image": 256, "label": plan.num_classes, "id": plan.num_examples}
+    return {
+        key: random.integers(0, most[key], shape.shape, dtype=shape.dtype)
+        for key, shape in shapes.items()
     }
-    return jax.eval_shape(init), shapes
-
-
-def batches_of(run: Run) -> Iterator[dict[str, np.ndarray]]:
-    """The host's batches."""
-    return experiment.build_train_batches(run.config, run.train_source, run.sampler)
 
 
 class Method:
     """A compiled step with a state of its own."""
 
-    def __init__(self, config: Config):
-        with opened(config) as run:
-            init, step, _ = pretrain.build(run)
-            shapes = abstract(run, init)
-            everywhere = parallel.replicated(run.mesh)
-            self.flops = count_flops(step, *shapes)
-            self.state = jax.jit(init, out_shardings=everywhere)()
-            self.batch = parallel.to_global(next(batches_of(run)), run.mesh)
-            start = time.perf_counter()
-            self.step = loop.compile_step(step, self.state, self.batch, run.mesh)
-            self.compile_s = time.perf_counter() - start
+    def __init__(self, config: ConfigDict):
+        plan = plan_of(config)
+        self.flops = count_of(plan)
+        everywhere = parallel.replicated(plan.mesh)
+        self.state = jax.jit(plan.init, out_shardings=everywhere)()
+        self.batch = parallel.to_global(noise_batch(plan), plan.mesh)
+        start = time.perf_counter()
+        self.step = plan.lower().compile()
+        self.compile_s = time.perf_counter() - start
         self.memory = step_memory(self.step)
         self.wall: list[float] = []
         self.cpu: list[float] = []
@@ -145,8 +132,6 @@ def tell(text: str) -> None:
     print(f"  {text}", file=sys.stderr, flush=True)
 
 
-def count_of(config: Config) -> int:
-    """Operations of a method's step."""
-    with opened(config) as run:
-        init, step, _ = pretrain.build(run)
-        return count_flops(step, *abstract(run, init))
+def count_of(plan: Plan) -> int:
+    """Operations of a plan's step."""
+    return count_flops(plan.step, plan.abstract_state(), plan.abstract_batch())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import re
@@ -12,26 +13,23 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from typing import Any
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from ml_collections import ConfigDict
 
 from benchmarks.flops import count_flops, loss_flops
 from benchmarks.step_runs import (
-    Config,
-    abstract,
-    batches_of,
     build_config,
     count_of,
     describe_machine,
-    opened,
+    noise_batch,
+    plan_of,
     table,
     tell,
 )
-from supcon_jax import experiment, loop, parallel, pretrain
+from supcon_jax import builders, loop, parallel
 from supcon_jax.memory import StepMemory, device_memory, step_memory
 
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "collective-permute")
@@ -53,7 +51,7 @@ def loss_share(options: argparse.Namespace) -> None:
             views = batch * options.views
             model = 3 * views * forward_flops(config)
             loss = loss_flops(views, config.projection.output_dim, devices)
-            traced = count_of(config)
+            traced = count_of(plan_of(config))
             share = loss / (model + loss)
             if encoder == "resnet50":
                 largest = max(largest, share)
@@ -78,10 +76,10 @@ def loss_share(options: argparse.Namespace) -> None:
         sys.exit(1)
 
 
-def forward_flops(config: Config) -> float:
+def forward_flops(config: ConfigDict) -> float:
     """Operations of encoder and head for one view, forward."""
-    encoder = experiment.build_encoder(config)
-    head = pretrain.build_head(config, 1000, axis_name=None)
+    encoder = builders.build_encoder(config, jax.default_backend())
+    head = builders.build_projection(config, 1000)
     size = config.data.image_size
     images = jax.ShapeDtypeStruct((2, size, size, 3), jnp.float32)
 
@@ -93,7 +91,7 @@ def forward_flops(config: Config) -> float:
 
 
 def overlap(options: argparse.Namespace) -> None:
-    """The real loop with an input that takes a chosen share of the step's time.
+    """The loop's steps with an input that takes a chosen share of their time.
 
     The input waits (as for a disk or for other threads) before it hands out a batch. One
     run goes through all shares in turn, round after round; a step's time is that between
@@ -104,16 +102,13 @@ def overlap(options: argparse.Namespace) -> None:
     results: dict[float, list[tuple[float, float, float]]] = {s: [] for s in shares}
     step_s = 0.0
 
-    def slow(*arguments: Any, **keywords: Any) -> Iterator[dict[str, np.ndarray]]:
+    def slow(batch: dict[str, np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
         nonlocal step_s
-        batches = real(*arguments, **keywords)
-        for _ in range(settle):
-            yield next(batches)
+        yield from [batch] * settle
         for share in phases:
             asked, spent = [], []
             for _ in range(length + 1):
                 asked.append(time.perf_counter())
-                batch = next(batches)
                 time.sleep(share * step_s)
                 spent.append(time.perf_counter() - asked[-1])
                 yield batch
@@ -123,17 +118,16 @@ def overlap(options: argparse.Namespace) -> None:
                 step_s = between
             else:
                 results[share].append((step_s, waited, between))
-        while True:
-            yield next(batches)
+        yield from itertools.repeat(batch)
 
-    config = build_config(options, "SupCon")
-    config.total_steps = settle + len(phases) * (length + 1)
-    config.log_every = 10
-    real = experiment.build_train_batches
-    with opened(config) as run:
-        init, step, _ = pretrain.build(run)
-        with mock.patch.object(experiment, "build_train_batches", slow):
-            loop.train(run, init=init, step=step, evaluate=lambda state: {})
+    plan = plan_of(build_config(options, "SupCon"))
+    compiled = plan.lower().compile()
+    state = jax.jit(plan.init, out_shardings=parallel.replicated(plan.mesh))()
+    batches = parallel.prefetch_to_devices(slow(noise_batch(plan)), plan.mesh)
+    last = settle + len(phases) * (length + 1)
+    for number, _, metrics in loop.run_steps(compiled, state, batches, last=last):
+        if number % (length + 1) == 0:
+            tell(f"step {number} of {last}, loss {float(metrics['train/loss']):.3f}")
     rows = []
     for share, found in results.items():
         alone, waited, measured = (
@@ -187,24 +181,21 @@ def large(options: argparse.Namespace) -> None:
 
 def large_child(options: argparse.Namespace, name: str) -> list[str]:
     """Cells of a row of `large`: the step is run where half the free memory holds it."""
-    config = build_config(options, name)
-    with opened(config) as run:
-        init, step, _ = pretrain.build(run)
-        shapes = abstract(run, init)
-        compiled = loop.compile_step(step, *shapes, run.mesh)
-        needs = step_memory(compiled) or StepMemory(0, 0)
-        cells = [f"{part / 2**20:,.0f}" for part in needs]
-        cells.append(f"{resident_peak():,.0f}")
-        if sum(needs) > free_memory() / 2:
-            return [*cells, "not run", "-"]
-        state = jax.jit(init, out_shardings=parallel.replicated(run.mesh))()
-        batch = parallel.to_global(next(batches_of(run)), run.mesh)
-        seconds = []
-        for _ in range(options.steps):
-            start = time.perf_counter()
-            state, metrics = compiled(state, batch)
-            jax.block_until_ready(metrics)
-            seconds.append(time.perf_counter() - start)
+    plan = plan_of(build_config(options, name))
+    compiled = plan.lower().compile()
+    needs = step_memory(compiled) or StepMemory(0, 0)
+    cells = [f"{part / 2**20:,.0f}" for part in needs]
+    cells.append(f"{resident_peak():,.0f}")
+    if sum(needs) > free_memory() / 2:
+        return [*cells, "not run", "-"]
+    state = jax.jit(plan.init, out_shardings=parallel.replicated(plan.mesh))()
+    batch = parallel.to_global(noise_batch(plan), plan.mesh)
+    seconds = []
+    for _ in range(options.steps):
+        start = time.perf_counter()
+        state, metrics = compiled(state, batch)
+        jax.block_until_ready(metrics)
+        seconds.append(time.perf_counter() - start)
     return [*cells, f"{resident_peak():,.0f}", f"{min(seconds):.1f}"]
 
 
@@ -240,10 +231,7 @@ def collectives(options: argparse.Namespace) -> None:
     for devices, text in meaning.items():
         config = build_config(options, "SupCon")
         config.encoder.batch_norm_devices = devices
-        with opened(config) as run:
-            init, step, _ = pretrain.build(run)
-            compiled = loop.compile_step(step, *abstract(run, init), run.mesh)
-        counts = count_collectives(compiled.as_text())
+        counts = count_collectives(plan_of(config).lower().compile().as_text())
         tell(f"batch_norm_devices={devices}: {counts}")
         rows.append([f"{devices} ({text})", *map(str, counts.values())])
     print(f"{describe_machine()}.")

@@ -9,7 +9,7 @@
     python -m benchmarks.train_step --large          # 8192 x 2 views in bounded memory
     python -m benchmarks.train_step --collectives --encoder resnet50 --batch 16
 
-Steps are those of `pretrain.build` on configs/supcon_r50.py with the differences that the
+Steps are those of `create_plan` on configs/supcon_r50.py with the differences that the
 flags name: the same encoder, optimizer (LARS), images and views in every row. Images are
 noise, in device memory before the clock starts; the step scales them and, with --augment,
 jitters and blurs them. The methods take turns in rounds, each turn with one untimed step
@@ -44,11 +44,11 @@ from benchmarks.step_runs import (
     build_config,
     count_of,
     describe_machine,
+    plan_of,
     table,
     tell,
 )
 from benchmarks.step_tasks import collectives, large, large_child, loss_share, overlap
-from supcon_jax import experiment
 from supcon_jax.models import ENCODERS
 
 # Most operations a second in bfloat16, without sparsity, of what JAX calls the device.
@@ -91,7 +91,7 @@ def compare(options: argparse.Namespace) -> None:
         # Without computing anything twice, all contrastive steps are the same.
         same = {"microbatched": "SupCon", "remat": "SupCon"}.get(name, name)
         if same not in useful:
-            useful[same] = count_of(build_config(options, same))
+            useful[same] = count_of(plan_of(build_config(options, same)))
         useful[name] = useful[same]
     for turn in range(options.rounds):
         tell(f"round {turn + 1} of {options.rounds}")
@@ -138,7 +138,7 @@ def compare(options: argparse.Namespace) -> None:
 def compute_dtype(options: argparse.Namespace) -> str:
     """The type of the convolutions, "auto" resolved."""
     return jnp.dtype(
-        experiment.build_encoder(build_config(options, "SupCon")).dtype
+        plan_of(build_config(options, "SupCon")).modules.encoder.dtype
     ).name
 
 

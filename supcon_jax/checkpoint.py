@@ -20,7 +20,7 @@ from orbax.checkpoint.checkpoint_managers import (
     LatestN,
 )
 
-from supcon_jax.train_state import TrainState
+from supcon_jax.steps.state import TrainState
 
 PyTree = Any
 BEST_METRIC = "knn/top1"

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from supcon_jax import optimizers
 from supcon_jax.models.heads import CLASSIFIER_INITS
 from supcon_jax.models.resnet import ENCODERS, STEMS
+from supcon_jax.objectives import OBJECTIVES
 
 # Keys on which a pretraining run and the use of its encoder must agree.
 ENCODER_KEYS = (
@@ -21,9 +22,6 @@ ENCODER_KEYS = (
     "data.mean",
     "data.std",
 )
-
-# Mixtures of two images have no single label: only this run knows what to do with them.
-MIXING_RUN = ("pretrain", "cross_entropy")
 
 Rule = tuple[Callable[[Any], bool], str]
 
@@ -143,7 +141,7 @@ KEYS: dict[str, Key] = {
     "probe.learning_rate": Key(0.0, _number(0)),
     "momentum_encoder.decay": Key(0.0, _number(0, 0.999999)),
     "momentum_encoder.queue_size": Key(0, _number(0)),
-    "loss.name": Key("supcon", _one_of("supcon", "simclr", "cross_entropy")),
+    "loss.name": Key("supcon", _one_of(*OBJECTIVES)),
     "loss.temperature": Key(0.1, _number(0, above=True)),
     "loss.contrast_mode": Key("all", _one_of("all", "one")),
     "loss.summation": Key("outside", _one_of("outside", "inside")),
@@ -221,15 +219,17 @@ def check_config(config: ConfigDict) -> None:
             f"data.image_size, {config.data.image_size} (--config.data.eval_resize)"
         )
     _check_momentum(config)
-    contrastive = config.mode == "pretrain" and config.loss.name != "cross_entropy"
-    if config.probe.learning_rate and not contrastive:
+    pretraining = config.mode == "pretrain"
+    contrastive = OBJECTIVES[config.loss.name].contrastive
+    if config.probe.learning_rate and not (pretraining and contrastive):
         raise ValueError(
             f"got probe.learning_rate={config.probe.learning_rate} with "
             f"mode={config.mode} and loss.name={config.loss.name}; allowed: beside a "
             "contrastive loss (--config.probe.learning_rate=0)"
         )
     for key in ("mixup_alpha", "cutmix_alpha"):
-        if config.augment[key] and (config.mode, config.loss.name) != MIXING_RUN:
+        # Mixtures of two images have no single label to contrast by.
+        if config.augment[key] and (contrastive or not pretraining):
             raise ValueError(
                 f"got augment.{key}={config.augment[key]} with mode={config.mode} and "
                 f"loss.name={config.loss.name}; allowed: with the cross-entropy "
@@ -250,7 +250,10 @@ def _check_momentum(config: ConfigDict) -> None:
         return
     needed = {
         "mode": (config.mode, ("pretrain",)),
-        "loss.name": (config.loss.name, ("supcon", "simclr")),
+        "loss.name": (
+            config.loss.name,
+            tuple(name for name, known in OBJECTIVES.items() if known.contrastive),
+        ),
         "loss.contrast_mode": (config.loss.contrast_mode, ("one",)),
         "loss.positives_cap": (config.loss.positives_cap, (-1,)),
     }

@@ -1,7 +1,7 @@
 """The loop that pretraining and linear evaluation share.
 
-It is given an opened run, a pure step and a function that evaluates; it restores,
-compiles once, feeds, reports, saves and ends the run.
+It is given an opened run and a function that evaluates; it restores, compiles once,
+feeds, reports, saves and ends the run.
 """
 
 from __future__ import annotations
@@ -18,29 +18,25 @@ from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
 
-from supcon_jax import experiment, memory, parallel, report
+from supcon_jax import memory, parallel, report
 from supcon_jax.checkpoint import Checkpointer
-from supcon_jax.experiment import Run
-from supcon_jax.train_state import TrainState
+from supcon_jax.plan import Plan
+from supcon_jax.run import Run, build_train_batches
+from supcon_jax.steps.state import TrainState
 from supcon_jax.writers import MetricWriter, add_log_file, format_duration
 
 logger = logging.getLogger(__name__)
 Metrics = dict[str, float]
 PyTree = Any
-# (state, batch, *frozen) -> (state, scalar metrics)
-Step = Callable[..., tuple[TrainState, dict[str, jax.Array]]]
 Evaluate = Callable[[TrainState], Metrics]
 
 
 def train(
     run: Run,
     *,
-    init: Callable[[], TrainState],
-    step: Step,
     evaluate: Evaluate,
-    watch: Callable[[int, Metrics], None] = lambda step, metrics: None,
+    on_log: Callable[[int, Metrics], None] = lambda step, metrics: None,
 ) -> dict[str, Any]:
     """Trains a run to its last step, from its newest checkpoint if it has one.
 
@@ -49,11 +45,9 @@ def train(
     device never waits; batches are on their way to it two steps ahead.
 
     Args:
-      run: see `experiment.open_run`.
-      init: makes the state of step 0.
-      step: `(state, batch, *frozen) -> (state, metrics)`, pure.
+      run: see `run.open_run`.
       evaluate: metrics of a state.
-      watch: called with the metrics of every progress line.
+      on_log: called with the metrics of every progress line.
 
     Returns:
       The metrics of the final line.
@@ -68,8 +62,8 @@ def train(
     log_file = add_log_file(run.workdir)
     checkpointer = Checkpointer(run.workdir, keep=run.config.keep_checkpoints)
     try:
-        with _interrupts_between_steps() as asked, memory.explained(run):
-            final = _fit(run, checkpointer, init, step, evaluate, watch, asked)
+        with _interrupts_between_steps() as stop_requested, memory.explained(run.plan):
+            final = _fit(run, checkpointer, evaluate, on_log, stop_requested)
         return report.report_end(run, final)
     finally:
         # Also after an interrupt: the save that is under way becomes whole.
@@ -81,17 +75,16 @@ def train(
 def _fit(
     run: Run,
     checkpointer: Checkpointer,
-    init: Callable[[], TrainState],
-    step: Step,
     evaluate: Evaluate,
-    watch: Callable[[int, Metrics], None],
-    asked_to_stop: threading.Event,
+    on_log: Callable[[int, Metrics], None],
+    stop_requested: threading.Event,
 ) -> Metrics:
-    config, total_steps, frozen = run.config, run.total_steps, run.frozen
-    state = restore_or_init(checkpointer, init, run.mesh)
+    plan, frozen = run.plan, run.frozen
+    config, total_steps = plan.config, plan.total_steps
+    state = restore_or_init(checkpointer, plan)
     start_step = int(state.step)
     report.log_start(run, state)
-    host_batches = experiment.build_train_batches(
+    host_batches = build_train_batches(
         config,
         run.train_source,
         run.sampler,
@@ -100,20 +93,21 @@ def _fit(
     )
     host_batches = report.measure_input(host_batches, config.batch_size)
     batches = parallel.prefetch_to_devices(host_batches, run.mesh)
-    first_batch = next(batches)
-    compiled = compile_step(step, state, first_batch, run.mesh, *frozen)
-    memory.check_memory(run, compiled)
-    batches = itertools.chain([first_batch], batches)
+    # The first batch is on its way while the step is compiled.
+    batches = itertools.chain([next(batches)], batches)
+    start = time.monotonic()
+    compiled = plan.lower().compile()
+    logger.info("compiled train_step in %.1f s", time.monotonic() - start)
+    memory.check_memory(plan, compiled)
     writer = MetricWriter(
         run.workdir,
         total_steps=total_steps,
-        steps_per_epoch=run.steps_per_epoch,
+        steps_per_epoch=plan.steps_per_epoch,
         start_step=start_step,
     )
     meter = _Meter(start_step)
     pending: tuple[int, dict[str, jax.Array]] | None = None
     last: Metrics = {}
-    device_metrics: dict[str, jax.Array] = {}
 
     def log_metrics(at: int, device_metrics: dict[str, jax.Array]) -> Metrics:
         metrics = _fetch(at, device_metrics)
@@ -123,20 +117,20 @@ def _fit(
         writer.log_progress(
             at, metrics, meter.eta_s(total_steps - at, config.eval_every)
         )
-        watch(at, metrics)
+        on_log(at, metrics)
         return metrics
 
-    for number in range(start_step + 1, total_steps + 1):
-        before = device_metrics
-        state, device_metrics = compiled(state, next(batches), *frozen)
-        # One step ahead keeps the device busy; more would pile up batches on it.
-        jax.block_until_ready(before)
-        if asked_to_stop.is_set():
+    first_step = start_step + 1
+    steps = run_steps(
+        compiled, state, batches, frozen, first=first_step, last=total_steps
+    )
+    for number, state, device_metrics in steps:
+        if stop_requested.is_set():
             raise KeyboardInterrupt
         if pending is not None:
             last = log_metrics(*pending)
             pending = None
-        first, final = number == start_step + 1, number == total_steps
+        first, final = number == first_step, number == total_steps
         if number % config.log_every == 0 or first or final:
             pending = (number, device_metrics)
         eval_due, save_due = (
@@ -177,67 +171,67 @@ def _interrupts_between_steps() -> Iterator[threading.Event]:
     In the middle of a save, whose threads share the interpreter, it could be lost, or
     leave them waiting for each other.
     """
-    asked = threading.Event()
+    requested = threading.Event()
     if threading.current_thread() is not threading.main_thread():
-        yield asked  # only the main thread hears of signals
+        yield requested  # only the main thread hears of signals
         return
 
-    def ask(number: int, frame: Any) -> None:
-        if asked.is_set():
+    def request(number: int, frame: Any) -> None:
+        if requested.is_set():
             raise KeyboardInterrupt
-        asked.set()
+        requested.set()
 
-    before = signal.signal(signal.SIGINT, ask)
+    before = signal.signal(signal.SIGINT, request)
     try:
-        yield asked
+        yield requested
     finally:
         signal.signal(signal.SIGINT, before)
 
 
-def compile_step(
-    step: Step, state: PyTree, batch: PyTree, mesh: Mesh, *frozen: PyTree
-) -> Step:
-    """Compiles `step(state, batch, *frozen)` once, ahead of the loop.
+def run_steps(
+    compiled: jax.stages.Compiled,
+    state: TrainState,
+    batches: Iterator[dict[str, jax.Array]],
+    frozen: tuple[PyTree, ...] = (),
+    *,
+    first: int = 1,
+    last: int,
+) -> Iterator[tuple[int, TrainState, dict[str, jax.Array]]]:
+    """Each step's number, state and metrics, which the device may still compute.
 
-    The state is replicated and donated, the batch is split over the devices. The
-    result is one program: other shapes are refused, so it can never compile again.
+    One step ahead keeps the device busy; more would pile up batches on it.
 
     Args:
-      step: a pure function that returns the new state and scalar metrics.
-      state, batch, frozen: arrays or `jax.ShapeDtypeStruct`s.
-      mesh: the devices.
+      compiled: `plan.lower().compile()`.
+      state: before the first step; given away.
+      batches: on the devices.
+      frozen: what the step reads and does not train.
+      first, last: numbers of the steps.
     """
-    start = time.monotonic()
-    everywhere, split = parallel.replicated(mesh), parallel.batch_sharding(mesh)
-    jitted = jax.jit(
-        step,
-        in_shardings=(everywhere, split, *(everywhere for _ in frozen)),
-        out_shardings=everywhere,
-        donate_argnums=0,
-    )
-    compiled = jitted.lower(state, batch, *frozen).compile()
-    logger.info("compiled train_step in %.1f s", time.monotonic() - start)
-    return compiled
+    metrics: dict[str, jax.Array] = {}
+    for number in range(first, last + 1):
+        before = metrics
+        state, metrics = compiled(state, next(batches), *frozen)
+        jax.block_until_ready(before)
+        yield number, state, metrics
 
 
-def restore_or_init(
-    checkpointer: Checkpointer, init: Callable[[], TrainState], mesh: Mesh
-) -> TrainState:
+def restore_or_init(checkpointer: Checkpointer, plan: Plan) -> TrainState:
     """The newest saved state, or a new one where there is none; replicated.
 
     A restored state costs no compilation of `init`.
     """
-    everywhere = parallel.replicated(mesh)
+    replicated = parallel.replicated(plan.mesh)
     latest = checkpointer.latest_step()
     if latest is None:
-        # Runs once, and is mostly random numbers: on a processor, optimising the
-        # program takes four times as long as compiling and running it plainly.
+        # Runs once, and is mostly random numbers: on a CPU, optimising the program takes
+        # four times as long as compiling and running it plainly.
         plain = {"xla_backend_optimization_level": 0}
-        options = plain if jax.default_backend() == "cpu" else None
-        return jax.jit(init, out_shardings=everywhere, compiler_options=options)()
+        options = plain if plan.platform == "cpu" else None
+        return jax.jit(plan.init, out_shardings=replicated, compiler_options=options)()
     abstract = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere),
-        jax.eval_shape(init),
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated),
+        plan.abstract_state(),
     )
     state = checkpointer.restore(abstract, latest)
     logger.info("resumed at step %d", latest)

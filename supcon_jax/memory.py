@@ -12,7 +12,7 @@ from typing import NamedTuple
 import jax
 
 from supcon_jax import parallel
-from supcon_jax.experiment import Run
+from supcon_jax.plan import Plan
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +50,7 @@ def device_memory(device: jax.Device) -> int | None:
     return (device.memory_stats() or {}).get("bytes_limit")
 
 
-def check_memory(run: Run, compiled: jax.stages.Compiled) -> None:
+def check_memory(plan: Plan, compiled: jax.stages.Compiled) -> None:
     """Says what the step needs, and refuses it before it runs if it cannot fit.
 
     Raises:
@@ -59,32 +59,32 @@ def check_memory(run: Run, compiled: jax.stages.Compiled) -> None:
     needs = step_memory(compiled)
     if needs is None:
         return
-    limit = device_memory(run.mesh.local_mesh.devices.flat[0])
+    limit = device_memory(plan.mesh.local_mesh.devices.flat[0])
     logger.info(
         "memory: a step needs %s on each device: %s for state and batch, and %s for each "
         "view in the encoder%s",
         _bytes(sum(needs)),
         _bytes(needs.held),
-        _bytes(needs.working / _views_at_a_time(run)),
+        _bytes(needs.working / _views_at_a_time(plan)),
         f"; there are {_bytes(limit)}" if limit else "",
     )
     if limit and sum(needs) > limit:
-        raise out_of_memory(run, needs, limit)
+        raise out_of_memory(plan, needs, limit)
 
 
 @contextlib.contextmanager
-def explained(run: Run) -> Iterator[None]:
+def explained(plan: Plan) -> Iterator[None]:
     """Turns the runtime's out-of-memory error into `out_of_memory`."""
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        raise out_of_memory(run, error=error) from None
+        raise out_of_memory(plan, error=error) from None
 
 
 def out_of_memory(
-    run: Run,
+    plan: Plan,
     needs: StepMemory | None = None,
     limit: int | None = None,
     error: Exception | None = None,
@@ -95,19 +95,19 @@ def out_of_memory(
     has in hand at a time.
 
     Args:
-      run: the run.
+      plan: of the run.
       needs: of its step; None where it could not be compiled.
       limit: bytes of a device, where known.
       error: what the runtime said, for where `needs` is not known.
     """
-    config, told = run.config, ""
+    config, told = plan.config, ""
     at_a_time = config.microbatch_size or config.batch_size
     room = at_a_time - 1
     if needs is not None:
         told = f": it needs {_bytes(sum(needs))} on each device"
         if limit is not None:
-            views = (limit - needs.held) / (needs.working / _views_at_a_time(run))
-            room = min(room, int(views * run.mesh.size / config.data.views))
+            views = (limit - needs.held) / (needs.working / _views_at_a_time(plan))
+            room = min(room, int(views * plan.mesh.size / config.data.views))
             told += f", which has {_bytes(limit)}"
     elif error is not None:
         # TPU: "Used 22.28G of 15.75G hbm. Exceeded hbm capacity by 6.53G."
@@ -116,12 +116,12 @@ def out_of_memory(
         told = f": {found.group()}" if found else ""
     flags = [
         f"--config.microbatch_size={size}"
-        for size in parallel.microbatch_sizes(config.batch_size, run.mesh)
+        for size in parallel.microbatch_sizes(config.batch_size, plan.mesh)
         if size <= room
     ][-1:]
     if not config.encoder.remat:
         flags.append("--config.encoder.remat=True")
-    if config.encoder.dtype == "float32" and jax.default_backend() != "cpu":
+    if config.encoder.dtype == "float32" and plan.platform != "cpu":
         flags.append("--config.encoder.dtype=bfloat16")
     flags.append("a smaller --config.batch_size")
     return ValueError(
@@ -130,11 +130,11 @@ def out_of_memory(
     )
 
 
-def _views_at_a_time(run: Run) -> float:
+def _views_at_a_time(plan: Plan) -> float:
     """Views that the encoder has in hand on one device."""
-    config = run.config
+    config = plan.config
     images = config.microbatch_size or config.batch_size
-    return images * config.data.views / run.mesh.size
+    return images * config.data.views / plan.mesh.size
 
 
 def _bytes(count: float) -> str:

@@ -60,6 +60,12 @@ def create_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
     )
 
 
+def platform(mesh: Mesh) -> str:
+    """What kind of device a mesh is made of: "cpu", "gpu" or "tpu"."""
+    found = mesh.devices.flat[0].platform
+    return "gpu" if found in ("cuda", "rocm") else found
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Sharding of arrays whose first axis is the global batch."""
     return NamedSharding(mesh, PartitionSpec(DATA_AXIS))

@@ -13,9 +13,10 @@ from typing import Any
 import jax
 
 from supcon_jax import optimizers
+from supcon_jax.builders import num_microbatches, scaled_learning_rate
 from supcon_jax.data.pipeline import Batch
-from supcon_jax.experiment import Run, num_microbatches, scaled_learning_rate
-from supcon_jax.train_state import TrainState
+from supcon_jax.run import Run
+from supcon_jax.steps.state import TrainState
 from supcon_jax.writers import plot_curves
 
 logger = logging.getLogger(__name__)
@@ -47,8 +48,8 @@ def log_start(run: Run, state: TrainState) -> None:
         config.batch_size,
         config.data.views,
         f", encoded {config.microbatch_size} at a time" if parts > 1 else "",
-        run.total_steps,
-        run.total_steps / run.steps_per_epoch,
+        run.plan.total_steps,
+        run.plan.total_steps / run.plan.steps_per_epoch,
     )
     logger.info(
         "%s, trained parameters: %s; %s, peak learning rate %.4g, decay on %d of %d "
@@ -60,13 +61,13 @@ def log_start(run: Run, state: TrainState) -> None:
         sum(mask) if config.optimizer.weight_decay else 0,
         len(mask),
     )
-    warmup_steps = config.optimizer.warmup_epochs * run.steps_per_epoch
-    if warmup_steps >= run.total_steps:
+    warmup_steps = config.optimizer.warmup_epochs * run.plan.steps_per_epoch
+    if warmup_steps >= run.plan.total_steps:
         logger.warning(
             "warning: the warm-up takes %.0f steps, so this run of %d ends within it "
             "(--config.optimizer.warmup_epochs)",
             warmup_steps,
-            run.total_steps,
+            run.plan.total_steps,
         )
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 
 from configs import digits, linear_digits
-from supcon_jax import experiment
+from supcon_jax.run import build_train_batches
 
 
 def shrink(config):
@@ -40,7 +40,7 @@ def linear_config(pretrained, **overrides):
 
 def first_batches(run):
     """The host's batches of an opened run, from its first step."""
-    return experiment.build_train_batches(
+    return build_train_batches(
         run.config, run.train_source, run.sampler, skipped=run.skipped
     )
 

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from supcon_jax import parallel, train_step
+from supcon_jax import parallel
 from supcon_jax.losses import momentum_contrast_loss, supcon_loss
+from supcon_jax.steps import contrastive
 
 DECAY = 0.9
 
@@ -51,15 +52,22 @@ BATCH = {"image": IMAGES, "label": LABELS}
 
 
 def tiny_step(
-    devices=1, norm_devices=0, *, norm="batch", momentum=0.0, probe=None, **options
+    devices=1,
+    norm_devices=0,
+    *,
+    norm="batch",
+    dtype=jnp.float32,
+    momentum=0.0,
+    probe=None,
+    **options,
 ):
     """State and arguments of `train_step` for the small encoder, on some devices."""
     whole = parallel.create_mesh(jax.devices()[:devices])
     mesh, axis = parallel.grouped_mesh(whole, norm_devices)
-    modules = {"encoder": Encoder(norm, axis), "head": Head(), "probe": probe}
+    modules = contrastive.Modules(Encoder(norm, axis, dtype), Head(), probe)
     optimizer = optax.sgd(1.0)
-    state = train_step.init_state(
-        **modules,
+    state = contrastive.init_state(
+        modules,
         optimizer=optimizer,
         image_size=6,
         seed=0,
@@ -72,16 +80,19 @@ def tiny_step(
         loss = functools.partial(
             momentum_contrast_loss, axis_name=axes, with_diagnostics=True
         )
-    step = functools.partial(
-        train_step.train_step,
-        **modules,
-        mesh=mesh,
-        optimizer=optimizer,
-        schedule=optax.constant_schedule(1.0),
+    spec = contrastive.StepSpec(
+        modules,
         prepare=lambda rows: (rows["image"], rows["label"]),
         loss_function=loss,
         momentum_decay=momentum,
         **options,
+    )
+    step = functools.partial(
+        contrastive.train_step,
+        spec=spec,
+        mesh=mesh,
+        optimizer=optimizer,
+        schedule=optax.constant_schedule(1.0),
     )
     return state, step
 

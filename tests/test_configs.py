@@ -13,7 +13,8 @@ import pytest
 from PIL import Image
 
 from configs import common
-from supcon_jax import experiment, linear_eval, pretrain
+from supcon_jax import builders, pretrain
+from supcon_jax import run as run_module
 from supcon_jax.config import ENCODER_KEYS, KEYS, check_config, flatten
 from supcon_jax.evaluation.knn import knn_accuracy
 from tests.config_files import ALL, FILES, load, load_named
@@ -149,7 +150,7 @@ def test_keys_that_do_not_go_together(changes, says):
 )
 def test_sizes_that_the_devices_cannot_share(key, value, says, tmp_path):
     with pytest.raises(ValueError, match=says) as refusal:
-        experiment.open_run(tiny(**{key: value}), tmp_path / "run")
+        run_module.open_run(tiny(**{key: value}), tmp_path / "run")
     assert "\n" not in str(refusal.value)
     assert not (tmp_path / "run").exists()
 
@@ -180,18 +181,13 @@ def fingerprint(workdir, **overrides):
         return _fingerprints[known]
     config = tiny(**overrides)
     check_config(config)
-    run = experiment.open_run(config, workdir / str(len(_fingerprints)))
-    if config.mode == "pretrain":
-        init, step, _ = pretrain.build(run)
-        frozen = ()
-    else:
-        frozen = (linear_eval.load_encoder(config, run.mesh),)
-        init, step, _ = linear_eval.build(run, *frozen)
-    state = jax.eval_shape(init)
+    run = run_module.open_run(config, workdir / str(len(_fingerprints)))
+    plan = run.plan
     batch = next(first_batches(run))
-    text = jax.jit(step).lower(state, batch, *frozen).as_text()
-    program = str(jax.make_jaxpr(init)())
-    result = (text, program, batch["id"].tobytes(), run.total_steps)
+    shapes = plan.abstract_state(), batch, *plan.abstract_frozen()
+    text = jax.jit(plan.step).lower(*shapes).as_text()
+    program = str(jax.make_jaxpr(plan.init)())
+    result = (text, program, batch["id"].tobytes(), plan.total_steps)
     _fingerprints[known] = result
     return result
 
@@ -326,7 +322,7 @@ def test_data_keys(tmp_path):
         )
 
     def sources(**overrides):
-        return experiment.open_sources(tiny(**overrides))
+        return run_module.open_sources(tiny(**overrides))
 
     digits = sources()
     assert [s.num_examples for s in digits] == [1297, 500]
@@ -348,10 +344,10 @@ def test_data_keys(tmp_path):
 
 def test_keys_that_choose_examples(tmp_path):
     def labels(**overrides):
-        return experiment.open_sources(tiny(**overrides))[0].labels.tolist()
+        return run_module.open_sources(tiny(**overrides))[0].labels.tolist()
 
     whole = labels()
-    train, held_out = experiment.open_sources(tiny(**{"data.validation_fraction": 0.2}))
+    train, held_out = run_module.open_sources(tiny(**{"data.validation_fraction": 0.2}))
     assert (train.num_examples, held_out.num_examples) == (1038, 259)
     assert len(labels(**{"data.fraction": 0.25})) == 324
     assert len(labels(**{"data.samples_per_class": 7})) == 70
@@ -361,11 +357,11 @@ def test_keys_that_choose_examples(tmp_path):
     assert labels(**chosen) != labels(**chosen, **{"data.split_seed": 1})
     assert labels(**chosen) == labels(**chosen, seed=1)
     config = tiny(**{"data.classes_per_batch": 4})
-    run = experiment.open_run(config, tmp_path)
+    run = run_module.open_run(config, tmp_path)
     batch = next(first_batches(run))
     assert sorted(np.unique(batch["label"], return_counts=True)[1]) == [4] * 4
     with pytest.raises(ValueError, match=r"--config\.data\.classes_per_batch"):
-        experiment.open_run(tiny(**{"data.classes_per_batch": 3}), tmp_path / "3")
+        run_module.open_run(tiny(**{"data.classes_per_batch": 3}), tmp_path / "3")
     assert not (tmp_path / "3").exists()
 
 
@@ -389,7 +385,7 @@ def test_skip_errors(tmp_path):
     broken = folder_of_noise(tmp_path / "images", broken=True)
 
     def epoch(**overrides):
-        run = experiment.open_run(tiny(**broken, **overrides), tmp_path / "run")
+        run = run_module.open_run(tiny(**broken, **overrides), tmp_path / "run")
         batches = first_batches(run)
         list(itertools.islice(batches, 2))
         return run.skipped
@@ -407,7 +403,7 @@ def test_fake(tmp_path):
     config.update_from_flattened_dict(
         {"data.fake": True, "data.image_size": 32, "batch_size": 8}
     )
-    run = experiment.open_run(config, tmp_path)
+    run = run_module.open_run(config, tmp_path)
     assert run.train_source.num_examples == 1_281_167
     one, two = itertools.islice(first_batches(run), 2)
     assert one["image"].shape == (8, 2, 32, 32, 3)
@@ -420,7 +416,7 @@ def test_host_augmentation_keys(tmp_path):
 
     def first(**overrides):
         config = tiny(**images, **{"data.views": 1}, **overrides)
-        run = experiment.open_run(config, tmp_path / str(len(seen)))
+        run = run_module.open_run(config, tmp_path / str(len(seen)))
         seen.append(next(first_batches(run))["image"])
         return seen[-1]
 
@@ -447,10 +443,8 @@ def test_eval_resize(tmp_path, tfds_dir):
     first = []
     for resize in (32, 64):
         config.data.eval_resize = resize
-        run = experiment.open_run(config, tmp_path / str(resize))
-        predictor = experiment.build_predictor(
-            run, experiment.build_encoder(config), None
-        )
+        run = run_module.open_run(config, tmp_path / str(resize))
+        predictor = run_module.build_predictor(run, run.plan.modules.encoder, None)
         first.append(np.asarray(next(predictor._batches(run.eval_source, ""))["image"]))
     assert first[0].shape == first[1].shape == (8, 1, 32, 32, 3)
     assert not np.array_equal(*first)
@@ -465,14 +459,13 @@ def test_knn_keys(tmp_path, monkeypatch):
 
     monkeypatch.setattr(pretrain, "knn_accuracy", spy)
     config = tiny(**{"knn.bank": 100, "knn.k": 3, "knn.temperature": 0.5})
-    run = experiment.open_run(config, tmp_path)
-    init, _, evaluate = pretrain.build(run)
-    state = jax.jit(init)()
-    metrics = evaluate(state)
+    run = run_module.open_run(config, tmp_path)
+    state = jax.jit(run.plan.init)()
+    metrics = pretrain.build_evaluation(run)(state)
     assert 0.1 < metrics["knn/top1"] <= 1
     assert (seen["bank"], seen["k"], seen["temperature"]) == (100, 3, 0.5)
     config.knn.bank = 0
-    assert pretrain.build(run)[2](state) == {}
+    assert pretrain.build_evaluation(run)(state) == {}
 
 
 def test_compilation_cache(tmp_path, monkeypatch):
@@ -483,19 +476,21 @@ def test_compilation_cache(tmp_path, monkeypatch):
     try:
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
         jax.config.update("jax_compilation_cache_dir", None)
-        experiment.setup_compilation_cache(enabled=True)
+        run_module.setup_compilation_cache(enabled=True)
         assert jax.config.jax_compilation_cache_dir == str(tmp_path / "supcon_jax/jax")
         assert jax.config.jax_enable_compilation_cache
-        experiment.setup_compilation_cache(enabled=False)
+        run_module.setup_compilation_cache(enabled=False)
         assert not jax.config.jax_enable_compilation_cache
     finally:
         jax.config.update("jax_compilation_cache_dir", before["dir"])
         jax.config.update("jax_enable_compilation_cache", before["on"])
 
 
-def test_auto_dtype_is_float32_on_a_processor():
+def test_auto_dtype_is_that_of_the_device():
     config = load("supcon_r50")
     assert config.encoder.dtype == "auto"
-    assert experiment.build_encoder(config).dtype == jnp.float32
+    assert builders.build_encoder(config, "cpu").dtype == jnp.float32
+    for platform in ("gpu", "tpu"):
+        assert builders.build_encoder(config, platform).dtype == jnp.bfloat16
     config.encoder.dtype = "bfloat16"
-    assert experiment.build_encoder(config).dtype == jnp.bfloat16
+    assert builders.build_encoder(config, "cpu").dtype == jnp.bfloat16

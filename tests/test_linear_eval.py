@@ -4,8 +4,9 @@ import jax
 import numpy as np
 import pytest
 
-from supcon_jax import linear_eval, pretrain
+from supcon_jax import linear_eval, parallel, pretrain
 from supcon_jax.checkpoint import Checkpointer, restore_encoder
+from supcon_jax.run import open_run
 from supcon_jax.writers import read_metrics
 from tests.runs import (
     assert_trees_equal,
@@ -41,13 +42,10 @@ def test_accuracy_is_that_of_the_restored_encoder_in_inference_mode(
     pretrained, tmp_path
 ):
     """Head and encoder from disk, applied by hand to the whole test split."""
-    from supcon_jax import experiment
-
     config = linear_config(pretrained)
     final = linear_eval.linear_eval(config, tmp_path)
-    run = experiment.open_run(config, tmp_path)
+    run = open_run(config, tmp_path)
     variables = restore_encoder(pretrained)
-    init, _, _ = linear_eval.build(run, variables)
     checkpointer = Checkpointer(tmp_path)
     state = checkpointer.restore(
         jax.tree.map(
@@ -56,14 +54,14 @@ def test_accuracy_is_that_of_the_restored_encoder_in_inference_mode(
                 x.dtype,
                 sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0]),
             ),
-            jax.eval_shape(init),
+            run.plan.abstract_state(),
         ),
         12,
     )
     checkpointer.close()
     source = run.eval_source
     images = (source.images / 255.0 - 0.5) / 0.5
-    encoder = experiment.build_encoder(config)
+    encoder = run.plan.modules.encoder
     embeddings = encoder.apply(variables, images.astype(np.float32), train=False)
     dense = state.params["head"]["dense_out"]
     logits = np.asarray(embeddings) @ np.asarray(dense["kernel"]) + np.asarray(
@@ -74,11 +72,9 @@ def test_accuracy_is_that_of_the_restored_encoder_in_inference_mode(
 
 
 def test_step_changes_the_head_and_nothing_else(pretrained, tmp_path):
-    from supcon_jax import experiment
-
-    run = experiment.open_run(linear_config(pretrained), tmp_path)
+    run = open_run(linear_config(pretrained), tmp_path)
     variables = restore_encoder(pretrained)
-    init, step, _ = linear_eval.build(run, variables)
+    init, step = run.plan.init, run.plan.step
     state = jax.jit(init)()
     assert set(state.params) == {"head"}
     batch = next(first_batches(run))
@@ -92,17 +88,14 @@ def test_step_changes_the_head_and_nothing_else(pretrained, tmp_path):
 
 def test_microbatches_change_nothing(pretrained, tmp_path):
     """BatchNorm is in inference mode, so the encoder may take any part of a batch."""
-    from supcon_jax import experiment, loop, parallel
-
     results = []
     for size in (0, 8):
         config = linear_config(pretrained, microbatch_size=size)
-        run = experiment.open_run(config, tmp_path / str(size))
+        run = open_run(config, tmp_path / str(size))
         variables = linear_eval.load_encoder(config, run.mesh)
-        init, step, _ = linear_eval.build(run, variables)
-        state = jax.jit(init, out_shardings=parallel.replicated(run.mesh))()
+        state = jax.jit(run.plan.init, out_shardings=parallel.replicated(run.mesh))()
         batch = parallel.to_global(next(first_batches(run)), run.mesh)
-        compiled = loop.compile_step(step, state, batch, run.mesh, variables)
+        compiled = run.plan.lower().compile()
         # Step 0 of the warm-up has learning rate 0.
         state, metrics = compiled(state.replace(step=state.step + 5), batch, variables)
         results.append(jax.device_get((state.params, metrics)))
@@ -115,11 +108,9 @@ def test_microbatches_change_nothing(pretrained, tmp_path):
 
 def test_random_encoder_differs(pretrained, tmp_path):
     trained = linear_eval.load_encoder(
-        linear_config(pretrained), pretrain.parallel.create_mesh()
+        linear_config(pretrained), parallel.create_mesh()
     )
-    random = linear_eval.load_encoder(
-        linear_config("random"), pretrain.parallel.create_mesh()
-    )
+    random = linear_eval.load_encoder(linear_config("random"), parallel.create_mesh())
     assert jax.tree.structure(trained) == jax.tree.structure(random)
     assert any(
         not np.array_equal(a, b)

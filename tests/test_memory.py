@@ -6,13 +6,17 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from supcon_jax import experiment, linear_eval, memory, parallel, pretrain
+from supcon_jax import linear_eval, memory, parallel, pretrain
+from supcon_jax.plan import create_plan
+from supcon_jax.steps import contrastive, linear
 from tests.runs import pretrain_config
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    return experiment.open_run(pretrain_config(), tmp_path_factory.mktemp("run"))
+def plan():
+    return create_plan(
+        pretrain_config(), parallel.create_mesh(), num_classes=10, num_examples=1297
+    )
 
 
 def compiled(side):
@@ -34,18 +38,18 @@ def test_step_memory_counts_arguments_and_what_lies_between():
     assert array <= needs.working <= 5 * array
 
 
-def test_line_about_memory(run, caplog):
+def test_line_about_memory(plan, caplog):
     with caplog.at_level(logging.INFO, logger="supcon_jax"):
-        memory.check_memory(run, compiled(256))
+        memory.check_memory(plan, compiled(256))
     assert "memory: a step needs" in caplog.text and "for each view" in caplog.text
 
 
-def test_a_step_that_cannot_fit_is_refused_before_it_runs(run, monkeypatch):
+def test_a_step_that_cannot_fit_is_refused_before_it_runs(plan, monkeypatch):
     needs = memory.step_memory(compiled(256))
     limit = needs.held + needs.working // 2
     monkeypatch.setattr(memory, "device_memory", lambda device: limit)
     with pytest.raises(ValueError) as refusal:
-        memory.check_memory(run, compiled(256))
+        memory.check_memory(plan, compiled(256))
     message = str(refusal.value)
     assert "16 images x 2 views does not fit" in message and "\n" not in message
     assert "--config.microbatch_size=8," in message  # half the room, half the images
@@ -53,9 +57,9 @@ def test_a_step_that_cannot_fit_is_refused_before_it_runs(run, monkeypatch):
         assert way in message
 
 
-def test_no_microbatch_is_suggested_that_does_not_fit(run, monkeypatch):
+def test_no_microbatch_is_suggested_that_does_not_fit(plan, monkeypatch):
     needs = memory.step_memory(compiled(256))
-    message = str(memory.out_of_memory(run, needs, needs.held + needs.working // 9))
+    message = str(memory.out_of_memory(plan, needs, needs.held + needs.working // 9))
     assert "microbatch" not in message  # 8 devices cannot take less than an image each
     assert "remat" in message
 
@@ -65,6 +69,7 @@ def test_the_runtimes_error_becomes_one_line(mode, tmp_path, monkeypatch):
     """As when a device runs out during a step, or the compiler finds no room."""
     config = pretrain_config(**{"mode": mode})
     module = pretrain if mode == "pretrain" else linear_eval
+    steps = contrastive if mode == "pretrain" else linear
     if mode == "linear_eval":
         config.pretrained = "random"
 
@@ -74,14 +79,14 @@ def test_the_runtimes_error_becomes_one_line(mode, tmp_path, monkeypatch):
             "Used 22.28G of 15.75G hbm. Exceeded hbm capacity by 6.53G."
         )
 
-    monkeypatch.setattr(module, "train_step", fail)
+    monkeypatch.setattr(steps, "train_step", fail)
     with pytest.raises(ValueError, match="Used 22.28G of 15.75G hbm") as refusal:
         getattr(module, mode)(config, tmp_path)
     assert "--config.microbatch_size" in str(refusal.value)
 
 
-def test_other_errors_stay_what_they_are(run):
-    with pytest.raises(jax.errors.JaxRuntimeError), memory.explained(run):
+def test_other_errors_stay_what_they_are(plan):
+    with pytest.raises(jax.errors.JaxRuntimeError), memory.explained(plan):
         raise jax.errors.JaxRuntimeError("INTERNAL: something else")
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from supcon_jax.losses.momentum_contrast import EMPTY
-from supcon_jax.momentum import NOBODY
+from supcon_jax.steps.momentum import NOBODY
 from tests.small_step import (
     BATCH,
     IMAGES,

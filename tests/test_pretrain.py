@@ -15,6 +15,7 @@ import pytest
 
 from supcon_jax import pretrain
 from supcon_jax.checkpoint import restore_encoder
+from supcon_jax.steps import contrastive
 from supcon_jax.writers import read_metrics
 from tests.runs import assert_trees_equal, pretrain_config, snapshot
 
@@ -26,19 +27,19 @@ def finished(tmp_path_factory):
     """A finished tiny run: workdir, final metrics, and times train_step was traced."""
     workdir = tmp_path_factory.mktemp("finished")
     traces = []
-    original = pretrain.train_step
+    original = contrastive.train_step
 
     def counting(*args, **kwargs):
         traces.append(1)
         return original(*args, **kwargs)
 
-    pretrain.train_step = counting
+    contrastive.train_step = counting
     try:
         final = pretrain.pretrain(
             pretrain_config(eval_every=5, checkpoint_every=5), workdir
         )
     finally:
-        pretrain.train_step = original
+        contrastive.train_step = original
     return workdir, final, len(traces)
 
 
@@ -129,9 +130,9 @@ def test_resumed_run_equals_an_uninterrupted_one(finished, tmp_path, monkeypatch
     assert sorted(saved) == ["10", "5"]  # whole: an interrupt waits for the last save
 
     traces = []
-    original = pretrain.train_step
+    original = contrastive.train_step
     monkeypatch.setattr(
-        pretrain,
+        contrastive,
         "train_step",
         lambda *a, **k: traces.append(1) or original(*a, **k),
     )

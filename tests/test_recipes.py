@@ -11,8 +11,8 @@ import re
 import pytest
 
 from configs import common
+from supcon_jax.builders import scaled_learning_rate
 from supcon_jax.config import KEYS, check_config, flatten
-from supcon_jax.experiment import scaled_learning_rate
 from tests.config_files import ALL, FILES, load, load_named, variants
 
 DOCS = pathlib.Path(__file__).resolve().parents[1] / "docs" / "recipes.md"
@@ -134,7 +134,7 @@ def test_every_cell_is_the_configs_value(title):
         for name, cell in zip(COLUMNS[title], cells, strict=True):
             config = load_named(name)
             if label == "steps":
-                expected = int(steps(config))  # as experiment.open_run has it
+                expected = int(steps(config))  # as create_plan has it
             elif label == "peak learning rate":
                 expected = scaled_learning_rate(config)
             else:

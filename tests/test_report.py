@@ -5,14 +5,15 @@ import time
 
 import numpy as np
 
-from supcon_jax import experiment, report
+from supcon_jax import report
+from supcon_jax.run import open_run
 from tests.runs import pretrain_config
 
 
 def test_next_command(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     config = pretrain_config(next_config="configs/linear_digits.py")
-    run = experiment.open_run(config, "a run")
+    run = open_run(config, "a run")
     assert report.next_command(run) == (
         "python main.py --config=configs/linear_digits.py '--config.pretrained=a run'"
     )
@@ -34,12 +35,9 @@ def test_input_line_measures_the_host_and_passes_every_batch(caplog):
 
 
 def test_start_says_what_is_about_to_run(tmp_path, caplog):
-    from supcon_jax import pretrain
-
     config = pretrain_config(**{"optimizer.warmup_epochs": 5.0})
-    run = experiment.open_run(config, tmp_path)
-    init, _, _ = pretrain.build(run)
-    report.log_start(run, init())
+    run = open_run(config, tmp_path)
+    report.log_start(run, run.plan.init())
     assert "supcon on digits: 1,297 training images, 10 classes" in caplog.text
     assert "global batch 16 images x 2 views, 12 steps" in caplog.text
     # 5 epochs of 1297 / 16 steps do not fit into 12.

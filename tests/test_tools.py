@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from supcon_jax import experiment
+from supcon_jax import builders
 from supcon_jax.config import check_config
+from supcon_jax.run import open_run
 from supcon_jax.tools import show_batch
 from tests.runs import first_batches
 
@@ -19,9 +20,9 @@ def test_rows_are_those_of_the_first_step(tmp_path):
     config = digits("augment.jitter_strength=0.5", "augment.jitter_probability=1.0")
     whole, views, labels = show_batch.first_views(config, 5)
     check_config(config)
-    run = experiment.open_run(config, tmp_path)
+    run = open_run(config, tmp_path)
     batch = next(first_batches(run))
-    seen = experiment.build_augmentation(config, run.train_source)
+    seen = builders.build_augmentation(config, run.mesh, whole_images=True)
     expected = seen(jnp.asarray(batch["image"]), jnp.asarray(batch["id"]))
     mean, std = np.asarray(config.data.mean), np.asarray(config.data.std)
     np.testing.assert_allclose(

@@ -1,5 +1,6 @@
 """The update of stage 1: devices, microbatches, BatchNorm, probe and momentum encoder."""
 
+import dataclasses
 import functools
 import re
 
@@ -9,10 +10,12 @@ import numpy as np
 import optax
 import pytest
 
-from supcon_jax import experiment, loop, parallel, pretrain
+from supcon_jax import parallel
 from supcon_jax.losses import supcon_loss
 from supcon_jax.losses.cross_entropy import cross_entropy_of_views
 from supcon_jax.models import Classifier
+from supcon_jax.plan import create_plan
+from supcon_jax.run import open_run
 from tests.aot import compiled_for_tpu
 from tests.runs import assert_trees_equal, first_batches, pretrain_config
 from tests.small_step import (
@@ -30,27 +33,31 @@ from tests.small_step import (
 GRADIENT_SCALE = 2.0**16
 
 
-def build(devices, config, workdir):
-    """`init`, `step` (with plain SGD, whose update is the gradient), batch and mesh."""
+def plan_of(devices, config):
+    """A plan with plain SGD, whose update is the gradient."""
     mesh = parallel.create_mesh(jax.devices()[:devices])
-    run = experiment.open_run(config, workdir)
-    run = experiment.dataclasses.replace(run, mesh=mesh)
-    init, step, _ = pretrain.build(run)
+    plan = create_plan(config, mesh, num_classes=10, num_examples=1297)
     # Small gradients would drown in the rounding of parameters near 1: made large.
     optimizer = optax.sgd(GRADIENT_SCALE)
-    init = functools.partial(init, optimizer=optimizer)
-    step = functools.partial(step, optimizer=optimizer)
-    return init, step, next(first_batches(run)), mesh
+    return dataclasses.replace(
+        plan,
+        init=functools.partial(plan.init, optimizer=optimizer),
+        step=functools.partial(plan.step, optimizer=optimizer),
+    )
 
 
-def one_step(devices, config, workdir):
-    """Metrics, gradients, statistics and momentum state of one step on so many devices."""
-    init, step, batch, mesh = build(devices, config, workdir)
-    state = jax.jit(init, out_shardings=parallel.replicated(mesh))()
+def start(plan, batch):
+    """The state of step 0 and a batch, on the devices of the plan."""
+    everywhere = parallel.replicated(plan.mesh)
+    state = jax.jit(plan.init, out_shardings=everywhere)()
+    return state, parallel.to_global(batch, plan.mesh)
+
+
+def one_step(plan, batch):
+    """Metrics, gradients, statistics and momentum state of one step."""
+    state, batch = start(plan, batch)
     before = jax.device_get(state.params)
-    batch = parallel.to_global(batch, mesh)
-    compiled = loop.compile_step(step, state, batch, mesh)
-    state, metrics = compiled(state, batch)
+    state, metrics = plan.lower().compile()(state, batch)
     gradients = jax.tree.map(
         lambda a, b: (a - np.asarray(b)) / GRADIENT_SCALE, before, state.params
     )
@@ -79,8 +86,8 @@ def test_eight_devices_equal_one(options, tmp_path):
     config.projection.hidden_dims = (8,)
     # Views that are almost equal give a gradient of small differences: more rounding.
     config.augment.crop_area = (0.5, 1.0)
-    one = one_step(1, config, tmp_path)
-    eight = one_step(8, config, tmp_path)
+    batch = next(first_batches(open_run(config, tmp_path)))
+    one, eight = (one_step(plan_of(devices, config), batch) for devices in (1, 8))
     assert jax.tree.structure(one) == jax.tree.structure(eight)
     for (path, x), y in zip(
         jax.tree_util.tree_leaves_with_path(one), jax.tree.leaves(eight), strict=True
@@ -94,11 +101,9 @@ def test_eight_devices_equal_one(options, tmp_path):
 
 def test_state_is_donated(tmp_path):
     config = pretrain_config(**MOMENTUM)
-    init, step, batch, mesh = build(8, config, tmp_path)
-    state = jax.jit(init, out_shardings=parallel.replicated(mesh))()
-    batch = parallel.to_global(batch, mesh)
-    compiled = loop.compile_step(step, state, batch, mesh)
-    compiled(state, batch)
+    plan = plan_of(8, config)
+    state, batch = start(plan, next(first_batches(open_run(config, tmp_path))))
+    plan.lower().compile()(state, batch)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.params))
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.momentum))
 
@@ -107,10 +112,11 @@ def test_step_is_a_function_of_state_and_batch(tmp_path):
     """Twice the same call, twice the same bits; another seed, other views."""
     results = []
     for seed in (0, 0, 1):
-        run = experiment.open_run(pretrain_config(seed=seed), tmp_path / str(seed))
-        init, step, _ = pretrain.build(run)
+        run = open_run(pretrain_config(seed=seed), tmp_path / str(seed))
         batch = next(first_batches(run))
-        results.append(jax.device_get(jax.jit(step)(jax.jit(init)(), batch)))
+        results.append(
+            jax.device_get(jax.jit(run.plan.step)(jax.jit(run.plan.init)(), batch))
+        )
     assert_trees_equal(results[0], results[1])
     assert results[0][1]["train/loss"] != results[2][1]["train/loss"]
 
@@ -221,11 +227,13 @@ def collectives(compiled):
     return found
 
 
-def compiled_tiny_step(norm_devices=0, dtype=jnp.float32, **options):
+def lowered_tiny_step(norm_devices=0, **options):
     state, step = tiny_step(8, norm_devices, **options)
-    encoder = Encoder("batch", step.keywords["encoder"].axis_name, dtype)
-    step = functools.partial(step, encoder=encoder)
-    return jax.jit(step).lower(state, BATCH).compile()
+    return jax.jit(step).lower(state, BATCH)
+
+
+def compiled_tiny_step(norm_devices=0, **options):
+    return lowered_tiny_step(norm_devices, **options).compile()
 
 
 def test_batch_norm_alone_costs_collectives():
@@ -248,9 +256,7 @@ def test_nothing_of_the_encoder_travels():
 def reductions_in_bfloat16(monkeypatch=None):
     if monkeypatch is not None:
         monkeypatch.setattr(parallel, "varying", lambda tree, axes: tree)
-    state, step = tiny_step(8)
-    encoder = Encoder("batch", "data", jnp.bfloat16)
-    lowered = jax.jit(functools.partial(step, encoder=encoder)).lower(state, BATCH)
+    lowered = lowered_tiny_step(dtype=jnp.bfloat16)
     asked = re.findall(
         r"all_reduce.*?\n(?:.*\n){0,5}?.*-> tensor<([^>]*)>", lowered.as_text()
     )
@@ -276,31 +282,12 @@ def test_gradients_are_summed_in_float32_on_a_tpu():
     """The whole step in bfloat16, for eight TPU v5e chips, which need not be there."""
     found = compiled_for_tpu(
         """
-import tempfile
-from supcon_jax import experiment, loop, pretrain
-from tests.small_step import (
-    BATCH,
-    DECAY,
-    IMAGES,
-    LABELS,
-    Encoder,
-    Head,
-    assert_close,
-    result,
-    tiny_step,
-)
-from tests.runs import first_batches, pretrain_config
+from supcon_jax.plan import create_plan
+from tests.runs import pretrain_config
 from tests.test_train_step import collectives
 
-run = experiment.open_run(
-    pretrain_config(**{"encoder.dtype": "bfloat16"}), tempfile.mkdtemp()
-)
-batch = jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), next(first_batches(run))
-)
-run = experiment.dataclasses.replace(run, mesh=mesh)
-init, step, _ = pretrain.build(run)
-compiled = loop.compile_step(step, jax.eval_shape(init), batch, mesh)
+plan = create_plan(pretrain_config(), mesh, num_classes=10, num_examples=1297)
+compiled = plan.lower().compile()
 sent = collectives(compiled)
 low = [types for kind in sent.values() for types in kind if "bf16" in types]
 print("found", len(sent["all-reduce"]), low)

@@ -7,10 +7,11 @@ import shutil
 
 import pytest
 
-from supcon_jax import experiment, memory, pretrain
+from supcon_jax import memory, pretrain
 from supcon_jax.checkpoint import digest, restore_encoder
 from supcon_jax.config import KEYS
 from supcon_jax.linear_eval import linear_eval
+from supcon_jax.run import open_run
 from supcon_jax.workdir import differing_keys, open_workdir, read_config
 from supcon_jax.writers import read_metrics
 from tests.runs import assert_trees_equal, linear_config, pretrain_config, snapshot
@@ -162,5 +163,5 @@ def test_a_copied_run_goes_on_to_the_same_bits(tmp_path):
 
 def test_open_run_leaves_nothing_behind_where_it_refuses(tmp_path):
     with pytest.raises(ValueError):
-        experiment.open_run(pretrain_config(batch_size=12), tmp_path / "run")
+        open_run(pretrain_config(batch_size=12), tmp_path / "run")
     assert not (tmp_path / "run").exists()

@@ -278,11 +278,15 @@ def _logit_bound(temperature: float | jax.Array) -> float | None:
     return 1 / float(temperature)
 
 
-def default_block_size() -> int:
-    """Side of the tiles of logits that are held at a time."""
+def default_block_size(platform: str | None = None) -> int:
+    """Side of the tiles of logits that are held at a time.
+
+    Args:
+      platform: of the devices that will run it; None: JAX's default.
+    """
     # Measured on CPU cores, where a tile should stay in the cache; an accelerator wants
     # fewer and larger tiles.
-    return 1024 if jax.default_backend() == "cpu" else 2048
+    return 1024 if (platform or jax.default_backend()) == "cpu" else 2048
 
 
 def _check_choices(**options: str) -> None:

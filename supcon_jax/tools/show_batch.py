@@ -20,10 +20,11 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from supcon_jax import experiment
-from supcon_jax.config import check_config, unknown_key
-from supcon_jax.data.pipeline import eval_batches
+from supcon_jax import builders, parallel
+from supcon_jax.config import KEYS, check_config, unknown_key
+from supcon_jax.data.pipeline import eval_batches, on_host
 from supcon_jax.data.sources import SyntheticSource, take_rows
+from supcon_jax.run import build_sampler, build_train_batches, open_sources
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -66,7 +67,7 @@ def load_config(name: str, changes: list[str]) -> ConfigDict:
     config = module.get_config(variant) if variant else module.get_config()
     for change in changes:
         key, _, text = change.partition("=")
-        if key not in experiment.flatten(config.to_dict()):
+        if key not in KEYS:
             raise ValueError(unknown_key(key))
         try:
             value = ast.literal_eval(text)
@@ -85,7 +86,7 @@ def draw(config: ConfigDict, out: pathlib.Path, *, rows: int) -> None:
     from matplotlib.figure import Figure
 
     whole, views, labels = first_views(config, rows)
-    names = experiment.open_sources(config)[0].class_names
+    names = open_sources(config)[0].class_names
     rows, columns = len(views), 1 + views.shape[1]
     figure = Figure(figsize=(1.6 * columns + 0.4, 1.7 * rows))
     axes = figure.subplots(rows, columns, squeeze=False)
@@ -110,11 +111,17 @@ def first_views(
     """Whole images `[n, S, S, 3]`, views `[n, V, S, S, 3]` in [0, 1], labels `[n]`."""
     config = ConfigDict(config)
     config.data.mean, config.data.std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
-    train, _ = experiment.open_sources(config)
-    sampler = experiment.build_sampler(config, train)
-    batch = next(experiment.build_train_batches(config, train, sampler))
+    train, _ = open_sources(config)
+    sampler = build_sampler(config, train)
+    batch = next(build_train_batches(config, train, sampler))
     head = {key: value[:rows] for key, value in batch.items()}
-    augment = jax.jit(experiment.build_augmentation(config, train))
+    augment = jax.jit(
+        builders.build_augmentation(
+            config,
+            parallel.create_mesh(jax.devices()[:1]),
+            whole_images=not on_host(train, config.augment.policy),
+        )
+    )
     views = np.asarray(augment(head["image"], head["id"]))
     if isinstance(train, SyntheticSource):
         return views[:, 0], views, head["label"]

@@ -1,4 +1,4 @@
-"""The update of stage 1: pure functions of state and batch.
+"""The update of stage 1: encoder and head, contrastive or cross-entropy.
 
 Each device augments, embeds and contrasts its own rows of the batch inside
 `jax.shard_map`; what crosses devices is named there: BatchNorm's statistics, the
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -21,8 +21,8 @@ from supcon_jax import parallel
 from supcon_jax.losses.cross_entropy import cross_entropy_of_views
 from supcon_jax.losses.streaming import gather
 from supcon_jax.losses.supcon import unit
-from supcon_jax.momentum import enqueue, init_momentum, remember, update_average
-from supcon_jax.train_state import TrainState
+from supcon_jax.steps.momentum import enqueue, init_momentum, remember, update_average
+from supcon_jax.steps.state import TrainState
 
 PyTree = Any
 Batch = dict[str, jax.Array]
@@ -34,11 +34,45 @@ Prepare = Callable[[Batch], tuple[jax.Array, jax.Array]]
 LossFunction = Callable[..., tuple[jax.Array, Metrics]]
 
 
+class Modules(NamedTuple):
+    """The networks of a run.
+
+    Attributes:
+      encoder: images to embeddings.
+      head: embeddings to what the loss compares: a projection or a classifier.
+      probe: a classifier that learns from the embedding without a gradient into it.
+    """
+
+    encoder: nn.Module
+    head: nn.Module
+    probe: nn.Module | None = None
+
+
+class StepSpec(NamedTuple):
+    """What a step of stage 1 computes.
+
+    Attributes:
+      modules: the networks.
+      prepare: augments, mixes and scales rows of the batch.
+      loss_function: see `LossFunction`; runs inside `jax.shard_map`.
+      supervised: whether keys of a momentum encoder belong together by label; else each
+        image's own alone.
+      num_microbatches: parts of the batch that the encoder takes one after the other;
+        the backward pass computes each again (gradient caching), so memory holds one.
+      momentum_decay: of the encoder that makes the keys, where the state has one.
+    """
+
+    modules: Modules
+    prepare: Prepare
+    loss_function: LossFunction
+    supervised: bool = True
+    num_microbatches: int = 1
+    momentum_decay: float = 0.0
+
+
 def init_state(
+    modules: Modules,
     *,
-    encoder: nn.Module,
-    head: nn.Module,
-    probe: nn.Module | None = None,
     optimizer: optax.GradientTransformation,
     image_size: int,
     seed: int,
@@ -49,6 +83,7 @@ def init_state(
 
     With a `momentum_decay` it holds a momentum encoder and a queue of that size.
     """
+    encoder, head, probe = modules
     encoder_key, head_key = jax.random.split(jax.random.key(seed))
     images = jnp.zeros((2, image_size, image_size, 3))
     embeddings, encoder_variables = encoder.init_with_output(
@@ -80,17 +115,10 @@ def train_step(
     state: TrainState,
     batch: Batch,
     *,
+    spec: StepSpec,
     mesh: Mesh,
-    encoder: nn.Module,
-    head: nn.Module,
-    probe: nn.Module | None = None,
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,
-    prepare: Prepare,
-    loss_function: LossFunction,
-    supervised: bool = True,
-    num_microbatches: int = 1,
-    momentum_decay: float = 0.0,
 ) -> tuple[TrainState, Metrics]:
     """One update on one global batch; a pure function of state and batch.
 
@@ -100,17 +128,9 @@ def train_step(
     Args:
       state: see `TrainState`.
       batch: "image" uint8 `[B, 1 or V, H, W, 3]`, "label" `[B]`, "id" `[B, 2]`.
+      spec: what the step computes.
       mesh: the devices, see `parallel.grouped_mesh`.
-      encoder, head, probe: modules; the probe is a classifier that learns from the
-        embedding without a gradient into it.
       optimizer, schedule: what `state` belongs to.
-      prepare: augments, mixes and scales rows of the batch.
-      loss_function: see `LossFunction`; runs inside `jax.shard_map` over `mesh`.
-      supervised: whether keys of a momentum encoder belong together by label; else each
-        image's own alone.
-      num_microbatches: parts of the batch that the encoder takes one after the other;
-        the backward pass computes each again (gradient caching), so memory holds one.
-      momentum_decay: of the encoder that makes the keys, where the state has one.
 
     Returns:
       The new state, and scalar metrics named as in metrics.jsonl.
@@ -119,7 +139,7 @@ def train_step(
     average = momentum.get("average")
     if average is not None:
         trained = {name: state.params[name] for name in average}
-        average = update_average(average, trained, momentum_decay)
+        average = update_average(average, trained, spec.momentum_decay)
     constants = {
         "batch_stats": state.batch_stats,
         "average": average,
@@ -127,17 +147,7 @@ def train_step(
     }
     everywhere, split = PartitionSpec(), PartitionSpec(mesh.axis_names)
     gradient = parallel.value_and_grad(
-        functools.partial(
-            loss_of_rows,
-            axes=mesh.axis_names,
-            encoder=encoder,
-            head=head,
-            probe=probe,
-            prepare=prepare,
-            loss_function=loss_function,
-            supervised=supervised,
-            num_microbatches=num_microbatches,
-        ),
+        functools.partial(loss_of_rows, spec=spec, axes=mesh.axis_names),
         mesh,
         aux_specs=(everywhere, everywhere, split),
     )
@@ -159,14 +169,8 @@ def loss_of_rows(
     constants: PyTree,
     rows: Batch,
     *,
+    spec: StepSpec,
     axes: tuple[str, ...],
-    encoder: nn.Module,
-    head: nn.Module,
-    probe: nn.Module | None,
-    prepare: Prepare,
-    loss_function: LossFunction,
-    supervised: bool,
-    num_microbatches: int,
 ) -> tuple[jax.Array, tuple[Metrics, PyTree, Batch]]:
     """The loss of the whole batch, from this device's rows (inside `jax.shard_map`).
 
@@ -174,20 +178,20 @@ def loss_of_rows(
       params: of encoder, head and probe.
       constants: batch statistics, the momentum encoder's parameters and the queue.
       rows: this device's part of the batch.
+      spec: what the step computes.
       axes: of the mesh.
-      encoder, head, probe, prepare, loss_function, supervised, num_microbatches: see
-        `train_step`.
 
     Returns:
       The loss, and metrics, new batch statistics, and the keys of this device.
     """
+    encoder, head, probe = spec.modules
     average, stats = constants["average"], constants["batch_stats"]
     # Devices along these axes have statistics of their own.
-    apart = tuple(axis for axis in axes if axis != encoder.axis_name)
+    apart = tuple(axis for axis in axes if axis != getattr(encoder, "axis_name", None))
     stats = parallel.varying(stats, apart)
 
     def embed(stats: PyTree, rows: Batch) -> tuple[PyTree, PyTree]:
-        images, targets = prepare(rows)
+        images, targets = spec.prepare(rows)
         anchors = images if average is None else images[:, :1]
         embeddings, new_stats = _apply(encoder, params["encoder"], stats, anchors)
         embedded = {"embeddings": embeddings, "targets": targets}
@@ -197,25 +201,27 @@ def loss_of_rows(
             )
         return new_stats, embedded
 
-    if num_microbatches > 1:
+    if spec.num_microbatches > 1:
         embed = jax.checkpoint(embed)
     encoder_stats, embedded = parallel.scan_microbatches(
-        embed, stats["encoder"], rows, num_microbatches
+        embed, stats["encoder"], rows, spec.num_microbatches
     )
     embeddings, targets = embedded["embeddings"], embedded["targets"]
     outputs, head_stats = _apply(head, params["head"], stats["head"], embeddings)
     keys = {}
     if average is None:
-        loss, metrics = loss_function(outputs, targets)
+        loss, metrics = spec.loss_function(outputs, targets)
     else:
         projected, _ = _apply(head, average["head"], stats["head"], embedded["keys"])
-        groups = _groups(targets if supervised else jnp.full_like(targets, -1), axes)
+        groups = _groups(
+            targets if spec.supervised else jnp.full_like(targets, -1), axes
+        )
         keys = {
             "keys": unit(projected.reshape(-1, projected.shape[-1])),
             "groups": jnp.repeat(groups, projected.shape[1]),
         }
         queue = enqueue(constants["queue"], **gather(keys, axes))
-        loss, metrics = loss_function(
+        loss, metrics = spec.loss_function(
             outputs[:, 0], groups, queue["keys"], queue["groups"]
         )
     metrics, total = metrics | {"loss": loss}, loss

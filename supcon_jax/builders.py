@@ -1,0 +1,168 @@
+"""From a config to the parts of a step: modules, augmentation, optimizer.
+
+What depends on the kind of device is read from the mesh that the step is compiled for,
+so that a step can be planned for hardware that is not here.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from supcon_jax import optimizers, parallel
+from supcon_jax.data import augment
+from supcon_jax.models import Classifier, ProjectionHead, create_encoder
+
+
+def num_microbatches(config: ConfigDict) -> int:
+    """Parts of a batch that go through the encoder one after the other."""
+    return config.batch_size // (config.microbatch_size or config.batch_size)
+
+
+def build_encoder(
+    config: ConfigDict, platform: str, *, axis_name: str | None = None
+) -> nn.Module:
+    """The encoder that `config.encoder` describes.
+
+    Args:
+      config: a checked config.
+      platform: of the devices, as `parallel.platform` says.
+      axis_name: the mesh axis over which BatchNorm takes its statistics in training.
+    """
+    dtype = config.encoder.dtype
+    if dtype == "auto":
+        # A CPU emulates bfloat16 several times slower than it runs float32.
+        dtype = "float32" if platform == "cpu" else "bfloat16"
+    return create_encoder(
+        config.encoder.name,
+        width=config.encoder.width,
+        stem=config.encoder.stem,
+        dtype=jnp.dtype(dtype),
+        axis_name=axis_name,
+        remat=config.encoder.remat,
+    )
+
+
+def build_classifier(
+    config: ConfigDict, num_classes: int, *, axis_name: str | None = None
+) -> Classifier:
+    """The linear classifier that `config.classifier` describes."""
+    del axis_name  # nothing in it looks at other images
+    return Classifier(
+        num_classes=num_classes,
+        init_name=config.classifier.init,
+        normalize_embedding=config.encoder.normalize_embedding,
+    )
+
+
+def build_projection(
+    config: ConfigDict, num_classes: int, *, axis_name: str | None = None
+) -> ProjectionHead:
+    """The projection head that `config.projection` describes."""
+    del num_classes  # classifiers have as many outputs
+    return ProjectionHead(
+        hidden_dims=tuple(config.projection.hidden_dims),
+        output_dim=config.projection.output_dim,
+        batch_norm=config.projection.batch_norm,
+        normalize_embedding=config.encoder.normalize_embedding,
+        bias=config.projection.bias,
+        axis_name=axis_name,
+    )
+
+
+def build_augmentation(
+    config: ConfigDict, mesh: Mesh, *, whole_images: bool
+) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    """`(images uint8, ids) -> [B, V, S, S, 3]` float32: in-step part and scaling.
+
+    Args:
+      config: a checked config.
+      mesh: the devices.
+      whole_images: whether the host sends whole images; if not, it has cropped and
+        flipped them. What it has not done is done here, in the same order.
+    """
+    options = config.augment
+    host = not whole_images
+    jitter_here = options.policy == "none"  # a policy comes after the jitter
+    in_step = functools.partial(
+        augment.augment_batch,
+        seed=config.seed,
+        views=config.data.views,
+        crop_area=None if host else tuple(options.crop_area),
+        flip=options.flip and not host,
+        jitter_strength=options.jitter_strength if jitter_here else 0.0,
+        jitter_probability=options.jitter_probability,
+        grayscale_probability=options.grayscale_probability,
+        blur_probability=options.blur_probability,
+        chunk_size=augmentation_chunk(mesh),
+    )
+    scale = build_normalization(config)
+    return lambda images, ids: scale(in_step(images, ids))
+
+
+def augmentation_chunk(mesh: Mesh) -> int | None:
+    """Images that are augmented at a time in the step.
+
+    A CPU's caches hold the intermediate values of few images. Over several devices a
+    loop along the batch would gather it, and accelerators want all the work at once.
+    """
+    alone = parallel.platform(mesh) == "cpu" and mesh.size == 1
+    return 64 if alone else None
+
+
+def build_normalization(config: ConfigDict) -> Callable[[jax.Array], jax.Array]:
+    """`images in [0, 1] -> (images - mean) / std`."""
+    return functools.partial(
+        augment.normalize, mean=tuple(config.data.mean), std=tuple(config.data.std)
+    )
+
+
+def scaled_learning_rate(config: ConfigDict) -> float:
+    """The peak learning rate for this batch size (linear scaling rule)."""
+    options = config.optimizer
+    if not options.learning_rate_batch:
+        return options.learning_rate
+    return options.learning_rate * config.batch_size / options.learning_rate_batch
+
+
+def build_optimizer(
+    config: ConfigDict, total_steps: int, steps_per_epoch: float
+) -> tuple[optax.GradientTransformation, optax.Schedule]:
+    """The optimizer that `config.optimizer` describes, and its schedule."""
+    options = config.optimizer
+    schedule = optimizers.create_schedule(
+        options.schedule,
+        learning_rate=scaled_learning_rate(config),
+        total_steps=total_steps,
+        steps_per_epoch=steps_per_epoch,
+        warmup_epochs=options.warmup_epochs,
+        warmup_start=options.warmup_start,
+        cosine_end=options.cosine_end,
+        decay_rate=options.decay_rate,
+        decay_epochs=options.decay_epochs,
+        boundaries_epochs=tuple(options.boundaries_epochs),
+    )
+    optimizer = optimizers.create_optimizer(
+        options.name,
+        schedule,
+        weight_decay=options.weight_decay,
+        momentum=options.momentum,
+        trust_coefficient=options.trust_coefficient,
+        rmsprop_decay=options.rmsprop_decay,
+        rmsprop_epsilon=options.rmsprop_epsilon,
+        exclude=tuple(options.exclude),
+    )
+    if config.probe.learning_rate:
+        # The recipes' rates are for contrastive losses; a probe has one of its own.
+        optimizer = optax.partition(
+            {"model": optimizer, "probe": optax.adam(config.probe.learning_rate)},
+            lambda params: {n: "probe" if n == "probe" else "model" for n in params},
+        )
+    return optimizer, schedule

@@ -1,0 +1,285 @@
+"""A run without its data and its folder: what is computed, and on what shapes.
+
+A plan is made from a config, a mesh and two numbers. It can be lowered, compiled and
+measured for hardware that is not here: nothing in it asks this process for its devices.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from supcon_jax import builders, parallel
+from supcon_jax.config import check_config
+from supcon_jax.data.augment import mix_examples
+from supcon_jax.objectives import OBJECTIVES
+from supcon_jax.steps import contrastive, linear
+from supcon_jax.steps.contrastive import Modules, Prepare, StepSpec
+from supcon_jax.steps.state import TrainState
+
+PyTree = Any
+Batch = dict[str, jax.Array]
+# (state, batch, *frozen) -> (state, scalar metrics)
+Step = Callable[..., tuple[TrainState, dict[str, jax.Array]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a run computes.
+
+    Attributes:
+      config: the checked config.
+      mesh: the devices that the step is compiled for.
+      num_classes, num_examples: of the training split.
+      total_steps: updates to make.
+      steps_per_epoch: examples / batch size, fractional.
+      whole_images: whether a batch holds whole images, which the step crops, or views
+        that the host has cropped.
+      modules: the networks.
+      optimizer, schedule: what updates them.
+      init: makes the state of step 0; pure.
+      step: `(state, batch, *frozen) -> (state, metrics)`; pure.
+    """
+
+    config: ConfigDict
+    mesh: Mesh
+    num_classes: int
+    num_examples: int
+    total_steps: int
+    steps_per_epoch: float
+    whole_images: bool
+    modules: Modules
+    optimizer: optax.GradientTransformation
+    schedule: optax.Schedule
+    init: Callable[[], TrainState]
+    step: Step
+
+    @property
+    def platform(self) -> str:
+        """The kind of device: "cpu", "gpu" or "tpu"."""
+        return parallel.platform(self.mesh)
+
+    def abstract_state(self) -> TrainState:
+        """Shapes and types of the state."""
+        return jax.eval_shape(self.init)
+
+    def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes and types of a global batch."""
+        config = self.config
+        size, side = config.batch_size, config.data.image_size
+        views = 1 if self.whole_images else config.data.views
+        shape = jax.ShapeDtypeStruct
+        return {
+            "image": shape((size, views, side, side, 3), jnp.uint8),
+            "label": shape((size,), jnp.int32),
+            "id": shape((size, 2), jnp.int32),
+        }
+
+    def abstract_frozen(self) -> tuple[PyTree, ...]:
+        """Shapes and types of what the step reads and does not train."""
+        if self.config.mode == "pretrain":
+            return ()
+        side = self.config.data.image_size
+        images = jax.ShapeDtypeStruct((2, side, side, 3), jnp.float32)
+        init = functools.partial(self.modules.encoder.init, train=True)
+        return (jax.eval_shape(init, jax.random.key(0), images),)
+
+    def jit_step(self) -> Any:
+        """The step under `jax.jit`: state replicated and donated, batch split."""
+        everywhere = parallel.replicated(self.mesh)
+        split = parallel.batch_sharding(self.mesh)
+        frozen = (everywhere,) * len(self.abstract_frozen())
+        return jax.jit(
+            self.step,
+            in_shardings=(everywhere, split, *frozen),
+            out_shardings=everywhere,
+            donate_argnums=0,
+        )
+
+    def lower(self) -> jax.stages.Lowered:
+        """The step, lowered from shapes alone for the devices of the mesh.
+
+        Example:
+          >>> from configs import digits
+          >>> plan = create_plan(
+          ...     digits.get_config(), parallel.create_mesh(jax.devices()[:1]),
+          ...     num_classes=10, num_examples=1297)
+          >>> "stablehlo.convolution" in plan.lower().as_text()
+          True
+        """
+        return self.jit_step().lower(
+            self.abstract_state(), self.abstract_batch(), *self.abstract_frozen()
+        )
+
+
+def create_plan(
+    config: ConfigDict,
+    mesh: Mesh,
+    *,
+    num_classes: int,
+    num_examples: int,
+    whole_images: bool | None = None,
+) -> Plan:
+    """What a config computes on a mesh; opens no data and no folder.
+
+    Args:
+      config: see configs/common.py.
+      mesh: one axis, "data", as `parallel.create_mesh` makes it; its devices need not
+        be here.
+      num_classes: C of the training split.
+      num_examples: its images.
+      whole_images: see `Plan`; None: as for arrays in memory, whole where no
+        augmentation policy runs on the host.
+
+    Raises:
+      ValueError: keys or values that are not allowed, or a batch that the devices
+        cannot share.
+    """
+    check_config(config)
+    parallel.check_batch_size(config.batch_size, mesh)
+    parallel.check_microbatch_size(config.microbatch_size, config.batch_size, mesh)
+    if whole_images is None:
+        whole_images = config.augment.policy == "none"
+    steps_per_epoch = num_examples / config.batch_size
+    # Whole steps, as in the official code; the summand is for products such as 389.9...9.
+    steps = int(config.epochs * steps_per_epoch + 1e-6)
+    total_steps = config.total_steps or max(1, steps)
+    optimizer, schedule = builders.build_optimizer(config, total_steps, steps_per_epoch)
+    build = {"pretrain": _build_pretrain, "linear_eval": _build_linear}[config.mode]
+    modules, init, step = build(
+        config,
+        mesh,
+        num_classes=num_classes,
+        whole_images=whole_images,
+        optimizer=optimizer,
+        schedule=schedule,
+    )
+    return Plan(
+        config=config,
+        mesh=mesh,
+        num_classes=num_classes,
+        num_examples=num_examples,
+        total_steps=total_steps,
+        steps_per_epoch=steps_per_epoch,
+        whole_images=whole_images,
+        modules=modules,
+        optimizer=optimizer,
+        schedule=schedule,
+        init=init,
+        step=step,
+    )
+
+
+def _build_pretrain(
+    config: ConfigDict,
+    mesh: Mesh,
+    *,
+    num_classes: int,
+    whole_images: bool,
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+) -> tuple[Modules, Callable[[], TrainState], Step]:
+    """Modules, `init` and `step` of stage 1."""
+    objective = OBJECTIVES[config.loss.name]
+    mesh, norm_axis = parallel.grouped_mesh(mesh, config.encoder.batch_norm_devices)
+    probe = None
+    if config.probe.learning_rate:
+        probe = builders.build_classifier(config, num_classes)
+    modules = Modules(
+        builders.build_encoder(config, parallel.platform(mesh), axis_name=norm_axis),
+        objective.build_head(config, num_classes, axis_name=norm_axis),
+        probe,
+    )
+    init = functools.partial(
+        contrastive.init_state,
+        modules,
+        optimizer=optimizer,
+        image_size=config.data.image_size,
+        seed=config.seed,
+        momentum_decay=config.momentum_encoder.decay,
+        queue_size=config.momentum_encoder.queue_size,
+    )
+    spec = StepSpec(
+        modules,
+        prepare=_build_preparation(
+            config, mesh, num_classes=num_classes, whole_images=whole_images
+        ),
+        loss_function=objective.build_loss(config, mesh),
+        supervised=objective.uses_labels,
+        num_microbatches=builders.num_microbatches(config),
+        momentum_decay=config.momentum_encoder.decay,
+    )
+    step = functools.partial(
+        contrastive.train_step,
+        spec=spec,
+        mesh=mesh,
+        optimizer=optimizer,
+        schedule=schedule,
+    )
+    return modules, init, step
+
+
+def _build_linear(
+    config: ConfigDict,
+    mesh: Mesh,
+    *,
+    num_classes: int,
+    whole_images: bool,
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+) -> tuple[Modules, Callable[[], TrainState], Step]:
+    """Modules, `init` and `step` of stage 2."""
+    parallel.grouped_mesh(mesh, config.encoder.batch_norm_devices)  # its refusal
+    modules = Modules(
+        builders.build_encoder(config, parallel.platform(mesh)),
+        builders.build_classifier(config, num_classes),
+    )
+    init = functools.partial(
+        linear.init_state,
+        modules,
+        optimizer=optimizer,
+        image_size=config.data.image_size,
+        seed=config.seed,
+    )
+    step = functools.partial(
+        linear.train_step,
+        modules=modules,
+        optimizer=optimizer,
+        schedule=schedule,
+        augment=builders.build_augmentation(config, mesh, whole_images=whole_images),
+        label_smoothing=config.loss.label_smoothing,
+        num_microbatches=builders.num_microbatches(config),
+    )
+    return modules, init, step
+
+
+def _build_preparation(
+    config: ConfigDict, mesh: Mesh, *, num_classes: int, whole_images: bool
+) -> Prepare:
+    """Augmentation, Mixup and CutMix of the rows of a batch."""
+    augment = builders.build_augmentation(config, mesh, whole_images=whole_images)
+    options = config.augment
+    mixes = options.mixup_alpha or options.cutmix_alpha
+    mix = functools.partial(
+        mix_examples,
+        seed=config.seed,
+        num_classes=num_classes,
+        mixup_alpha=options.mixup_alpha,
+        cutmix_alpha=options.cutmix_alpha,
+    )
+
+    def prepare(rows: Batch) -> tuple[jax.Array, jax.Array]:
+        images = augment(rows["image"], rows["id"])
+        return (
+            mix(images, rows["label"], rows["id"]) if mixes else (images, rows["label"])
+        )
+
+    return prepare

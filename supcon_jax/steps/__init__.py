@@ -1,0 +1,1 @@
+"""One update of each stage, as pure functions of state and batch."""
