@@ -25,6 +25,9 @@ def get_config() -> ConfigDict:
     config.pretrained = ""  # linear_eval: workdir of the pretraining run, or "random"
     config.next_config = ""  # config named in the next command at the end of a run
     config.compilation_cache = True  # keep compiled programs in the user's cache
+    # Beside metrics.jsonl: "tensorboard" | "wandb" | "trackio", any number of them
+    config.writers = ("tensorboard",)
+    config.project = "supcon_jax"  # where a tracker files the run
 
     config.data = ConfigDict()
     # "digits" | "arrays" | "folder" | "synthetic" | a TFDS name, "cifar10:3.0.2"

@@ -20,10 +20,10 @@ from orbax.checkpoint.checkpoint_managers import (
     LatestN,
 )
 
+from supcon_jax.metrics import BEST_METRIC
 from supcon_jax.steps.state import TrainState
 
 PyTree = Any
-BEST_METRIC = "knn/top1"
 ITEMS = ("encoder", "training")
 
 
@@ -58,8 +58,8 @@ def _join(items: dict[str, PyTree]) -> TrainState:
 class Checkpointer:
     """Saves and restores the TrainStates of one workdir, asynchronously.
 
-    Keeps the newest `keep` steps, and beside them the one with the best online kNN
-    accuracy.
+    Keeps the newest `keep` steps, and beside them the one that is best by
+    `metrics.BEST_METRIC`.
     """
 
     def __init__(self, workdir: str | pathlib.Path, *, keep: int = 2):

@@ -13,6 +13,7 @@ from supcon_jax import optimizers
 from supcon_jax.models.heads import CLASSIFIER_INITS
 from supcon_jax.models.resnet import ENCODERS, STEMS
 from supcon_jax.objectives import OBJECTIVES
+from supcon_jax.writers import BACKENDS
 
 # Keys on which a pretraining run and the use of its encoder must agree.
 ENCODER_KEYS = (
@@ -43,6 +44,13 @@ class Key(NamedTuple):
 
 def _one_of(*names: str) -> Rule:
     return (lambda value: value in names), ", ".join(names)
+
+
+def _some_of(*names: str) -> Rule:
+    def holds(values: Any) -> bool:
+        return len({*values}) == len(values) and {*values} <= {*names}
+
+    return holds, f"a tuple of {', '.join(names)}, each at most once"
 
 
 def _number(low: float, high: float = math.inf, *, above: bool = False) -> Rule:
@@ -91,6 +99,8 @@ KEYS: dict[str, Key] = {
     "pretrained": Key("", _TEXT),
     "next_config": Key("", _TEXT, free=True),
     "compilation_cache": Key(True, _FLAG, free=True),
+    "writers": Key(("tensorboard",), _some_of(*BACKENDS), free=True),
+    "project": Key("supcon_jax", _TEXT, free=True),
     "data.name": Key("digits", _TEXT),
     "data.dir": Key("", _TEXT, free=True),
     "data.root": Key("", _TEXT, free=True),
@@ -209,7 +219,11 @@ def check_config(config: ConfigDict) -> None:
     for key, (_, (holds, allowed), _) in KEYS.items():
         if key not in flat:
             raise ValueError(f"config key {key!r} is missing (see configs/common.py)")
-        if not holds(flat[key]):
+        try:
+            allows = holds(flat[key])
+        except (TypeError, ValueError):  # such as a text among numbers
+            allows = False
+        if not allows:
             raise ValueError(
                 f"got {key}={flat[key]!r}; allowed: {allowed} (--config.{key})"
             )

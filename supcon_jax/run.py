@@ -31,6 +31,7 @@ from supcon_jax.data.sources import Source, SyntheticSource
 from supcon_jax.evaluation.predict import Predictor
 from supcon_jax.plan import Plan, create_plan
 from supcon_jax.workdir import finished_metrics, open_workdir
+from supcon_jax.writers import check_installed
 
 logger = logging.getLogger(__name__)
 PyTree = Any
@@ -86,6 +87,7 @@ def open_run(
     Raises:
       ValueError: data, batch size or workdir cannot be used, in one line.
     """
+    check_installed(config.writers)
     setup_compilation_cache(enabled=config.compilation_cache)
     mesh = parallel.create_mesh()
     # Before the data are opened, which may take minutes.

@@ -276,6 +276,8 @@ ELSEWHERE = {
     "keep_checkpoints": "test_pretrain.py::test_periods",
     "next_config": "test_report.py::test_next_command",
     "pretrained": "test_linear_eval.py::test_random_encoder_differs",
+    "writers": "test_writers.py::test_a_run_writes_where_its_config_says",
+    "project": "test_writers.py::test_a_run_writes_where_its_config_says",
     "compilation_cache": "test_configs.py::test_compilation_cache",
     "data.name": "test_configs.py::test_data_keys",
     "data.dir": "test_configs.py::test_data_keys",

@@ -16,7 +16,7 @@ from supcon_jax import parallel
 from supcon_jax.data.pipeline import eval_batches, num_eval_batches
 from supcon_jax.data.sources import Source
 from supcon_jax.evaluation.classification import classification_sums, summarize
-from supcon_jax.writers import progress
+from supcon_jax.logs import progress
 
 Batch = dict[str, jax.Array]
 
