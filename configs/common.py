@@ -65,7 +65,8 @@ def get_config() -> ConfigDict:
     config.augment.cutmix_alpha = 0.0  # likewise; both: each image draws one of them
 
     config.encoder = ConfigDict()
-    config.encoder.name = "resnet50"  # resnet8, 18, 34, 50, 101, 152, 200
+    # resnet8, 18, 34, 50, 101, 152, 200; wrn16_4, 16_8, 22_8, 28_2, 28_10, 40_2, 40_4
+    config.encoder.name = "resnet50"
     config.encoder.width = 1.0  # multiplies every channel count
     config.encoder.stem = "imagenet"  # "imagenet" (7x7 and pool) | "cifar" (3x3)
     config.encoder.dtype = "float32"  # of convolutions; "auto": bfloat16 off the CPU
@@ -93,6 +94,11 @@ def get_config() -> ConfigDict:
     config.momentum_encoder.decay = 0.0  # of the average, each step; 0: none
     config.momentum_encoder.queue_size = 0  # newest keys kept; 0: those of this step
 
+    # An average of the encoder over the steps, saved and evaluated beside it.
+    config.encoder_average = ConfigDict()
+    config.encoder_average.decay = 0.0  # each step, 0.999 for example; 0: no average
+    config.encoder_average.use = False  # linear_eval: the average of `pretrained`
+
     config.loss = ConfigDict()
     config.loss.name = "supcon"  # "supcon" | "simclr" | "cross_entropy"
     config.loss.temperature = 0.1
@@ -102,9 +108,12 @@ def get_config() -> ConfigDict:
     config.loss.positives_cap = -1  # positives kept beside the own views; -1: all
     config.loss.scale = "none"  # "none" | "temperature" | a factor such as "1.43"
     config.loss.label_smoothing = 0.0  # of cross-entropy
+    # Of a classifier's cross-entropy beside a contrastive loss, through the encoder; 0: none
+    config.loss.cross_entropy_weight = 0.0
 
     config.optimizer = ConfigDict()
-    config.optimizer.name = "lars"  # "lars" | "momentum" | "nesterov" | "rmsprop"
+    # "lars" | "momentum" | "nesterov" | "rmsprop" | "adamw"
+    config.optimizer.name = "lars"
     config.optimizer.learning_rate = 0.3  # peak, for learning_rate_batch images
     config.optimizer.learning_rate_batch = 256  # scaled linearly; 0: not scaled
     config.optimizer.schedule = "cosine"  # or "constant", "staircase", "piecewise"
@@ -119,6 +128,9 @@ def get_config() -> ConfigDict:
     config.optimizer.trust_coefficient = 0.001  # lars
     config.optimizer.rmsprop_decay = 0.9
     config.optimizer.rmsprop_epsilon = 1e-3
+    config.optimizer.adam_b1 = 0.9  # decay of the mean gradient
+    config.optimizer.adam_b2 = 0.999  # decay of the mean square
+    config.optimizer.adam_epsilon = 1e-8  # beside its root
     config.optimizer.exclude = ("batch_norm",)  # paths without decay and trust ratio
 
     config.knn = ConfigDict()  # online evaluation of the embeddings

@@ -42,6 +42,7 @@ def build_encoder(
         dtype = "float32" if platform == "cpu" else "bfloat16"
     return create_encoder(
         config.encoder.name,
+        image_size=config.data.image_size,
         width=config.encoder.width,
         stem=config.encoder.stem,
         dtype=jnp.dtype(dtype),
@@ -157,6 +158,9 @@ def build_optimizer(
         trust_coefficient=options.trust_coefficient,
         rmsprop_decay=options.rmsprop_decay,
         rmsprop_epsilon=options.rmsprop_epsilon,
+        adam_b1=options.adam_b1,
+        adam_b2=options.adam_b2,
+        adam_epsilon=options.adam_epsilon,
         exclude=tuple(options.exclude),
     )
     if config.probe.learning_rate:

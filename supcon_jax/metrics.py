@@ -47,6 +47,7 @@ METRICS: dict[str, Metric] = {
         "contrastive top-1 {:.1%}", "accuracy", on_progress=True
     ),
     "train/top1": Metric("top-1 {:.1%}", "accuracy", on_progress=True),
+    "train/cross_entropy_loss": Metric("cross-entropy {:.4f}", "loss"),
     "train/probe_loss": Metric("probe loss {:.4f}"),
     "train/probe_top1": Metric("probe top-1 {:.1%}", "accuracy"),
     "train/positive_cosine": Metric("cosine of positives {:.4f}"),
@@ -63,6 +64,11 @@ METRICS: dict[str, Metric] = {
     "knn/top1": Metric(
         "kNN top-1 {:.2%}", "accuracy", "o-", on_end=True, is_best_by=True
     ),
+    "knn/average_top1": Metric(
+        "kNN top-1 of the average {:.2%}", "accuracy", "s-", on_end=True
+    ),
+    "embedding/rankme": Metric("RankMe {:.1f}", on_end=True),
+    "embedding/average_rankme": Metric("RankMe of the average {:.1f}"),
     "eval/top1": Metric("top-1 {:.2%}", "accuracy", "o-", on_end=True),
     "eval/top5": Metric("top-5 {:.2%}", on_end=True),
     "eval/loss": Metric("test loss {:.4f}", "loss", "o-"),

@@ -1,4 +1,4 @@
-"""Learning-rate schedules and the optimizers of the paper, with their masks."""
+"""Learning-rate schedules, the optimizers of the paper and AdamW, with their masks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 
 SCHEDULES = ("constant", "cosine", "staircase", "piecewise")
-OPTIMIZERS = ("lars", "momentum", "nesterov", "rmsprop")
+OPTIMIZERS = ("lars", "momentum", "nesterov", "rmsprop", "adamw")
 
 
 def create_schedule(
@@ -125,6 +125,9 @@ def create_optimizer(
     trust_coefficient: float = 0.001,
     rmsprop_decay: float = 0.9,
     rmsprop_epsilon: float = 1e-3,
+    adam_b1: float = 0.9,
+    adam_b2: float = 0.999,
+    adam_epsilon: float = 1e-8,
     exclude: Sequence[str] = ("batch_norm",),
 ) -> optax.GradientTransformation:
     """An optimizer as the paper's official code has it.
@@ -134,15 +137,19 @@ def create_optimizer(
     - "momentum", "nesterov": SGD with weight decay in the gradient (coupled L2).
     - "rmsprop": the slot starts at one and epsilon sits inside the root, as in
       TensorFlow 1; the learning rate is applied before the momentum.
+    - "adamw": `w -= lr (m / (sqrt(v) + adam_epsilon) + wd w)` with the means m of the
+      gradient and v of its square, both corrected for their start at zero.
 
     Args:
       name: one of `OPTIMIZERS`.
       learning_rate: a number or a schedule.
       weight_decay: coefficient wd.
-      momentum: coefficient of the velocity.
+      momentum: coefficient of the velocity (not of AdamW).
       trust_coefficient: LARS's eta.
       rmsprop_decay: decay of the mean square.
       rmsprop_epsilon: added to the mean square.
+      adam_b1, adam_b2: decays of AdamW's two means.
+      adam_epsilon: added to the root of the mean square.
       exclude: regular expressions on parameter paths; what matches gets neither
         weight decay nor (LARS) a trust ratio.
 
@@ -160,7 +167,8 @@ def create_optimizer(
       >>> optax.apply_updates(params, updates).round(5)
       Array([0.99526, 1.99526], dtype=float32)
 
-    Source: You et al., arXiv 1708.03888 (LARS); official code, `utils.py`.
+    Source: You et al., arXiv 1708.03888 (LARS); Loshchilov & Hutter, arXiv 1711.05101
+    (AdamW); official code, `utils.py`.
     """
     if name not in OPTIMIZERS:
         raise ValueError(
@@ -180,6 +188,15 @@ def create_optimizer(
             eps=0.0,
             trust_ratio_mask=mask,
             momentum=momentum,
+        )
+    if name == "adamw":
+        return optax.adamw(
+            learning_rate,
+            adam_b1,
+            adam_b2,
+            adam_epsilon,
+            weight_decay=weight_decay,
+            mask=mask,
         )
     if name == "rmsprop":
         optimizer = optax.rmsprop(

@@ -75,14 +75,14 @@ def open_run(
     config: ConfigDict,
     workdir: str | pathlib.Path,
     *,
-    load_frozen: Callable[[Mesh], tuple[PyTree, ...]] = lambda mesh: (),
+    load_frozen: Callable[[Plan], tuple[PyTree, ...]] = lambda plan: (),
 ) -> Run:
     """Opens data and workdir of a checked config; refuses before it writes anything.
 
     Args:
       config: a checked config.
       workdir: folder of the run.
-      load_frozen: what the step reads and does not train, on every device of a mesh.
+      load_frozen: what the step reads and does not train, on every device of a plan.
 
     Raises:
       ValueError: data, batch size or workdir cannot be used, in one line.
@@ -102,7 +102,7 @@ def open_run(
         num_examples=train_source.num_examples,
         whole_images=not on_host(train_source, config.augment.policy),
     )
-    frozen = load_frozen(mesh)
+    frozen = load_frozen(plan)
     path = open_workdir(config, workdir, frozen=digest(frozen) if frozen else "")
     logger.info("workdir %s", os.path.relpath(path))
     return Run(

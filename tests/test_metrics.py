@@ -11,7 +11,10 @@ from tests.runs import linear_config, pretrain_config
 def test_everything_that_runs_write_is_listed(tmp_path):
     """And all that is listed is written by one of these runs."""
     runs = {
-        "supcon": pretrain_config(**{"probe.learning_rate": 0.1}),
+        "supcon": pretrain_config(
+            **{"probe.learning_rate": 0.1, "encoder_average.decay": 0.9}
+        ),
+        "joint": pretrain_config(**{"loss.cross_entropy_weight": 1.0}),
         "cross_entropy": pretrain_config(**{"loss.name": "cross_entropy"}),
     }
     written = set()
