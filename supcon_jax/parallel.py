@@ -46,7 +46,7 @@ def initialize() -> None:
             "a multi-host job needs all three, a single host none"
         )
     elif importlib.util.find_spec("libtpu") and "cpu" not in (
-        jax.config.jax_platforms or ""
+        jax.config.jax_platforms or ""  # type: ignore[attr-defined]  # set at run time
     ):
         jax.distributed.initialize()
 

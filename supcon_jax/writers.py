@@ -7,6 +7,7 @@ that it can neither stop nor slow the run.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
 import logging
@@ -290,10 +291,9 @@ class MetricWriter:
         self._backends.append(Jsonl(run))
         for name in writers:
             backend = BACKENDS[name]
+            open_backend = functools.partial(backend.open, run)
             self._backends.append(
-                InBackground(name, lambda backend=backend: backend.open(run))
-                if backend.remote
-                else backend.open(run)
+                InBackground(name, open_backend) if backend.remote else open_backend()
             )
 
     def write(self, step: int, metrics: dict[str, float], **flags: bool) -> None:

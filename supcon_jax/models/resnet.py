@@ -149,7 +149,7 @@ def build_resnet(
 
 # Blocks, blocks in each stage, channels of the first. resnet8 is the three-stage network
 # of the CIFAR experiments in He et al. (2015), small enough for a laptop's CPU.
-RESNETS = {
+RESNETS: dict[str, Callable[..., nn.Module]] = {
     "resnet8": functools.partial(build_resnet, BasicBlock, (1, 1, 1), 16),
     "resnet18": functools.partial(build_resnet, BasicBlock, (2, 2, 2, 2), 64),
     "resnet34": functools.partial(build_resnet, BasicBlock, (3, 4, 6, 3), 64),

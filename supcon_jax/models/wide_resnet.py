@@ -11,7 +11,7 @@ is a 1x1 convolution of the normalised input. No dropout.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -52,7 +52,7 @@ class WideResNet(nn.Module):
     """
 
     depth: int
-    channels: tuple[int, int, int]
+    channels: Sequence[int]
     stem_channels: int = 16
     stem: str = "cifar"
     dtype: Any = jnp.float32
@@ -103,7 +103,7 @@ def build_wide_resnet(
     return WideResNet(depth, tuple(groups), stem, **options)
 
 
-WIDE_RESNETS = {
+WIDE_RESNETS: dict[str, Callable[..., nn.Module]] = {
     f"wrn{depth}_{widening}": functools.partial(build_wide_resnet, depth, widening)
     for depth, widening in (
         *((16, 4), (16, 8), (22, 8), (28, 2), (28, 10), (40, 2), (40, 4)),

@@ -11,8 +11,7 @@ import optax
 PyTree = Any
 
 
-@flax.struct.dataclass
-class TrainState:
+class TrainState(flax.struct.PyTreeNode):
     """Everything that a step depends on besides its batch.
 
     Attributes:

@@ -81,8 +81,8 @@ def summarize(workdirs: list[str]) -> dict[str, Any]:
     in_order = [seeds[seed] for seed in sorted(seeds)]
     metrics = {}
     for name in finals[in_order[0]]:
-        values = [finals[workdir].get(name) for workdir in in_order]
-        if is_result(name) and None not in values:
+        values = [finals[w][name] for w in in_order if name in finals[w]]
+        if is_result(name) and len(values) == len(in_order):
             metrics[name] = {
                 "mean": statistics.fmean(values),
                 "deviation": statistics.stdev(values),
