@@ -265,7 +265,7 @@ def set_cifar(config, classes: int):
 
 
 def set_small_cifar(config):
-    """What a processor trains on CIFAR in minutes; ours.
+    """What a CPU trains on CIFAR in minutes; ours.
 
     Crops and flips alone: what docs/results.md was measured with.
     """

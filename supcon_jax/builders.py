@@ -114,8 +114,8 @@ def augmentation_chunk(mesh: Mesh) -> int | None:
     A CPU's caches hold the intermediate values of few images. Over several devices a
     loop along the batch would gather it, and accelerators want all the work at once.
     """
-    alone = parallel.platform(mesh) == "cpu" and mesh.size == 1
-    return 64 if alone else None
+    on_one_cpu = parallel.platform(mesh) == "cpu" and mesh.size == 1
+    return 64 if on_one_cpu else None
 
 
 def build_normalization(config: ConfigDict) -> Callable[[jax.Array], jax.Array]:

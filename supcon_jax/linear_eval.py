@@ -86,10 +86,10 @@ def check_pretrained(config: ConfigDict) -> None:
 
 def load_encoder(plan: Plan) -> PyTree:
     """The frozen encoder's variables, on every device."""
-    config, everywhere = plan.config, parallel.replicated(plan.mesh)
+    config, replicated = plan.config, parallel.replicated(plan.mesh)
     if config.pretrained == RANDOM:
         init = functools.partial(init_encoder, plan)
-        return jax.jit(init, out_shardings=everywhere)()
+        return jax.jit(init, out_shardings=replicated)()
     return restore_encoder(
-        config.pretrained, average=config.encoder_average.use, sharding=everywhere
+        config.pretrained, average=config.encoder_average.use, sharding=replicated
     )

@@ -175,12 +175,12 @@ def value_and_grad(
 
         return jax.value_and_grad(of_own_copy, has_aux=True)(params)
 
-    everywhere, split = PartitionSpec(), PartitionSpec(axes)
+    replicated, split = PartitionSpec(), PartitionSpec(axes)
     return jax.shard_map(
         on_device,
         mesh=mesh,
-        in_specs=(everywhere, everywhere, split),
-        out_specs=((everywhere, aux_specs), everywhere),
+        in_specs=(replicated, replicated, split),
+        out_specs=((replicated, aux_specs), replicated),
     )
 
 

@@ -91,13 +91,13 @@ class Plan:
 
     def jit_step(self) -> Any:
         """The step under `jax.jit`: state replicated and donated, batch split."""
-        everywhere = parallel.replicated(self.mesh)
+        replicated = parallel.replicated(self.mesh)
         split = parallel.batch_sharding(self.mesh)
-        frozen = (everywhere,) * len(self.abstract_frozen())
+        frozen = (replicated,) * len(self.abstract_frozen())
         return jax.jit(
             self.step,
-            in_shardings=(everywhere, split, *frozen),
-            out_shardings=everywhere,
+            in_shardings=(replicated, split, *frozen),
+            out_shardings=replicated,
             donate_argnums=0,
         )
 

@@ -48,8 +48,8 @@ def plan_of(devices, config):
 
 def start(plan, batch):
     """The state of step 0 and a batch, on the devices of the plan."""
-    everywhere = parallel.replicated(plan.mesh)
-    state = jax.jit(plan.init, out_shardings=everywhere)()
+    replicated = parallel.replicated(plan.mesh)
+    state = jax.jit(plan.init, out_shardings=replicated)()
     return state, parallel.to_global(batch, plan.mesh)
 
 
@@ -413,12 +413,12 @@ def test_cross_entropy_over_devices():
     mesh = parallel.create_mesh(jax.devices()[:4])
     logits = np.random.default_rng(0).normal(size=(8, 2, 5)).astype(np.float32)
     labels = np.arange(8, dtype=np.int32) % 5
-    split, everywhere = jax.P("data"), jax.P()
+    split, replicated = jax.P("data"), jax.P()
     sharded = jax.shard_map(
         functools.partial(cross_entropy_of_views, axis_name="data"),
         mesh=mesh,
         in_specs=(split, split),
-        out_specs=everywhere,
+        out_specs=replicated,
     )
     assert_close(
         jax.jit(sharded)(logits, labels), cross_entropy_of_views(logits, labels)

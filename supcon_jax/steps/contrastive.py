@@ -166,11 +166,11 @@ def train_step(
         "average": average,
         "queue": momentum.get("queue"),
     }
-    everywhere, split = PartitionSpec(), PartitionSpec(mesh.axis_names)
+    replicated, split = PartitionSpec(), PartitionSpec(mesh.axis_names)
     gradient = parallel.value_and_grad(
         functools.partial(loss_of_rows, spec=spec, axes=mesh.axis_names),
         mesh,
-        aux_specs=(everywhere, everywhere, split),
+        aux_specs=(replicated, replicated, split),
     )
     (_, (metrics, batch_stats, keys)), gradients = gradient(
         state.params, constants, batch

@@ -16,8 +16,8 @@ import numpy as np
 from supcon_jax.losses.momentum_contrast import EMPTY
 
 PyTree = Any
-# The group of an unlabelled image's key in later steps: it is nobody's positive.
-NOBODY = np.iinfo(np.int32).min + 1
+# The group of an unlabelled image's key in later steps, in which no anchor has it.
+NO_MATCH = np.iinfo(np.int32).min + 1
 
 
 def init_momentum(params: PyTree, *, queue_size: int, output_dim: int) -> PyTree:
@@ -77,7 +77,7 @@ def enqueue(queue: PyTree, keys: jax.Array, groups: jax.Array) -> PyTree:
 
 
 def remember(queue: PyTree, keys: jax.Array, groups: jax.Array) -> PyTree:
-    """The queue after a step: as `enqueue`, but unlabelled keys match nobody any more."""
+    """The queue after a step: as `enqueue`, but unlabelled keys are positives no longer."""
     if not len(queue["keys"]):
         return queue
-    return enqueue(queue, keys, jnp.where(groups < 0, NOBODY, groups))
+    return enqueue(queue, keys, jnp.where(groups < 0, NO_MATCH, groups))
