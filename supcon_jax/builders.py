@@ -153,15 +153,8 @@ def build_optimizer(
     optimizer = optimizers.create_optimizer(
         options.name,
         schedule,
-        weight_decay=options.weight_decay,
-        momentum=options.momentum,
-        trust_coefficient=options.trust_coefficient,
-        rmsprop_decay=options.rmsprop_decay,
-        rmsprop_epsilon=options.rmsprop_epsilon,
-        adam_b1=options.adam_b1,
-        adam_b2=options.adam_b2,
-        adam_epsilon=options.adam_epsilon,
         exclude=tuple(options.exclude),
+        **{name: options[name] for name in optimizers.OptimizerOptions._fields},
     )
     if config.probe.learning_rate:
         # The recipes' rates are for contrastive losses; a probe has one of its own.

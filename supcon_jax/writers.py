@@ -215,7 +215,7 @@ class InBackground:
             )
 
 
-class _Backend(NamedTuple):
+class BackendEntry(NamedTuple):
     """How a backend is opened.
 
     Attributes:
@@ -231,10 +231,10 @@ class _Backend(NamedTuple):
     extra: str = "train"
 
 
-BACKENDS: dict[str, _Backend] = {
-    "tensorboard": _Backend(TensorBoard, "tensorboardX"),
-    "wandb": _Backend(WandB, "wandb", remote=True, extra="wandb"),
-    "trackio": _Backend(Trackio, "trackio", remote=True, extra="trackio"),
+BACKENDS: dict[str, BackendEntry] = {
+    "tensorboard": BackendEntry(TensorBoard, "tensorboardX"),
+    "wandb": BackendEntry(WandB, "wandb", remote=True, extra="wandb"),
+    "trackio": BackendEntry(Trackio, "trackio", remote=True, extra="trackio"),
 }
 
 
