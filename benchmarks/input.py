@@ -8,12 +8,13 @@ images/s a core, and the ratio of CPU times. Pillow stands for the loaders that
 torchvision users write: decode once, crop and resize each view, the policy's operations
 one after the other, to normalised floats, in one process. Rounds alternate between the two. What the
 augmentation leaves to the jitted step (jitter, grayscale, blur) is timed on this machine's
-processor in a column of its own; on an accelerator it is a small share of the encoder.
+CPU in a column of its own; on an accelerator it is a small share of the encoder.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import io
 import itertools
@@ -32,8 +33,9 @@ from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 from configs import common
 from supcon_jax.data.augment import augment_batch
 from supcon_jax.data.datasets import open_source
-from supcon_jax.data.pipeline import HostAugmentation, load_small, train_batches
+from supcon_jax.data.pipeline import load_small, train_batches
 from supcon_jax.data.sampler import shuffled
+from supcon_jax.data.views import Augmentation
 
 SIZE, VIEWS, BATCH = 224, 2, 32
 PILLOW_MEAN = np.float32([0.485, 0.456, 0.406])[:, None, None]
@@ -47,35 +49,40 @@ POLICIES = (
 )
 
 
+def augmentation(policy: str, **changes) -> Augmentation:
+    """One of the paper's augmentations; all begin with crop and flip."""
+    jitter, host_policy, grayscale, blur = common.AUGMENTATIONS[policy]
+    options = Augmentation(
+        jitter_strength=1.0 if jitter else 0.0,
+        jitter_probability=jitter,
+        policy=host_policy,
+        grayscale_probability=grayscale,
+        blur_probability=blur,
+    )
+    return dataclasses.replace(options, **changes)
+
+
 def ours(source, policy: str) -> Iterator[dict[str, np.ndarray]]:
     """The host's batches under one of the paper's augmentations."""
-    jitter, host_policy, _, _ = common.AUGMENTATIONS[policy]
     return train_batches(
         source,
         shuffled(source.num_examples, BATCH, seed=0),
         batch_size=BATCH,
         image_size=SIZE,
         views=VIEWS,
-        augmentation=HostAugmentation(
-            policy=host_policy, jitter_strength=1.0, jitter_probability=jitter
-        ),
+        augmentation=augmentation(policy),
         seed=0,
     )
 
 
-def in_step(policy: str, image_size: int, **geometry) -> Callable:
+def in_step(options: Augmentation, *, whole_images: bool) -> Callable:
     """The jitted part of an augmentation."""
-    jitter, host_policy, grayscale, blur = common.AUGMENTATIONS[policy]
     return jax.jit(
         functools.partial(
             augment_batch,
+            augmentation=options.step_part(whole_images=whole_images),
             seed=0,
             views=VIEWS,
-            jitter_strength=1.0 if host_policy == "none" and jitter else 0.0,
-            jitter_probability=jitter,
-            grayscale_probability=grayscale,
-            blur_probability=blur,
-            **geometry,
         )
     )
 
@@ -282,7 +289,8 @@ def imagenet(data_dir: str, rounds: int) -> None:
         mine, theirs = statistics.median(host), statistics.median(peer)
         device = 0.0
         if policy in ("sim_augment", "stacked_rand_augment"):
-            device = step_milliseconds(in_step(policy, SIZE), batch["image"])
+            function = in_step(augmentation(policy), whole_images=False)
+            device = step_milliseconds(function, batch["image"])
         print(
             f"| {policy} | {mine:.2f} | {1e3 / mine:.0f} | {device:.2f} "
             f"| {theirs:.2f} | {theirs / mine:.2f} | {theirs / (mine + device):.2f} |",
@@ -293,9 +301,12 @@ def imagenet(data_dir: str, rounds: int) -> None:
 def cifar(data_dir: str, rounds: int) -> None:
     """CIFAR-10 in memory: the host indexes, the step crops and augments."""
     source = load_small(open_source("cifar10", "train", dir=data_dir), 32)
-    jitter, _, grayscale, _ = common.AUGMENTATIONS["sim_augment"]
+    options = augmentation(
+        "sim_augment", crop_area=(0.2, 1.0), jitter_strength=0.5, blur_probability=0.0
+    )
+    function = in_step(options, whole_images=True)
     print("\nCIFAR-10 in memory, two SimAugment views at 32 px, source images/s\n")
-    print("| batch | host | in step, this processor | one after the other |")
+    print("| batch | host | in step, this CPU | one after the other |")
     print("|---|---|---|---|")
     for size in (128, 256, 512):
         batches = train_batches(
@@ -304,25 +315,13 @@ def cifar(data_dir: str, rounds: int) -> None:
             batch_size=size,
             image_size=32,
             views=VIEWS,
-            augmentation=HostAugmentation(),
+            augmentation=options,
             seed=0,
         )
         consume(batches, 2)
         host = [
             measured(functools.partial(consume, batches, 50)) for _ in range(rounds)
         ]
-        function = jax.jit(
-            functools.partial(
-                augment_batch,
-                seed=0,
-                views=VIEWS,
-                crop_area=(0.2, 1.0),
-                flip=True,
-                jitter_strength=0.5,
-                jitter_probability=jitter,
-                grayscale_probability=grayscale,
-            )
-        )
         step_work = functools.partial(step_all, function, next(batches))
         step_work()
         step = [measured(step_work) for _ in range(rounds)]

@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 
 from supcon_jax import optimizers, parallel
 from supcon_jax.data import augment
+from supcon_jax.data.views import Augmentation
 from supcon_jax.models import Classifier, ProjectionHead, create_encoder
 
 
@@ -78,6 +79,22 @@ def build_projection(
     )
 
 
+def build_view_augmentation(config: ConfigDict) -> Augmentation:
+    """What `config.augment` says of a view; host and step each take their part of it."""
+    options = config.augment
+    return Augmentation(
+        crop_area=tuple(options.crop_area),
+        flip=options.flip,
+        jitter_strength=options.jitter_strength,
+        jitter_probability=options.jitter_probability,
+        policy=options.policy,
+        layers=options.rand_augment_layers,
+        magnitude=options.rand_augment_magnitude,
+        grayscale_probability=options.grayscale_probability,
+        blur_probability=options.blur_probability,
+    )
+
+
 def build_augmentation(
     config: ConfigDict, mesh: Mesh, *, whole_images: bool
 ) -> Callable[[jax.Array, jax.Array], jax.Array]:
@@ -89,19 +106,12 @@ def build_augmentation(
       whole_images: whether the host sends whole images; if not, it has cropped and
         flipped them. What it has not done is done here, in the same order.
     """
-    options = config.augment
-    host = not whole_images
-    jitter_here = options.policy == "none"  # a policy comes after the jitter
+    augmentation = build_view_augmentation(config)
     in_step = functools.partial(
         augment.augment_batch,
+        augmentation=augmentation.step_part(whole_images=whole_images),
         seed=config.seed,
         views=config.data.views,
-        crop_area=None if host else tuple(options.crop_area),
-        flip=options.flip and not host,
-        jitter_strength=options.jitter_strength if jitter_here else 0.0,
-        jitter_probability=options.jitter_probability,
-        grayscale_probability=options.grayscale_probability,
-        blur_probability=options.blur_probability,
         chunk_size=augmentation_chunk(mesh),
     )
     scale = build_normalization(config)

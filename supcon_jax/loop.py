@@ -87,11 +87,7 @@ def _fit(
     start_step = int(state.step)
     report.log_start(run, state)
     host_batches = build_train_batches(
-        config,
-        run.train_source,
-        run.sampler,
-        start_step=start_step,
-        skipped=run.skipped,
+        config, run.train_source, run.sampler, start_step=start_step
     )
     host_batches = report.measure_input(host_batches, config.batch_size)
     batches = parallel.prefetch_to_devices(host_batches, run.mesh)

@@ -20,14 +20,13 @@ from supcon_jax.data import sources as sources_of
 from supcon_jax.data.datasets import open_source
 from supcon_jax.data.pipeline import (
     Batch,
-    HostAugmentation,
     check_image_size,
     load_small,
     on_host,
     train_batches,
 )
 from supcon_jax.data.sampler import Sampler, class_balanced, shuffled
-from supcon_jax.data.sources import Source, SyntheticSource
+from supcon_jax.data.sources import Source
 from supcon_jax.evaluation.predict import Predictor
 from supcon_jax.plan import Plan, create_plan
 from supcon_jax.workdir import finished_metrics, open_workdir
@@ -46,7 +45,6 @@ class Run:
       workdir: absolute path; holds config.json.
       train_source, eval_source: the two splits.
       sampler: which training images a step sees.
-      skipped: images that could not be decoded, and why; None: the first is an error.
       finished: the final metrics, where the run is complete already.
       frozen: arrays that every step reads and none changes, on every device.
     """
@@ -56,7 +54,6 @@ class Run:
     train_source: Source
     eval_source: Source
     sampler: Sampler
-    skipped: dict[str, str] | None
     finished: dict[str, Any] | None
     frozen: tuple[PyTree, ...] = ()
 
@@ -69,6 +66,14 @@ class Run:
     def mesh(self) -> Mesh:
         """The plan's."""
         return self.plan.mesh
+
+    @property
+    def skipped(self) -> dict[str, str]:
+        """Images of both splits that could not be decoded so far, and why."""
+        return {
+            **self.train_source.unreadable.reasons,
+            **self.eval_source.unreadable.reasons,
+        }
 
 
 def open_run(
@@ -92,8 +97,7 @@ def open_run(
     mesh = parallel.create_mesh()
     # Before the data are opened, which may take minutes.
     parallel.check_batch_size(config.batch_size, mesh)
-    skipped = {} if config.data.skip_errors else None
-    train_source, eval_source = open_sources(config, skipped)
+    train_source, eval_source = open_sources(config)
     sampler = build_sampler(config, train_source)
     plan = create_plan(
         config,
@@ -111,7 +115,6 @@ def open_run(
         train_source=train_source,
         eval_source=eval_source,
         sampler=sampler,
-        skipped=skipped,
         finished=finished_metrics(path),
         frozen=frozen,
     )
@@ -135,20 +138,23 @@ def setup_compilation_cache(*, enabled: bool) -> None:
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
-def open_sources(
-    config: ConfigDict, skipped: dict[str, str] | None = None
-) -> tuple[Source, Source]:
+def open_sources(config: ConfigDict) -> tuple[Source, Source]:
     """The training and the evaluation split, checked against each other.
 
-    Args:
-      config: a checked config.
-      skipped: see `Run`.
+    Raises:
+      ValueError: data or batch size cannot be used, in one line.
     """
     data = config.data
 
     def open_split(split: str) -> Source:
-        source = open_source(data.name, split, dir=data.dir, root=data.root)
-        return load_small(source, data.image_size, skipped=skipped)
+        source = open_source(
+            data.name,
+            split,
+            dir=data.dir,
+            root=data.root,
+            skip_errors=data.skip_errors,
+        )
+        return load_small(source, data.image_size)
 
     if data.fake:
         train, evaluation = (open_source("synthetic", s) for s in ("train", "test"))
@@ -161,7 +167,7 @@ def open_sources(
     else:
         train, evaluation = open_split(data.train_split), open_split(data.eval_split)
     train = sources_of.take_fraction(train, data.fraction, seed=data.split_seed)
-    if data.samples_per_class and not isinstance(train, SyntheticSource):
+    if data.samples_per_class and not train.synthetic:
         train = sources_of.take_per_class(
             train, data.samples_per_class, seed=data.split_seed
         )
@@ -185,7 +191,7 @@ def open_sources(
 def build_sampler(config: ConfigDict, source: Source) -> Sampler:
     """Which training images a step sees: shuffled, or balanced over the classes."""
     classes = config.data.classes_per_batch
-    if not classes or isinstance(source, SyntheticSource):
+    if not classes or source.synthetic:
         return shuffled(source.num_examples, config.batch_size, seed=config.seed)
     return class_balanced(
         sources_of.read_labels(source).labels,
@@ -197,12 +203,7 @@ def build_sampler(config: ConfigDict, source: Source) -> Sampler:
 
 
 def build_train_batches(
-    config: ConfigDict,
-    source: Source,
-    sampler: Sampler,
-    *,
-    start_step: int = 0,
-    skipped: dict[str, str] | None = None,
+    config: ConfigDict, source: Source, sampler: Sampler, *, start_step: int = 0
 ) -> Iterator[Batch]:
     """The host's stream of training batches, from a step on."""
     return train_batches(
@@ -211,23 +212,14 @@ def build_train_batches(
         batch_size=config.batch_size,
         image_size=config.data.image_size,
         views=config.data.views,
-        augmentation=HostAugmentation(
-            crop_area=tuple(config.augment.crop_area),
-            flip=config.augment.flip,
-            policy=config.augment.policy,
-            layers=config.augment.rand_augment_layers,
-            magnitude=config.augment.rand_augment_magnitude,
-            jitter_strength=config.augment.jitter_strength,
-            jitter_probability=config.augment.jitter_probability,
-        ),
+        augmentation=builders.build_view_augmentation(config),
         seed=config.seed,
         start_step=start_step,
-        skipped=skipped,
     )
 
 
 def build_predictor(run: Run, encoder: nn.Module, head: nn.Module | None) -> Predictor:
-    """A frozen model's way over the splits of a run."""
+    """What runs a frozen model over the splits of a run."""
     return Predictor(
         encoder,
         head,
@@ -236,5 +228,4 @@ def build_predictor(run: Run, encoder: nn.Module, head: nn.Module | None) -> Pre
         batch_size=run.config.batch_size,
         image_size=run.config.data.image_size,
         resize=run.config.data.eval_resize,
-        skipped=run.skipped,
     )

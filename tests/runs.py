@@ -40,9 +40,7 @@ def linear_config(pretrained, **overrides):
 
 def first_batches(run):
     """The host's batches of an opened run, from its first step."""
-    return build_train_batches(
-        run.config, run.train_source, run.sampler, skipped=run.skipped
-    )
+    return build_train_batches(run.config, run.train_source, run.sampler)
 
 
 def snapshot(folder):

@@ -1,6 +1,7 @@
 """Augmentations against colorsys, Pillow and loops; their randomness by statistics."""
 
 import colorsys
+import dataclasses
 import functools
 import itertools
 import math
@@ -12,6 +13,7 @@ import pytest
 from PIL import Image, ImageEnhance
 
 from supcon_jax.data import augment
+from supcon_jax.data.views import Augmentation
 
 RNG = np.random.default_rng(0)
 IMAGE = RNG.uniform(size=(6, 5, 3)).astype(np.float32)
@@ -266,15 +268,26 @@ ALL = {
 }
 
 
+NOTHING = Augmentation(crop_area=None, flip=False)
+
+
 @functools.lru_cache
-def compiled(seed, views, **keywords):
+def compiled(seed, views, chunk_size, augmentation):
     return jax.jit(
-        functools.partial(augment.augment_batch, seed=seed, views=views, **keywords)
+        functools.partial(
+            augment.augment_batch,
+            augmentation=augmentation,
+            seed=seed,
+            views=views,
+            chunk_size=chunk_size,
+        )
     )
 
 
-def augmented(images, ids, seed=0, views=3, **keywords):
-    return np.asarray(compiled(seed, views, **(keywords or ALL))(images, ids))
+def augmented(images, ids, seed=0, views=3, chunk_size=None, **options):
+    """Augments a batch with these options alone, or with all of them."""
+    augmentation = dataclasses.replace(NOTHING, **(options or ALL))
+    return np.asarray(compiled(seed, views, chunk_size, augmentation)(images, ids))
 
 
 def test_shape_type_and_range():
@@ -454,5 +467,5 @@ def test_blur_at_imagenet_size_has_a_kernel_of_23():
 
 @pytest.mark.parametrize("chunk_size", [1, 3, 4])
 def test_chunks_change_nothing(chunk_size):
-    out = augmented(BATCH, IDS, **ALL, chunk_size=chunk_size)
+    out = augmented(BATCH, IDS, chunk_size=chunk_size)
     np.testing.assert_allclose(out, augmented(BATCH, IDS), atol=1e-6)

@@ -45,7 +45,7 @@ def test_digits_are_split_1297_to_500_with_nothing_in_both(digits):
         assert source.images.dtype == np.uint8 and source.labels.dtype == np.int32
         assert np.all(source.images == source.images[..., :1])  # grey
         assert source.images.min() == 0 and source.images.max() == 255
-    # Together they are the whole data set, each image once, with its own label.
+    # Together they are the whole dataset, each image once, with its own label.
     original = load_digits()
     grey = np.rint(original.images / 16 * 255).astype(np.uint8).reshape(1797, 64)
     expected = sorted(
@@ -208,7 +208,7 @@ def test_tfds_refuses_a_missing_directory(no_tensorflow, tmp_path):
 
 def test_tfds_refuses_an_empty_directory(no_tensorflow, tmp_path):
     message = refusal("cifar10", "train", dir=str(tmp_path))
-    assert f"{tmp_path} has no cifar10; it holds no data set" in message
+    assert f"{tmp_path} has no cifar10; it holds no dataset" in message
     assert "--config.data.dir" in message and "configs/digits.py" in message
 
 
@@ -219,7 +219,7 @@ def test_tfds_names_what_the_directory_holds(no_tensorflow, tmp_path):
     assert "has no cifar10; it holds cifar100, mnist" in message
 
 
-def test_tfds_refuses_a_half_prepared_data_set(no_tensorflow, tmp_path):
+def test_tfds_refuses_a_half_prepared_dataset(no_tensorflow, tmp_path):
     """TFDS writes dataset_info.json last; a folder without it is a broken download."""
     (tmp_path / "cifar10" / "3.0.2").mkdir(parents=True)
     (tmp_path / "cifar10" / "incomplete.ABC_3.0.2").mkdir()
@@ -331,7 +331,7 @@ def tfds(tfds_dir, monkeypatch, tmp_path):
 
 def test_an_unknown_name_lists_the_nearest(tfds):
     message = refusal("cifar11", "train")
-    assert "unknown data set 'cifar11'" in message and "cifar10" in message
+    assert "unknown dataset 'cifar11'" in message and "cifar10" in message
     assert "--config.data.name" in message
     assert "digits" in refusal("digit", "train")
 

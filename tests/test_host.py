@@ -14,13 +14,13 @@ from PIL import Image
 
 from supcon_jax.data.datasets import open_source
 from supcon_jax.data.pipeline import (
-    HostAugmentation,
     eval_batches,
     load_small,
     train_batches,
 )
 from supcon_jax.data.sampler import shuffled
 from supcon_jax.data.sources import FileSource
+from supcon_jax.data.views import Augmentation
 
 RNG = np.random.default_rng(0)
 REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
@@ -104,7 +104,7 @@ def test_one_pixel_is_an_image(tmp_path):
             batch_size=2,
             image_size=8,
             views=2,
-            augmentation=HostAugmentation(crop_area=(0.08, 1.0), flip=True),
+            augmentation=Augmentation(),
             seed=0,
         )
     )["image"]
@@ -137,34 +137,37 @@ def endings(names):
     return {"/".join(name.split("/")[-2:]) for name in names}
 
 
-def batches(folder, skipped, *, start=0, steps=15):
-    source = open_source("folder", "train", root=str(folder))
+def open_folder(folder, *, skip_errors=True):
+    return open_source("folder", "train", root=str(folder), skip_errors=skip_errors)
+
+
+def batches(source, *, start=0, steps=15):
     stream = train_batches(
         source,
         shuffled(20, 4, seed=0),
         batch_size=4,
         image_size=8,
         views=2,
-        augmentation=HostAugmentation(),
+        augmentation=Augmentation(),
         seed=0,
         start_step=start,
-        skipped=skipped,
     )
     return list(itertools.islice(stream, steps))
 
 
 def test_a_broken_file_stops_the_run_with_its_name(folder):
     with pytest.raises(ValueError, match="cannot decode") as error:
-        batches(folder, None)
+        batches(open_folder(folder, skip_errors=False))
     message = str(error.value)
     assert "\n" not in message and "--config.data.skip_errors=True" in message
     assert any(name in message for name in BROKEN)
 
 
 def test_broken_files_are_skipped_counted_and_replaced(folder, caplog):
-    skipped = {}
+    source = open_folder(folder)
     with caplog.at_level(logging.WARNING, "supcon_jax"):
-        found = batches(folder, skipped)
+        found = batches(source)
+    skipped = source.unreadable.reasons
     assert endings(skipped) == BROKEN
     assert all(reason and "\n" not in reason for reason in skipped.values())
     assert "the file is empty" in skipped.values()
@@ -174,7 +177,9 @@ def test_broken_files_are_skipped_counted_and_replaced(folder, caplog):
     images = np.concatenate([batch["image"] for batch in found])
     assert (images.reshape(len(images), -1).std(axis=1) > 10).all()
     # After a resume, before the broken files are known, the same.
-    for a, b in zip(batches(folder, {}, start=3, steps=5), found[3:], strict=False):
+    for a, b in zip(
+        batches(open_folder(folder), start=3, steps=5), found[3:], strict=False
+    ):
         for key in a:
             np.testing.assert_array_equal(a[key], b[key])
 
@@ -187,12 +192,9 @@ def test_a_file_that_vanished_is_named(folder):
 
 
 def test_evaluation_masks_broken_files(folder):
-    source = open_source("folder", "train", root=str(folder))
-    skipped = {}
-    found = list(
-        eval_batches(source, batch_size=8, image_size=8, resize=8, skipped=skipped)
-    )
-    assert endings(skipped) == BROKEN
+    source = open_folder(folder)
+    found = list(eval_batches(source, batch_size=8, image_size=8, resize=8))
+    assert endings(source.unreadable.reasons) == BROKEN
     assert len(found) == 3
     mask = np.concatenate([batch["mask"] for batch in found])
     assert mask.sum() == 17 and mask[20:].sum() == 0
@@ -205,16 +207,15 @@ def test_nothing_but_broken_files(tmp_path):
     (tmp_path / "train" / "a").mkdir(parents=True)
     for name in ("1.jpg", "2.jpg"):
         (tmp_path / "train" / "a" / name).write_text("no")
-    source = open_source("folder", "train", root=str(tmp_path))
+    source = open_folder(tmp_path)
     stream = train_batches(
         source,
         shuffled(2, 2, seed=0),
         batch_size=2,
         image_size=8,
         views=1,
-        augmentation=HostAugmentation(),
+        augmentation=Augmentation(),
         seed=0,
-        skipped={},
     )
     with pytest.raises(ValueError, match="none of the images can be decoded"):
         next(stream)
@@ -240,7 +241,7 @@ def stream(root):
     source = host.open_source("folder", "train", root=root)
     return host.train_batches(
         source, host.shuffled(source.num_examples, 4, seed=0), batch_size=4,
-        image_size=8, views=2, augmentation=host.HostAugmentation(), seed=0,
+        image_size=8, views=2, augmentation=host.Augmentation(), seed=0,
     )
 
 left_open = stream(sys.argv[1] + "/good")

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from supcon_jax.data.sampler import class_balanced, in_order, shuffled
-from supcon_jax.data.sources import NOBODY
+from supcon_jax.data.sources import PADDING
 
 
 def stream(sampler, steps, start=0):
@@ -31,7 +31,7 @@ def test_any_step_can_be_the_first():
 
 def test_in_order_pads_with_nobody():
     ids = stream(in_order(5, 4), 2)
-    assert ids[:, 1].tolist() == [0, 1, 2, 3, 4] + [NOBODY] * 3
+    assert ids[:, 1].tolist() == [0, 1, 2, 3, 4] + [PADDING] * 3
     assert set(ids[:, 0]) == {0}
 
 

@@ -17,7 +17,6 @@ from supcon_jax.data.sources import (
     read_labels,
     take_fraction,
     take_per_class,
-    take_rows,
     take_subset,
 )
 
@@ -53,13 +52,17 @@ def records(count=30):
     )
 
 
+def noise(count=30):
+    return SyntheticSource(np.full(count, UNREAD, np.int32), num_classes=3)
+
+
 ALL = [arrays, files, records]
 
 
-@pytest.mark.parametrize("make", ALL)
+@pytest.mark.parametrize("make", [*ALL, noise])
 def test_rows_are_taken_from_every_column(make):
     source = make()
-    taken = take_rows(source, np.asarray([5, 2]))
+    taken = source.take_rows(np.asarray([5, 2]))
     assert taken.num_examples == 2 and taken.num_classes == source.num_classes
     for field in dataclasses.fields(source):
         before, after = getattr(source, field.name), getattr(taken, field.name)
@@ -67,7 +70,6 @@ def test_rows_are_taken_from_every_column(make):
             np.testing.assert_array_equal(after, before[[5, 2]])
         else:
             assert after == before
-    assert take_rows(SyntheticSource(9, 2), np.arange(4)).num_examples == 4
 
 
 def test_subset_of_arrays_is_fixed_by_its_seed():
@@ -152,7 +154,7 @@ def test_fraction_and_samples_per_class():
 @pytest.mark.parametrize("make", ALL)
 def test_label_noise(make):
     """A share of the labels is drawn anew, a C-th of those as they were."""
-    source = take_rows(make(), np.resize(np.arange(30), 6000))
+    source = make().take_rows(np.resize(np.arange(30), 6000))
     noisy = add_label_noise(source, 0.4, seed=0)
     changed = np.mean(noisy.labels != source.labels)
     expected = 0.4 if make is records else 0.4 * (1 - 1 / source.num_classes)

@@ -14,11 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from supcon_jax.data.views import TORCHVISION_CROP, Augmentation
+
 # Weights of red, green and blue in the luma (ITU-R BT.601).
 LUMA = (0.299, 0.587, 0.114)
-# Of random crops.
-ASPECT_RATIOS = (3 / 4, 4 / 3)
-CROP_ATTEMPTS = 10
 # Far from the numbers of keys that a view's own augmentation is split into.
 MIXING_STREAM = 1000
 
@@ -49,10 +48,10 @@ def random_resized_crop(
 ) -> jax.Array:
     """Crops a random rectangle and resizes it (bilinear) to the image's own size.
 
-    Ten rectangles are drawn: a share of the area uniform in `area`, an aspect ratio
-    log-uniform in [3/4, 4/3]. The first that fits is taken, or else the largest central
-    one with an aspect ratio in that range. Its corners may lie between pixels: rounded to
-    whole ones, as where the host crops, a small image would have few different crops.
+    The rectangle is drawn as `views.TORCHVISION_CROP` says: a share of the area uniform
+    in `area` and an aspect ratio log-uniform in [3/4, 4/3], ten times. The first that
+    fits is taken, or else the largest central one with an aspect ratio in that range.
+    Corners may lie between pixels.
 
     Args:
       key: PRNG key.
@@ -62,16 +61,17 @@ def random_resized_crop(
     Source: Szegedy et al., arXiv 1409.4842; torchvision's RandomResizedCrop.
     """
     height, width, _ = image.shape
+    least, most = TORCHVISION_CROP.aspect_ratios
     shape_key, place_key = jax.random.split(key)
-    draws = jax.random.uniform(shape_key, (2, CROP_ATTEMPTS))
+    draws = jax.random.uniform(shape_key, (2, TORCHVISION_CROP.attempts))
     share = area[0] + (area[1] - area[0]) * draws[0]
-    aspect = jnp.exp(jnp.log(ASPECT_RATIOS[0] / ASPECT_RATIOS[1]) * (draws[1] - 0.5))
+    aspect = jnp.exp(jnp.log(least / most) * (draws[1] - 0.5))
     crop_w = jnp.sqrt(share * height * width * aspect)
     crop_h = jnp.sqrt(share * height * width / aspect)
     fits = (crop_w <= width) & (crop_h <= height)
     first = jnp.argmax(fits)
     found = jnp.any(fits)
-    ratio = min(max(width / height, ASPECT_RATIOS[0]), ASPECT_RATIOS[1])
+    ratio = min(max(width / height, least), most)
     crop_w = jnp.where(found, crop_w[first], min(width, height * ratio))
     crop_h = jnp.where(found, crop_h[first], min(height, width / ratio))
     place = jnp.where(found, jax.random.uniform(place_key, (2,)), 0.5)
@@ -275,53 +275,39 @@ def _maybe(key: jax.Array, probability: float, new: jax.Array, old: jax.Array):
 
 
 def augment_view(
-    key: jax.Array,
-    image: jax.Array,
-    *,
-    crop_area: tuple[float, float] | None,
-    flip: bool,
-    jitter_strength: float,
-    jitter_probability: float,
-    grayscale_probability: float,
-    blur_probability: float,
+    key: jax.Array, image: jax.Array, augmentation: Augmentation
 ) -> jax.Array:
-    """One view `[H, W, 3]` of one image: crop, flip, colour jitter, grayscale, blur.
-
-    `crop_area=None` and `flip=False` leave the geometry alone (the host cropped).
-    """
+    """One view `[H, W, 3]` of one image: crop, flip, colour jitter, grayscale, blur."""
+    options = augmentation
     keys = jax.random.split(key, 6)
     crop_key, flip_key, jitter_key, gray_key, some_key, blur_key = keys
-    if crop_area is not None:
-        image = random_resized_crop(crop_key, image, area=crop_area)
-    if flip:
+    if options.crop_area is not None:
+        image = random_resized_crop(crop_key, image, area=options.crop_area)
+    if options.flip:
         image = random_flip(flip_key, image)
-    if jitter_strength > 0 and jitter_probability > 0:
+    if options.jitters:
         image = color_jitter(
             jitter_key,
             image,
-            strength=jitter_strength,
-            probability=jitter_probability,
+            strength=options.jitter_strength,
+            probability=options.jitter_probability,
         )
-    if grayscale_probability > 0:
-        image = _maybe(gray_key, grayscale_probability, to_grayscale(image), image)
-    if blur_probability > 0:
+    if options.grayscale_probability > 0:
+        grey = to_grayscale(image)
+        image = _maybe(gray_key, options.grayscale_probability, grey, image)
+    if options.blur_probability > 0:
         blurred = random_blur(blur_key, image)
-        image = _maybe(some_key, blur_probability, blurred, image)
+        image = _maybe(some_key, options.blur_probability, blurred, image)
     return image
 
 
 def augment_batch(
     images: jax.Array,
     ids: jax.Array,
+    augmentation: Augmentation,
     *,
     seed: int,
     views: int,
-    crop_area: tuple[float, float] | None = None,
-    flip: bool = False,
-    jitter_strength: float = 0.0,
-    jitter_probability: float = 0.8,
-    grayscale_probability: float = 0.0,
-    blur_probability: float = 0.0,
     chunk_size: int | None = None,
 ) -> jax.Array:
     """Augments a batch; several views are made of one image, or refined one by one.
@@ -330,28 +316,23 @@ def augment_batch(
       images: `[B, 1, H, W, 3]` uint8 whole images, or `[B, V, H, W, 3]` views that
         the host has cropped and flipped already.
       ids: `[B, 2]` int32, epoch and example index (the source of randomness).
+      augmentation: what is done to each view; policies run on the host alone.
       seed: the run's seed.
       views: number of views V.
-      crop_area: shares of the area for `random_resized_crop`; None for no crop.
-      flip: mirror at random.
-      jitter_strength: s of `color_jitter`; 0 turns it off.
-      jitter_probability: share of views that are jittered.
-      grayscale_probability: share of views that lose their colour.
-      blur_probability: share of views that are blurred.
       chunk_size: images augmented at a time; None: all at once.
 
     Returns:
       `[B, V, H, W, 3]` float32 in [0, 1].
+
+    Raises:
+      ValueError: the augmentation has a policy.
     """
-    view = functools.partial(
-        augment_view,
-        crop_area=crop_area,
-        flip=flip,
-        jitter_strength=jitter_strength,
-        jitter_probability=jitter_probability,
-        grayscale_probability=grayscale_probability,
-        blur_probability=blur_probability,
-    )
+    if augmentation.policy != "none":
+        raise ValueError(
+            f"got the policy {augmentation.policy!r} inside the step; policies run on "
+            "the host: Augmentation.step_part() says what is left to the step"
+        )
+    view = functools.partial(augment_view, augmentation=augmentation)
 
     def example(inputs: tuple[jax.Array, jax.Array]) -> jax.Array:
         image, keys = inputs

@@ -2,7 +2,7 @@
 
 Operations take one view `[H, W, 3]` uint8 and an argument in their own unit; policies
 take a stateless seed, and are functions of (view, seed) alone. TensorFlow is imported at
-the top: nothing imports this module before host.py does.
+the top, so nothing imports this module before host.py does.
 
 Source: Cubuk et al., arXiv 1805.09501 and 1909.13719; the constants are those of
 tensorflow/models, official/legacy/image_classification/augment.py, which the official
@@ -57,8 +57,8 @@ RAND_AUGMENT_TRANSLATE, RAND_AUGMENT_CUTOUT = 100.0, 40.0
 # --- operations ---
 
 
-def _to_uint8(values: tf.Tensor) -> tf.Tensor:
-    # Cut off, not rounded, as Pillow and the official code do.
+def _truncate_to_uint8(values: tf.Tensor) -> tf.Tensor:
+    # Not rounded: Pillow and the official code cut off the fraction.
     return tf.cast(tf.clip_by_value(values, 0.0, 255.0), tf.uint8)
 
 
@@ -87,7 +87,7 @@ def autocontrast(image: tf.Tensor) -> tf.Tensor:
     shift = tf.where(high > low, -low * scale, 0.0)
     x = tf.cast(_rows(image), tf.float32)
     stretched = x * _for_rows(scale, image) + _for_rows(shift, image)
-    return tf.reshape(_to_uint8(stretched), tf.shape(image))
+    return tf.reshape(_truncate_to_uint8(stretched), tf.shape(image))
 
 
 def equalize(image: tf.Tensor) -> tf.Tensor:
@@ -148,7 +148,7 @@ def color(image: tf.Tensor, factor: tf.Tensor) -> tf.Tensor:
     x = tf.cast(tf.reshape(image, [-1, 3]), tf.float32)
     # One product with a 3 x 3 matrix, whose every column holds the luma's weights.
     mixture = (1.0 - factor) * tf.constant(LUMA)[:, None] + factor * tf.eye(3)
-    return tf.reshape(_to_uint8(tf.matmul(x, mixture) + 1e-3), tf.shape(image))
+    return tf.reshape(_truncate_to_uint8(tf.matmul(x, mixture) + 1e-3), tf.shape(image))
 
 
 def contrast(image: tf.Tensor, factor: tf.Tensor) -> tf.Tensor:
@@ -159,12 +159,14 @@ def contrast(image: tf.Tensor, factor: tf.Tensor) -> tf.Tensor:
     """
     mean = _over_pixels(tf.reduce_mean, tf.cast(image, tf.float32))
     luma = tf.floor(tf.reduce_sum(mean * LUMA) + 0.5)
-    return _to_uint8(tf.cast(image, tf.float32) * factor + luma * (1.0 - factor))
+    return _truncate_to_uint8(
+        tf.cast(image, tf.float32) * factor + luma * (1.0 - factor)
+    )
 
 
 def brightness(image: tf.Tensor, factor: tf.Tensor) -> tf.Tensor:
     """`factor x`; 0 is black, 1 the image."""
-    return _to_uint8(tf.cast(image, tf.float32) * factor)
+    return _truncate_to_uint8(tf.cast(image, tf.float32) * factor)
 
 
 def sharpness(image: tf.Tensor, factor: tf.Tensor) -> tf.Tensor:
@@ -180,7 +182,7 @@ def sharpness(image: tf.Tensor, factor: tf.Tensor) -> tf.Tensor:
         box = columns[:, :-2] + columns[:, 1:-1] + columns[:, 2:]
         inner = x[1:-1, 1:-1]
         smooth = tf.floor((box + 4.0 * inner) / 13.0 + 0.5)
-        inner = _to_uint8(smooth + factor * (inner - smooth))
+        inner = _truncate_to_uint8(smooth + factor * (inner - smooth))
         middle = tf.concat([image[1:-1, :1], inner, image[1:-1, -1:]], axis=1)
         return tf.concat([image[:1], middle, image[-1:]], axis=0)
 
@@ -199,9 +201,9 @@ def _transform(image: tf.Tensor, matrix: list[tf.Tensor | float]) -> tf.Tensor:
     x, y = a * x + b * y + c, d * x + e * y + f
     column = tf.cast(tf.floor(x + 0.5), tf.int32)
     row = tf.cast(tf.floor(y + 0.5), tf.int32)
-    # Halves are rounded away from zero, so -0.5 lies outside.
+    # Halves are rounded away from zero, so a coordinate of -0.5 lies outside.
     inside = (x > -0.5) & (column < width) & (y > -0.5) & (row < height)
-    # The pixel after the last one is the filling.
+    # One pixel of filling is appended after the last pixel of the image.
     index = tf.where(inside, row * width + column, height * width)
     pixels = tf.reshape(image, [-1, 3])
     pixels = tf.concat([pixels, tf.fill([1, 3], tf.constant(FILL, tf.uint8))], axis=0)
@@ -267,7 +269,7 @@ def _enhance(level: tf.Tensor) -> tf.Tensor:
 
 
 def _whole(value: tf.Tensor) -> tf.Tensor:
-    # A hair more, so that 1.1 * 10 is 11 in float32 too.
+    # In float32, 1.1 * 10 is a little less than 11; the small summand corrects that.
     return tf.floor(value + 1e-4)
 
 
@@ -415,4 +417,4 @@ def color_jitter(
 
 def _turn_hue(image: tf.Tensor, shift: tf.Tensor) -> tf.Tensor:
     turned = tf.image.adjust_hue(tf.cast(image, tf.float32) / 255.0, shift)
-    return _to_uint8(turned * 255.0 + 0.5)
+    return _truncate_to_uint8(turned * 255.0 + 0.5)

@@ -1,22 +1,27 @@
-"""Opening a data set by name, and refusing what cannot be opened.
+"""Opening a dataset by name, and refusing what cannot be opened.
 
-Every failure here is one line that names the flag to change.
+Every failure here is one line that names the flag to change. `SOURCES`, at the end of the
+file, says which names are opened how.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import pathlib
 import zlib
+from collections.abc import Callable
 from zipfile import BadZipFile
 
 import numpy as np
 
 from supcon_jax.data.sources import (
+    UNREAD,
     ArraySource,
     FileSource,
     Source,
     SyntheticSource,
+    Unreadable,
 )
 from supcon_jax.data.tfds import open_tfds, pick_split
 
@@ -25,36 +30,36 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
 # Of "synthetic": as many images and classes as ImageNet has.
 SYNTHETIC_EXAMPLES = {"train": 1_281_167, "test": 1_000}
 SYNTHETIC_CLASSES = 1000
+# (split, dir, root) -> one split; raises ValueError with the flag to change.
+Opener = Callable[[str, str, str], Source]
 
 
-def open_source(name: str, split: str, *, dir: str = "", root: str = "") -> Source:
-    """Opens one split of a data set.
+def open_source(
+    name: str, split: str, *, dir: str = "", root: str = "", skip_errors: bool = False
+) -> Source:
+    """Opens one split of a dataset.
 
     Args:
-      name: "digits" (scikit-learn's, embedded), "arrays" (an .npz file with
-        `<split>_images` uint8 `[n, H, W, 3]` and `<split>_labels` `[n]`), "folder" (image
-        files, one folder a class), "synthetic" (noise), or a TFDS name.
+      name: a key of `SOURCES`, or a TFDS name.
       split: "train", "test", ...; TFDS slices such as "train[:90%]".
       dir: TFDS data directory; "" is TFDS's own default, downloading what it can.
       root: path of the .npz file for "arrays", of the image folder for "folder".
+      skip_errors: whether to go on without images that cannot be decoded, which the
+        source then lists (`Source.unreadable`); if not, the first one is an error.
 
     Raises:
       ValueError: one line that says what is missing and which flag to change.
     """
-    if name == "digits":
-        return _open_digits(split)
-    if name == "arrays":
-        return _open_arrays(root, split)
-    if name == "folder":
-        return _open_folder(root, split)
-    if name == "synthetic":
-        pick_split(split, list(SYNTHETIC_EXAMPLES))
-        return SyntheticSource(SYNTHETIC_EXAMPLES[split], SYNTHETIC_CLASSES)
-    return open_tfds(name, split, dir)
+    if name in SOURCES:
+        source = SOURCES[name](split, dir, root)
+    else:
+        source = open_tfds(name, split, dir, built_in=tuple(SOURCES))
+    return dataclasses.replace(source, unreadable=Unreadable(skip=skip_errors))
 
 
-def _open_folder(root: str, split: str) -> FileSource:
+def _open_folder(split: str, dir: str, root: str) -> FileSource:
     """`root/<split>/<class>/...` or, for the split "train" alone, `root/<class>/...`."""
+    del dir
     path = pathlib.Path(root).expanduser()
     if not root or not path.is_dir():
         raise ValueError(
@@ -116,13 +121,14 @@ def _image_folder(path: pathlib.Path, class_names: list[str]) -> FileSource:
     )
 
 
-def _open_digits(split: str) -> ArraySource:
+def _open_digits(split: str, dir: str, root: str) -> ArraySource:
     """1,797 handwritten digits, 8x8, grey levels 0..16 scaled to 0..255.
 
-    The split is fixed: of each class, in the order of the data set, the share
+    The split is fixed: of each class, in the order of the dataset, the share
     500/1797 that scikit-learn's stratified splitter draws with random_state=0 is the
     test set. 1,297 train and 500 test.
     """
+    del dir, root
     try:
         from sklearn.datasets import load_digits
         from sklearn.model_selection import train_test_split
@@ -144,7 +150,9 @@ def _open_digits(split: str) -> ArraySource:
     return ArraySource(images, digits.target[rows].astype(np.int32), num_classes=10)
 
 
-def _open_arrays(root: str, split: str) -> ArraySource:
+def _open_arrays(split: str, dir: str, root: str) -> ArraySource:
+    """`<split>_images` uint8 `[n, H, W, 3]` and `<split>_labels` `[n]` of an .npz file."""
+    del dir
     path = pathlib.Path(root).expanduser()
     if not root or not path.is_file():
         raise ValueError(
@@ -185,3 +193,19 @@ def _open_arrays(root: str, split: str) -> ArraySource:
                 "range; allowed: 0 and above (--config.data.root)"
             )
     return ArraySource(images, labels.astype(np.int32), num_classes)
+
+
+def _open_synthetic(split: str, dir: str, root: str) -> SyntheticSource:
+    del dir, root
+    pick_split(split, list(SYNTHETIC_EXAMPLES))
+    labels = np.full(SYNTHETIC_EXAMPLES[split], UNREAD, np.int32)
+    return SyntheticSource(labels, SYNTHETIC_CLASSES)
+
+
+# data.name -> what opens it. All other names are TFDS's.
+SOURCES: dict[str, Opener] = {
+    "digits": _open_digits,
+    "arrays": _open_arrays,
+    "folder": _open_folder,
+    "synthetic": _open_synthetic,
+}

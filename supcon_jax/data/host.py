@@ -10,36 +10,24 @@ from __future__ import annotations
 import atexit
 import functools
 import itertools
-import logging
 import os
 import traceback
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import tensorflow as tf
 
 from supcon_jax.data import autoaugment
-from supcon_jax.data.sources import (
-    NOBODY,
-    READERS,
-    ArraySource,
-    Encoded,
-    EncodedSource,
-    check_labels,
-)
+from supcon_jax.data.sources import PADDING, READERS, Encoded, Source
+from supcon_jax.data.views import TENSORFLOW_CROP, Augmentation
 
-logger = logging.getLogger(__name__)
 Batch = dict[str, np.ndarray]
-Skipped = dict[str, str]  # name of an example -> why it could not be decoded
-# Attempts of the official code to find a crop that fits, and what it must cover.
-CROP_ATTEMPTS, CROP_COVERED = 100, 0.1
-ASPECT_RATIOS = (3 / 4, 4 / 3)
 
-# Streams that are being read. TensorFlow's threads run Python (the reading of bytes):
-# where they are still at it when the interpreter ends, the process may hang for ever.
-_OPEN: weakref.WeakSet[Iterator[Batch]] = weakref.WeakSet()
+# Streams that are being read. TensorFlow's threads run Python to read the bytes, and the
+# process may hang for ever if they are still reading when the interpreter ends.
+_OPEN: weakref.WeakSet[Generator[Batch]] = weakref.WeakSet()
 
 
 @atexit.register
@@ -49,7 +37,7 @@ def _close_streams() -> None:
 
 
 def batches(
-    source: EncodedSource | ArraySource,
+    source: Source,
     identities: Callable[[int], np.ndarray],
     transform: Callable[[tf.Tensor, tf.Tensor], tf.Tensor],
     *,
@@ -57,30 +45,29 @@ def batches(
     start_step: int,
     stop_step: int | None,
     replace_unreadable: bool,
-    skipped: Skipped | None,
 ) -> Iterator[Batch]:
     """The rows of this process, step by step.
 
     Args:
-      source: what to read.
-      identities: step -> `[rows, 2]` int32, (epoch, index), index `NOBODY` for padding.
+      source: what to read; not synthetic.
+      identities: step -> `[rows, 2]` int32, (epoch, index), index `PADDING` for padding.
       transform: `(image uint8 [H, W, 3], identity int32 [2]) -> uint8 shape`, in
         TensorFlow.
       shape: what `transform` returns, `(V, S, S, 3)`.
       start_step, stop_step: the first step and the one after the last; None: endless.
       replace_unreadable: what takes the place of an example that cannot be decoded:
-        the next one that can (training), or nobody, masked (evaluation).
-      skipped: collects such examples; None: the first one is an error.
+        the next one that can (training), or padding (evaluation).
 
     Yields:
       `{"image": uint8 [rows, *shape], "label": int32 [rows], "id": int32 [rows, 2],
-      "mask": float32 [rows]}`.
+      "mask": float32 [rows]}`; of padding, image and label are zero.
 
     Raises:
-      ValueError: an example cannot be decoded, or its label is out of range.
+      ValueError: an example cannot be decoded and the source does not skip such
+        examples, or a label is out of range.
     """
     unreadable: set[int] = set()
-    # A local name: at the interpreter's exit the module's are gone.
+    # A local name, because the module's names are gone when the interpreter exits.
     errors = (tf.errors.OpError, OSError)
     step = start_step
     while step != stop_step:
@@ -91,32 +78,24 @@ def batches(
             stream = _dataset(source, rows, transform, shape, step, stop_step)
             _OPEN.add(stream)
             for batch in stream:
-                yield _checked(source, batch)
+                _check_labels(source, batch)
+                yield batch
                 step += 1
         except errors as error:
-            # Whoever keeps the error until the end keeps its frames, and with them the
-            # stream (see _OPEN).
+            # An error that is kept until the end keeps its frames, and they would keep
+            # the stream (see _OPEN).
             traceback.clear_frames(error.__traceback__)
             found = _diagnose(source, rows(step))
             if not found:
                 raise
             unreadable |= found.keys()
-            names = {source.name(index): reason for index, reason in found.items()}
-            if skipped is None:
-                name, reason = next(iter(names.items()))
-                raise ValueError(
-                    f"cannot decode {name}: {reason}; repair or remove it, or go on "
-                    "without such images: --config.data.skip_errors=True"
-                ) from error
-            skipped |= names
-            for name, reason in names.items():
-                logger.warning("warning: skipping %s: %s", name, reason)
+            source.unreadable.add({source.name(i): why for i, why in found.items()})
         else:
             return
 
 
 def _readable(
-    source: EncodedSource | ArraySource,
+    source: Source,
     identities: Callable[[int], np.ndarray],
     unreadable: set[int],
     replace: bool,
@@ -131,51 +110,55 @@ def _readable(
         while replace and index[row] in unreadable:
             index[row] = (index[row] + 1) % source.num_examples
         if not replace:
-            index[row] = NOBODY
+            index[row] = PADDING
     return ids, index
 
 
 def _dataset(
-    source: EncodedSource | ArraySource,
+    source: Source,
     rows: Callable[[int], tuple[np.ndarray, np.ndarray]],
     transform: Callable[[tf.Tensor, tf.Tensor], tf.Tensor],
     shape: tuple[int, ...],
     start_step: int,
     stop_step: int | None,
-) -> Iterator[Batch]:
+) -> Generator[Batch]:
     steps = (
         itertools.count(start_step)
         if stop_step is None
         else range(start_step, stop_step)
     )
-    read = _read_images if isinstance(source, ArraySource) else _read_files
 
-    def load(image: tf.Tensor, label: tf.Tensor, turn: tf.Tensor, ids: tf.Tensor):
-        def example() -> tf.Tensor:
-            pixels = image if image.dtype == tf.uint8 else decode(image, turn)
+    def load(
+        image: tf.Tensor,
+        label: tf.Tensor,
+        orientation: tf.Tensor,
+        is_example: tf.Tensor,
+        ids: tf.Tensor,
+    ) -> dict[str, tf.Tensor]:
+        def views() -> tf.Tensor:
+            pixels = image if image.dtype == tf.uint8 else decode(image, orientation)
             return tf.ensure_shape(transform(pixels, ids), shape)
 
-        somebody = label != NOBODY
-        picture = tf.cond(somebody, example, lambda: tf.zeros(shape, tf.uint8))
         return {
-            "image": picture,
-            "label": tf.maximum(label, 0),
+            "image": tf.cond(is_example, views, lambda: tf.zeros(shape, tf.uint8)),
+            "label": tf.where(is_example, label, 0),
             "id": ids,
-            "mask": tf.cast(somebody, tf.float32),
+            "mask": tf.cast(is_example, tf.float32),
         }
 
     count = len(rows(start_step)[0])
-    pixels = (
-        tf.TensorSpec((count, *source.images.shape[1:]), tf.uint8)
-        if isinstance(source, ArraySource)
-        else tf.TensorSpec((count,), tf.string)
-    )
+    if source.images is None:
+        read, image = _read_encoded, tf.TensorSpec((count,), tf.string)
+    else:
+        image = tf.TensorSpec((count, *source.images.shape[1:]), tf.uint8)
+        read = _read_images
     dataset = tf.data.Dataset.from_generator(
         functools.partial(read, source, rows, steps),
         output_signature=(
-            pixels,
+            image,
             tf.TensorSpec((count,), tf.int32),
             tf.TensorSpec((count,), tf.int32),
+            tf.TensorSpec((count,), tf.bool),
             tf.TensorSpec((count, 2), tf.int32),
         ),
     )
@@ -197,17 +180,19 @@ def _dataset(
     yield from dataset.as_numpy_iterator()
 
 
-def _read_images(source: ArraySource, rows, steps) -> Iterator[tuple]:
+def _read_images(source: Source, rows, steps) -> Iterator[tuple]:
+    images = source.images
+    assert images is not None
     for step in steps:
         ids, index = rows(step)
-        labels = np.where(index == NOBODY, NOBODY, source.labels[index])
-        yield source.images[index], labels, np.ones(len(ids), np.int32), ids
+        upright = np.ones(len(ids), np.int32)
+        yield images[index], source.labels[index], upright, index != PADDING, ids
 
 
-def _read_files(source: EncodedSource, rows, steps) -> Iterator[tuple]:
+def _read_encoded(source: Source, rows, steps) -> Iterator[tuple]:
     def read(index: int) -> Encoded:
-        if index == NOBODY:
-            return Encoded(b"", NOBODY)
+        if index == PADDING:
+            return Encoded(b"", 0)
         try:
             return source.read(index)
         except OSError:
@@ -216,34 +201,36 @@ def _read_files(source: EncodedSource, rows, steps) -> Iterator[tuple]:
     with ThreadPoolExecutor(READERS) as pool:
         for step in steps:
             ids, index = rows(step)
-            images, labels, turns = zip(*pool.map(read, index.tolist()), strict=True)
+            images, labels, orientations = zip(
+                *pool.map(read, index.tolist()), strict=True
+            )
             yield (
                 np.asarray(images, object),
                 np.asarray(labels, np.int32),
-                np.asarray(turns, np.int32),
+                np.asarray(orientations, np.int32),
+                index != PADDING,
                 ids,
             )
 
 
-def _checked(source: EncodedSource | ArraySource, batch: Batch) -> Batch:
-    somebody = batch["mask"] > 0
-    if np.any((batch["label"] >= source.num_classes) & somebody):
-        names = [
-            "" if isinstance(source, ArraySource) else source.name(index)
-            for index in batch["id"][:, 1]
-        ]
-        check_labels(batch["label"], source.num_classes, names)
-    return batch
+def _check_labels(source: Source, batch: Batch) -> None:
+    """Refuses labels outside `[0, num_classes)`, naming the first such example."""
+    labels = batch["label"]
+    wrong = np.flatnonzero((labels < 0) | (labels >= source.num_classes))
+    if len(wrong):
+        name = source.name(batch["id"][wrong[0], 1])
+        raise ValueError(
+            f"label {labels[wrong[0]]} of {name} is out of range; allowed: 0 to "
+            f"{source.num_classes - 1} (--config.data.name)"
+        )
 
 
-def _diagnose(
-    source: EncodedSource | ArraySource, rows: tuple[np.ndarray, np.ndarray]
-) -> dict[int, str]:
+def _diagnose(source: Source, rows: tuple[np.ndarray, np.ndarray]) -> dict[int, str]:
     """Examples of a step that cannot be decoded, and why."""
-    found = {}
-    if isinstance(source, ArraySource):
+    found: dict[int, str] = {}
+    if source.images is not None:
         return found
-    for index in sorted(set(rows[1].tolist()) - {NOBODY}):
+    for index in sorted(set(rows[1].tolist()) - {PADDING}):
         try:
             example = source.read(index)
             decode(tf.constant(example.image), tf.constant(example.orientation))
@@ -296,30 +283,25 @@ def decode(encoded: tf.Tensor, orientation: tf.Tensor) -> tf.Tensor:
 def crop_and_augment(
     image: tf.Tensor,
     identity: tf.Tensor,
+    augmentation: Augmentation,
     *,
     image_size: int,
     views: int,
     seed: int,
-    crop_area: tuple[float, float],
-    flip: bool,
-    augment: Callable[[tf.Tensor, tf.Tensor], tf.Tensor] | None,
 ) -> tf.Tensor:
     """V random views `[V, S, S, 3]` of one decoded image `[H, W, 3]`, all uint8.
 
-    Every choice is a function of (seed, epoch, index, view). A crop covers a share of
-    the area in `crop_area` at an aspect ratio in [3/4, 4/3]; 100 attempts are made to
-    find one that fits, and the whole image is taken where none does. It is resized
-    bilinearly, without antialiasing, as in the official code.
+    Every choice is a function of (seed, epoch, index, view). The crop is drawn as
+    `views.TENSORFLOW_CROP` says and resized bilinearly, without antialiasing, as in the
+    official code. Then comes the flip and the policy, with the jitter before it.
 
     Args:
       image: `[H, W, 3]`.
       identity: `[2]` int32, (epoch, index).
+      augmentation: the host's part, with a crop.
       image_size: side S.
       views: V.
       seed: the run's seed.
-      crop_area: least and largest share of the area.
-      flip: mirror with probability 1/2.
-      augment: `(view, seed [2]) -> view`, after crop and flip.
     """
     fold_in = tf.random.fold_in
     key = fold_in(tf.constant([seed, 0], tf.int32), identity[0])
@@ -331,57 +313,42 @@ def crop_and_augment(
             tf.shape(image),
             tf.constant([[[0.0, 0.0, 1.0, 1.0]]]),
             fold_in(view_key, 0),
-            min_object_covered=CROP_COVERED,
-            aspect_ratio_range=ASPECT_RATIOS,
-            area_range=crop_area,
-            max_attempts=CROP_ATTEMPTS,
+            min_object_covered=TENSORFLOW_CROP.least_covered,
+            aspect_ratio_range=TENSORFLOW_CROP.aspect_ratios,
+            area_range=augmentation.crop_area,
+            max_attempts=TENSORFLOW_CROP.attempts,
         )
         view = _resize(tf.slice(image, begin, size), (image_size, image_size))
-        view = _to_uint8(view)
-        if flip:
+        view = _round_to_uint8(view)
+        if augmentation.flip:
             mirror = tf.random.stateless_uniform([], fold_in(view_key, 1)) < 0.5
             view = _flip_if(mirror, view)
-        if augment is not None:
-            view = augment(view, fold_in(view_key, 2))
-        stack.append(view)
+        stack.append(apply_policy(view, fold_in(view_key, 2), augmentation))
     return tf.stack(stack)
 
 
-def policy(
-    name: str,
-    *,
-    layers: int,
-    magnitude: float,
-    jitter_strength: float,
-    jitter_probability: float,
-) -> Callable[[tf.Tensor, tf.Tensor], tf.Tensor] | None:
-    """What the host does to a view after crop and flip, `(view, seed) -> view`.
-
-    Args:
-      name: "none", "auto_augment" or "rand_augment".
-      layers, magnitude: of RandAugment.
-      jitter_strength, jitter_probability: colour jitter that comes before the policy;
-        without a policy it is left to the device.
-    """
-    if name == "none":
-        return None
-
-    def augment(view: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
-        fold_in = tf.random.fold_in
-        if jitter_strength > 0 and jitter_probability > 0:
-            view = autoaugment.color_jitter(
-                view,
-                fold_in(seed, 0),
-                strength=jitter_strength,
-                probability=jitter_probability,
-            )
-        if name == "auto_augment":
-            return autoaugment.auto_augment(view, fold_in(seed, 1))
-        return autoaugment.rand_augment(
-            view, fold_in(seed, 1), layers=layers, magnitude=magnitude
+def apply_policy(
+    view: tf.Tensor, seed: tf.Tensor, augmentation: Augmentation
+) -> tf.Tensor:
+    """The host's part after crop and flip: colour jitter, then the policy."""
+    fold_in = tf.random.fold_in
+    if augmentation.jitters:
+        view = autoaugment.color_jitter(
+            view,
+            fold_in(seed, 0),
+            strength=augmentation.jitter_strength,
+            probability=augmentation.jitter_probability,
         )
-
-    return augment
+    if augmentation.policy == "auto_augment":
+        return autoaugment.auto_augment(view, fold_in(seed, 1))
+    if augmentation.policy == "rand_augment":
+        return autoaugment.rand_augment(
+            view,
+            fold_in(seed, 1),
+            layers=augmentation.layers,
+            magnitude=augmentation.magnitude,
+        )
+    return view
 
 
 def central_crop(
@@ -394,15 +361,15 @@ def central_crop(
     image = _resize(image, target)
     top, left = tf.unstack((target - image_size) // 2)
     image = image[top : top + image_size, left : left + image_size]
-    return _to_uint8(image)[None]
+    return _round_to_uint8(image)[None]
 
 
 def _resize(image: tf.Tensor, size) -> tf.Tensor:
     return tf.image.resize(image, size, method="bilinear")
 
 
-def _to_uint8(image: tf.Tensor) -> tf.Tensor:
-    # Bilinear values lie between the pixels': rounding cannot leave 0..255.
+def _round_to_uint8(image: tf.Tensor) -> tf.Tensor:
+    # Bilinear values lie between those of the pixels, so rounding cannot leave 0..255.
     return tf.cast(image + 0.5, tf.uint8)
 
 

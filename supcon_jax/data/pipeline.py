@@ -1,53 +1,26 @@
 """From a source to batches on the host.
 
 A batch holds this process's rows of the global batch. Which examples a step sees is
-arithmetic (sampler.py); how they are read depends on the source: arrays are indexed
-here, encoded files go through tf.data (host.py), and only then TensorFlow is loaded.
+arithmetic (sampler.py). Images in memory are indexed here; encoded images, and images
+that a policy changes, go through tf.data (host.py), and only then TensorFlow is loaded.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
 
 from supcon_jax.data.sampler import Sampler, in_order
-from supcon_jax.data.sources import (
-    NOBODY,
-    ArraySource,
-    RecordSource,
-    Source,
-    SyntheticSource,
-)
+from supcon_jax.data.sources import PADDING, ArraySource, Source
+from supcon_jax.data.views import Augmentation
 
 Batch = dict[str, np.ndarray]
 # A split of small images of one size is decoded once and kept, up to this many bytes.
 IN_MEMORY_BYTES = 2**30
-
-
-@dataclasses.dataclass(frozen=True)
-class HostAugmentation:
-    """What the host does to an image before it reaches the device.
-
-    Attributes:
-      crop_area: least and largest share of the area of a random crop.
-      flip: mirror at random.
-      policy: "none", "auto_augment" or "rand_augment".
-      layers, magnitude: of RandAugment.
-      jitter_strength, jitter_probability: colour jitter before the policy.
-    """
-
-    crop_area: tuple[float, float] = (0.08, 1.0)
-    flip: bool = True
-    policy: str = "none"
-    layers: int = 2
-    magnitude: float = 10.0
-    jitter_strength: float = 0.0
-    jitter_probability: float = 0.0
 
 
 def on_host(source: Source, policy: str) -> bool:
@@ -56,7 +29,7 @@ def on_host(source: Source, policy: str) -> bool:
     Policies run on the host (docs/data.md has the measurement), and they come after
     the crop. Noise is made in the shape that a host would make.
     """
-    return policy != "none" or not isinstance(source, ArraySource)
+    return policy != "none" or source.images is None
 
 
 def process_rows(batch_size: int) -> slice:
@@ -73,10 +46,9 @@ def train_batches(
     batch_size: int,
     image_size: int,
     views: int,
-    augmentation: HostAugmentation,
+    augmentation: Augmentation,
     seed: int,
     start_step: int = 0,
-    skipped: dict[str, str] | None = None,
 ) -> Iterator[Batch]:
     """The endless stream of training batches, from a given step on.
 
@@ -86,48 +58,33 @@ def train_batches(
       batch_size: global batch size B, in images.
       image_size: side S of the square images.
       views: number of views V.
-      augmentation: what the host does; arrays without a policy go into the step whole.
+      augmentation: of the views; the host does its part (`Augmentation.host_part`).
       seed: seed of the augmentation.
       start_step: first step; nothing before it is read.
-      skipped: collects images that cannot be decoded; None: the first is an error.
 
     Yields:
       This process's rows of `{"image": uint8 [B, V, S, S, 3], "label": int32 [B],
       "id": int32 [B, 2]}`; whole images come with one view. `id` is (epoch, index).
+
+    Raises:
+      ValueError: the image size is another one than that of the images in memory, or an
+        image cannot be decoded and the source does not skip such images.
     """
     check_image_size(source, image_size)
     rows = process_rows(batch_size)
-    if isinstance(source, SyntheticSource):
-        yield from _synthetic_batches(
-            source, sampler, rows, (views, image_size), start_step
-        )
-        return
-    if not on_host(source, augmentation.policy):
-        step = start_step
-        while True:
+    if source.synthetic or not on_host(source, augmentation.policy):
+        fetch = _without_decoding(source, rows, views, image_size)
+        for step in itertools.count(start_step):
             ids = sampler(step)[rows]
-            index = ids[:, 1]
-            yield {
-                "image": source.images[index][:, None],
-                "label": source.labels[index],
-                "id": ids,
-            }
-            step += 1
+            image, label = fetch(ids[:, 1])
+            yield {"image": image, "label": label, "id": ids}
     host = _import_host()
     transform = functools.partial(
         host.crop_and_augment,
+        augmentation=augmentation.host_part(),
         image_size=image_size,
         views=views,
         seed=seed,
-        crop_area=augmentation.crop_area,
-        flip=augmentation.flip,
-        augment=host.policy(
-            augmentation.policy,
-            layers=augmentation.layers,
-            magnitude=augmentation.magnitude,
-            jitter_strength=augmentation.jitter_strength,
-            jitter_probability=augmentation.jitter_probability,
-        ),
     )
     for batch in host.batches(
         source,
@@ -137,18 +94,12 @@ def train_batches(
         start_step=start_step,
         stop_step=None,
         replace_unreadable=True,
-        skipped=skipped,
     ):
         yield {key: batch[key] for key in ("image", "label", "id")}
 
 
 def eval_batches(
-    source: Source,
-    *,
-    batch_size: int,
-    image_size: int,
-    resize: int,
-    skipped: dict[str, str] | None = None,
+    source: Source, *, batch_size: int, image_size: int, resize: int
 ) -> Iterator[Batch]:
     """One pass over a split in order, the last batch padded and masked.
 
@@ -156,38 +107,32 @@ def eval_batches(
       source: an evaluation split.
       batch_size: global batch size B.
       image_size: side S of the central crop.
-      resize: length to which the short side is resized before the crop (not arrays).
-      skipped: collects images that cannot be decoded; None: the first is an error.
+      resize: length to which the short side of an encoded image is resized before the
+        crop; images in memory are taken whole.
 
     Yields:
       This process's rows of `{"image": uint8 [B, 1, S, S, 3], "label": int32 [B],
       "mask": float32 [B]}`; the mask is 1 exactly once for every example that can be
       decoded.
+
+    Raises:
+      ValueError: as for `train_batches`.
     """
     check_image_size(source, image_size)
     rows = process_rows(batch_size)
     steps = num_eval_batches(source, batch_size)
     sampler = in_order(source.num_examples, batch_size)
-    if isinstance(source, SyntheticSource):
-        batches = _synthetic_batches(source, sampler, rows, (1, image_size), 0)
-        for batch in itertools.islice(batches, steps):
-            mask = batch["id"][:, 1] != NOBODY
-            yield {
-                "image": batch["image"],
-                "label": batch["label"],
-                "mask": mask.astype(np.float32),
-            }
-        return
-    if isinstance(source, ArraySource):
+    if source.synthetic or source.images is not None:
+        fetch = _without_decoding(source, rows, 1, image_size)
         for step in range(steps):
             index = sampler(step)[rows, 1]
-            present = index[index != NOBODY]
-            image = np.zeros((len(index), 1, image_size, image_size, 3), np.uint8)
-            label, mask = np.zeros(len(index), np.int32), np.zeros(len(index))
-            image[: len(present), 0] = source.images[present]
-            label[: len(present)] = source.labels[present]
-            mask[: len(present)] = 1
-            yield {"image": image, "label": label, "mask": mask.astype(np.float32)}
+            mask = index != PADDING
+            image, label = fetch(index)
+            yield {
+                "image": np.where(mask[:, None, None, None, None], image, np.uint8(0)),
+                "label": np.where(mask, label, 0).astype(np.int32),
+                "mask": mask.astype(np.float32),
+            }
         return
     host = _import_host()
     for batch in host.batches(
@@ -198,9 +143,26 @@ def eval_batches(
         start_step=0,
         stop_step=steps,
         replace_unreadable=False,
-        skipped=skipped,
     ):
         yield {key: batch[key] for key in ("image", "label", "mask")}
+
+
+def _without_decoding(
+    source: Source, rows: slice, views: int, image_size: int
+) -> Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]:
+    """`index [rows] -> images, labels` of a source with images in memory, or of noise.
+
+    Images in memory come whole, with one view. The noise has `views` views and is the
+    same in every step.
+    """
+    images, labels = source.images, source.labels
+    if images is not None:
+        return lambda index: (images[index][:, None], labels[index])
+    count = rows.stop - rows.start
+    rng = np.random.default_rng(0)
+    noise = rng.integers(0, 256, (count, views, image_size, image_size, 3), np.uint8)
+    label = rng.integers(0, source.num_classes, count, np.int32)
+    return lambda index: (noise, label)
 
 
 def num_eval_batches(source: Source, batch_size: int) -> int:
@@ -208,9 +170,7 @@ def num_eval_batches(source: Source, batch_size: int) -> int:
     return -(-source.num_examples // batch_size)
 
 
-def load_small(
-    source: Source, image_size: int, *, skipped: dict[str, str] | None = None
-) -> Source:
+def load_small(source: Source, image_size: int) -> Source:
     """Decodes a split of small images once, where they all have the size wanted.
 
     CIFAR's 50,000 images are 150 MB; indexing them is a thousand times cheaper than
@@ -218,7 +178,7 @@ def load_small(
     """
     shape = (image_size, image_size, 3)
     if (
-        not isinstance(source, RecordSource)
+        source.images is not None
         or tuple(source.image_shape) != shape
         or source.num_examples * np.prod(shape) > IN_MEMORY_BYTES
     ):
@@ -234,7 +194,6 @@ def load_small(
         start_step=0,
         stop_step=num_eval_batches(source, size),
         replace_unreadable=False,
-        skipped=skipped,
     ):
         images.append(batch["image"][batch["mask"] > 0, 0])
         labels.append(batch["label"][batch["mask"] > 0])
@@ -243,12 +202,13 @@ def load_small(
         np.concatenate(labels),
         source.num_classes,
         source.class_names,
+        source.unreadable,
     )
 
 
 def check_image_size(source: Source, image_size: int) -> None:
     """Refuses an image size that a source held in memory does not have."""
-    if isinstance(source, ArraySource):
+    if source.images is not None:
         height, width = source.images.shape[1:3]
         if (height, width) != (image_size, image_size):
             raise ValueError(
@@ -257,26 +217,8 @@ def check_image_size(source: Source, image_size: int) -> None:
             )
 
 
-def _synthetic_batches(
-    source: SyntheticSource,
-    sampler: Sampler,
-    rows: slice,
-    shape: tuple[int, int],
-    start_step: int,
-) -> Iterator[Batch]:
-    """The same noise in every step, with the identities that it would have."""
-    (views, side), step = shape, start_step
-    ids = sampler(step)[rows]
-    rng = np.random.default_rng(0)
-    image = rng.integers(0, 256, (len(ids), views, side, side, 3), np.uint8)
-    label = rng.integers(0, source.num_classes, len(ids), np.int32)
-    while True:
-        yield {"image": image, "label": label, "id": sampler(step)[rows]}
-        step += 1
-
-
 def _import_host():
-    """The tf.data part; TensorFlow is made quiet and kept off the accelerators."""
+    """Imports host.py, with TensorFlow quiet and kept off the accelerators."""
     from supcon_jax.data.tfds import import_tensorflow
 
     import_tensorflow()

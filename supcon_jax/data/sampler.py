@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from supcon_jax.data.sources import NOBODY
+from supcon_jax.data.sources import PADDING
 
 # step -> [B, 2] int32, (epoch, index)
 Sampler = Callable[[int], np.ndarray]
@@ -36,7 +36,9 @@ def shuffled(num_examples: int, batch_size: int, *, seed: int) -> Sampler:
       [0, 1, 2, 3]
     """
 
-    @functools.lru_cache(maxsize=2)  # a batch may straddle two epochs
+    @functools.lru_cache(
+        maxsize=2
+    )  # a batch may hold the end of one epoch and the next one
     def order(epoch: int) -> np.ndarray:
         return np.random.default_rng((seed, epoch)).permutation(num_examples)
 
@@ -52,11 +54,11 @@ def shuffled(num_examples: int, batch_size: int, *, seed: int) -> Sampler:
 
 
 def in_order(num_examples: int, batch_size: int) -> Sampler:
-    """One pass, first to last; the rows after the last example are `NOBODY`."""
+    """One pass, first to last; rows after the last example have the index `PADDING`."""
 
     def identities(step: int) -> np.ndarray:
         index = np.arange(step * batch_size, (step + 1) * batch_size)
-        index = np.where(index < num_examples, index, NOBODY)
+        index = np.where(index < num_examples, index, PADDING)
         return np.stack([np.zeros_like(index), index], axis=1).astype(np.int32)
 
     return identities
@@ -103,24 +105,25 @@ def class_balanced(
         )
     per_class, steps_a_round = batch_size // classes, len(present) // classes
 
-    def of_class(label: int, turn: int) -> np.ndarray:
+    def of_class(label: int, round_number: int) -> np.ndarray:
         rows, stream_seed = members[label], _mix(seed, 1 + label)
         whole = len(rows) // per_class * per_class
         if not whole:
-            ids = shuffled(len(rows), per_class, seed=stream_seed)(turn)
+            ids = shuffled(len(rows), per_class, seed=stream_seed)(round_number)
             ids[:, 1] = rows[ids[:, 1]]
             return ids
-        epoch, start = divmod(turn * per_class, whole)
+        epoch, start = divmod(round_number * per_class, whole)
         order = np.random.default_rng((stream_seed, epoch)).permutation(rows)
         index = order[start : start + per_class]
         return np.stack([np.full_like(index, epoch), index], 1).astype(np.int32)
 
     def identities(step: int) -> np.ndarray:
-        turn, part = divmod(step, steps_a_round)
-        order = np.random.default_rng((seed, 0, turn)).permutation(present)
+        round_number, part = divmod(step, steps_a_round)
+        order = np.random.default_rng((seed, 0, round_number)).permutation(present)
         chosen = order[part * classes : (part + 1) * classes]
-        ids = np.concatenate([of_class(int(label), turn) for label in chosen])
-        # Mixed, so that any part of the batch (a device's, a microbatch) has its classes.
+        ids = np.concatenate([of_class(int(label), round_number) for label in chosen])
+        # Mixed, so that every part of the batch (the rows of a device or a microbatch)
+        # holds several classes.
         return np.random.default_rng((seed, 1, step)).permutation(ids)
 
     return identities

@@ -1,8 +1,8 @@
-"""What a split of a data set is: examples by index, in memory or as encoded files.
+"""What a split of a dataset is: examples by index, in memory or as encoded files.
 
-Every source has the same few attributes (`num_examples`, `num_classes`, `labels`), so
-subsets, held-out splits and label noise are the same functions for all of them.
-Reading is by index: an example can be fetched without touching those before it.
+Every source has the same few attributes (`Source`), so subsets, held-out splits and label
+noise are the same functions for all of them. Reading is by index: an example can be
+fetched without touching those before it.
 """
 
 from __future__ import annotations
@@ -12,17 +12,18 @@ import io
 import logging
 import os
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple, Protocol, Self
 
 import numpy as np
 
 logger = logging.getLogger(__name__)
-# Of a label that stands in a record which nobody has read yet.
+# The label of an example whose record has not been read yet.
 UNREAD = -1
-# The index of a row that pads a batch, or of an image that cannot be decoded.
-NOBODY = -1
+# The index of a row in which no example stands: it pads a batch, or its image cannot be
+# decoded.
+PADDING = -1
 # Threads that wait for files; they hold no lock while they do.
 READERS = 16
 # The EXIF tag that says how a camera was held.
@@ -37,49 +38,128 @@ class Encoded(NamedTuple):
     orientation: int = 1
 
 
+@dataclasses.dataclass
+class Unreadable:
+    """The images of a split that cannot be decoded.
+
+    A split and all its subsets share one record, and what they meet is added to it.
+
+    Attributes:
+      skip: whether a run goes on without such images; if not, the first is an error.
+      reasons: name of each image found so far -> why it cannot be decoded.
+    """
+
+    skip: bool = False
+    reasons: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    def add(self, found: Mapping[str, str]) -> None:
+        """Notes images that cannot be decoded, each with a warning.
+
+        Raises:
+          ValueError: such images are not to be skipped.
+        """
+        if not self.skip:
+            name, reason = next(iter(found.items()))
+            raise ValueError(
+                f"cannot decode {name}: {reason}; repair or remove it, or go on "
+                "without such images: --config.data.skip_errors=True"
+            )
+        self.reasons |= found
+        for name, reason in found.items():
+            logger.warning("warning: skipping %s: %s", name, reason)
+
+
+class Source(Protocol):
+    """One split of a dataset: all that the rest of the program knows of it.
+
+    A new kind of source is a frozen dataclass that derives from this class, and a
+    function that opens it in `datasets.SOURCES`. Its fields that are arrays have one row
+    an example. Images in memory need no new kind: they are an `ArraySource`.
+
+    Attributes:
+      labels: `[n]` int32 in `[0, num_classes)`; `UNREAD` where only `read` knows it.
+      num_classes: number of classes C.
+      class_names: names of the classes, where the dataset has some.
+      images: `[n, H, W, 3]` uint8 of a source held in memory; None where `read` has
+        each image encoded.
+      image_shape: `(H, W, 3)` of encoded images, with None where they differ.
+      synthetic: the source has no examples at all. Noise stands for images and labels,
+        and nothing is read.
+      unreadable: the images that cannot be decoded.
+    """
+
+    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field]]
+    labels: np.ndarray
+    num_classes: int
+    class_names: tuple[str, ...]
+    images: np.ndarray | None
+    image_shape: tuple[int | None, ...] = (None, None, 3)
+    synthetic: bool = False
+    unreadable: Unreadable
+
+    @property
+    def num_examples(self) -> int:
+        """Examples in the split."""
+        return len(self.labels)
+
+    def take_rows(self, rows: np.ndarray) -> Self:
+        """The examples with these indices, in this order."""
+        columns = {
+            field.name: getattr(self, field.name)[rows]
+            for field in dataclasses.fields(self)
+            if isinstance(getattr(self, field.name), np.ndarray)
+        }
+        return dataclasses.replace(self, **columns)
+
+    def name(self, index: int) -> str:
+        """What messages call an example."""
+        return f"image {index}"
+
+    def read(self, index: int) -> Encoded:
+        """An example, encoded. Called from several threads at a time.
+
+        Raises:
+          OSError: it cannot be read.
+        """
+        raise TypeError(f"{type(self).__name__} has no encoded images")
+
+
 @dataclasses.dataclass(frozen=True)
-class ArraySource:
+class ArraySource(Source):
     """A split held in memory.
 
     Attributes:
       images: `[n, H, W, 3]` uint8.
       labels: `[n]` int32, in `[0, num_classes)`.
-      num_classes: number of classes C.
-      class_names: names of the classes, where the data set has some.
+      num_classes, class_names, unreadable: see `Source`.
     """
 
     images: np.ndarray
     labels: np.ndarray
     num_classes: int
     class_names: tuple[str, ...] = ()
-
-    @property
-    def num_examples(self) -> int:
-        """Examples in the split."""
-        return len(self.labels)
+    unreadable: Unreadable = dataclasses.field(default_factory=Unreadable)
 
 
 @dataclasses.dataclass(frozen=True)
-class FileSource:
+class FileSource(Source):
     """A split of image files, one an example.
 
     Attributes:
       paths: `[n]` strings.
       labels: `[n]` int32.
       class_names: folder names, in the order of the labels.
+      unreadable: see `Source`.
     """
 
+    images = None
     paths: np.ndarray
     labels: np.ndarray
     class_names: tuple[str, ...]
+    unreadable: Unreadable = dataclasses.field(default_factory=Unreadable)
 
     @property
-    def num_examples(self) -> int:
-        """Examples in the split."""
-        return len(self.labels)
-
-    @property
-    def num_classes(self) -> int:
+    def num_classes(self) -> int:  # type: ignore[override]
         """Number of classes C."""
         return len(self.class_names)
 
@@ -99,7 +179,7 @@ class FileSource:
 
 
 @dataclasses.dataclass(frozen=True)
-class RecordSource:
+class RecordSource(Source):
     """A split of `tf.train.Example`s in TFRecord files, as TFDS prepares them.
 
     Attributes:
@@ -107,11 +187,10 @@ class RecordSource:
       file: `[n]` which of the files holds an example.
       offset, length: `[n]` where its record's data begin in the file, and bytes.
       labels: `[n]` int32; `UNREAD` where only the record says it.
-      num_classes: number of classes C.
-      class_names: names of the classes, where the data set has some.
-      image_shape: `(H, W, 3)`, with None where images differ.
+      num_classes, class_names, image_shape, unreadable: see `Source`.
     """
 
+    images = None
     files: tuple[str, ...]
     file: np.ndarray
     offset: np.ndarray
@@ -120,11 +199,7 @@ class RecordSource:
     num_classes: int
     class_names: tuple[str, ...] = ()
     image_shape: tuple[int | None, ...] = (None, None, 3)
-
-    @property
-    def num_examples(self) -> int:
-        """Examples in the split."""
-        return len(self.labels)
+    unreadable: Unreadable = dataclasses.field(default_factory=Unreadable)
 
     def name(self, index: int) -> str:
         """The file of an example and its place there."""
@@ -136,7 +211,7 @@ class RecordSource:
         Raises:
           OSError: the file cannot be read, or the record is no example.
         """
-        # Loaded already by whoever opened the data set.
+        # Loaded already by whoever opened the dataset.
         import tensorflow as tf
 
         with open(self.files[self.file[index]], "rb", buffering=0) as file:
@@ -154,22 +229,20 @@ class RecordSource:
 
 
 @dataclasses.dataclass(frozen=True)
-class SyntheticSource:
-    """Noise instead of images, made once: a step without the cost of its input.
+class SyntheticSource(Source):
+    """Noise instead of images: a step without the cost of its input.
 
     Attributes:
-      num_examples: examples that it pretends to have.
-      num_classes: number of classes C.
-      class_names: none.
+      labels: `[n]`, all `UNREAD`; there are as many as the examples it pretends to have.
+      num_classes, class_names, unreadable: see `Source`.
     """
 
-    num_examples: int
+    images = None
+    synthetic = True
+    labels: np.ndarray
     num_classes: int
     class_names: tuple[str, ...] = ()
-
-
-EncodedSource = FileSource | RecordSource
-Source = ArraySource | FileSource | RecordSource | SyntheticSource
+    unreadable: Unreadable = dataclasses.field(default_factory=Unreadable)
 
 
 def _orientation(image: bytes) -> int:
@@ -185,35 +258,19 @@ def _orientation(image: bytes) -> int:
     return orientation if orientation in range(1, 9) else 1
 
 
-def take_rows(source: Source, rows: np.ndarray) -> Source:
-    """The examples of a source with these indices, in this order."""
-    if isinstance(source, SyntheticSource):
-        return dataclasses.replace(source, num_examples=len(rows))
-    columns = {
-        field.name: getattr(source, field.name)[rows]
-        for field in dataclasses.fields(source)
-        if isinstance(getattr(source, field.name), np.ndarray)
-    }
-    return dataclasses.replace(source, **columns)
-
-
 def take_subset(source: Source, count: int, *, seed: int = 0) -> Source:
     """At most `count` examples, drawn at random, always the same ones for a seed."""
     if count >= source.num_examples:
         return source
     rows = np.random.default_rng(seed).permutation(source.num_examples)[:count]
-    return take_rows(source, np.sort(rows))
+    return source.take_rows(np.sort(rows))
 
 
 def read_labels(source: Source) -> Source:
-    """The same source with all labels known; reads through TFRecord files once."""
-    if not isinstance(source, RecordSource) or UNREAD not in source.labels:
+    """The same source with all labels known; reads through it once where they are not."""
+    if UNREAD not in source.labels:
         return source
-    logger.info(
-        "reading the labels of %s examples from %d files",
-        f"{source.num_examples:,}",
-        len(source.files),
-    )
+    logger.info("reading the labels of %s examples", f"{source.num_examples:,}")
     with ThreadPoolExecutor(READERS) as pool:
         examples = pool.map(source.read, range(source.num_examples))
         labels = np.fromiter((example.label for example in examples), np.int32)
@@ -234,7 +291,7 @@ def take_fraction(source: Source, fraction: float, *, seed: int) -> Source:
             f"data.fraction={fraction} of {source.num_examples} examples leaves none "
             "(--config.data.fraction)"
         )
-    return take_rows(source, kept)
+    return source.take_rows(kept)
 
 
 def take_per_class(source: Source, count: int, *, seed: int) -> Source:
@@ -252,7 +309,7 @@ def take_per_class(source: Source, count: int, *, seed: int) -> Source:
                 f"{len(members)} examples (--config.data.samples_per_class)"
             )
         rows.append(np.random.default_rng((seed, label)).permutation(members)[:count])
-    return take_rows(source, np.sort(np.concatenate(rows)))
+    return source.take_rows(np.sort(np.concatenate(rows)))
 
 
 def hold_out(source: Source, fraction: float, *, seed: int) -> tuple[Source, Source]:
@@ -271,7 +328,7 @@ def hold_out(source: Source, fraction: float, *, seed: int) -> tuple[Source, Sou
             f"leaves {len(kept)} to train on and {len(held)} to evaluate "
             "(--config.data.validation_fraction)"
         )
-    return take_rows(source, kept), take_rows(source, held)
+    return source.take_rows(kept), source.take_rows(held)
 
 
 def add_label_noise(source: Source, share: float, *, seed: int) -> Source:
@@ -279,25 +336,12 @@ def add_label_noise(source: Source, share: float, *, seed: int) -> Source:
 
     One in C of those draws is the right class again, as in the official code.
     """
-    if share == 0 or isinstance(source, SyntheticSource):
+    if share == 0:
         return source
     rng = np.random.default_rng((seed, 1))
     chosen = rng.random(source.num_examples) < share
     drawn = rng.integers(0, source.num_classes, source.num_examples, dtype=np.int32)
     return dataclasses.replace(source, labels=np.where(chosen, drawn, source.labels))
-
-
-def check_labels(
-    labels: np.ndarray, num_classes: int, names: Sequence[str] | None = None
-) -> None:
-    """Refuses labels outside `[0, num_classes)`, naming the first such example."""
-    wrong = np.flatnonzero((labels < 0) | (labels >= num_classes))
-    if len(wrong):
-        where = f" of {names[wrong[0]]}" if names else ""
-        raise ValueError(
-            f"label {labels[wrong[0]]}{where} is out of range; allowed: 0 to "
-            f"{num_classes - 1} (--config.data.name)"
-        )
 
 
 def _rows_by_class(source: Source) -> list[np.ndarray]:
@@ -309,7 +353,7 @@ def _split_rows(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Rows that stay and rows that go, both in order; `fraction` of them go."""
     count = source.num_examples
-    if isinstance(source, SyntheticSource) or UNREAD in source.labels:
+    if UNREAD in source.labels:
         groups: Iterable[np.ndarray] = [np.arange(count)]
     else:
         groups = _rows_by_class(source)

@@ -1,6 +1,6 @@
-"""Data sets of TensorFlow Datasets: finding, downloading and indexing them.
+"""Datasets of TensorFlow Datasets: finding, downloading and indexing them.
 
-TFDS says what a data set is and downloads it; its TFRecord files are then read by
+TFDS says what a dataset is and downloads it; its TFRecord files are then read by
 index, so that any order costs the same and a resumed run starts at once.
 """
 
@@ -22,12 +22,10 @@ from supcon_jax.data.sources import READERS, UNREAD, RecordSource
 logger = logging.getLogger(__name__)
 TFDS_HOME = "~/tensorflow_datasets"
 NO_DATA_NEEDED = "configs/digits.py runs without any data"
-# Data sets with readers of their own, in datasets.py.
-BUILT_IN = ("digits", "arrays", "folder", "synthetic")
 
 
 def pick_split(split: str, available: Sequence[str]) -> str:
-    """Refuses a split that a data set does not have."""
+    """Refuses a split that a dataset does not have."""
     if split not in available:
         raise ValueError(
             f"unknown split {split!r}; available: {', '.join(available)} "
@@ -76,7 +74,7 @@ def _needs(package: str, error: ImportError) -> ValueError:
 
 
 def _prepared_versions(directory: pathlib.Path, name: str) -> dict[str, pathlib.Path]:
-    """The prepared versions of a data set below a TFDS directory, newest first."""
+    """The prepared versions of a dataset below a TFDS directory, newest first."""
     infos = [
         *directory.joinpath(name).glob("*/dataset_info.json"),
         *directory.joinpath(name).glob("*/*/dataset_info.json"),
@@ -92,14 +90,17 @@ def _prepared_versions(directory: pathlib.Path, name: str) -> dict[str, pathlib.
     return {version: versions[version] for version in newest_first}
 
 
-def open_tfds(name: str, split: str, dir: str) -> RecordSource:
-    """Opens one split of a prepared TFDS data set, downloading it where that is allowed.
+def open_tfds(
+    name: str, split: str, dir: str, *, built_in: Sequence[str] = ()
+) -> RecordSource:
+    """Opens one split of a prepared TFDS dataset, downloading it where that is allowed.
 
     Args:
       name: as TFDS writes it, "cifar10" or "cifar10:3.0.2"; without a version the
         newest prepared one is taken.
       split: a split or a slice of it, "train[:90%]".
       dir: TFDS data directory; "" is TFDS's own default.
+      built_in: names that mean something else, for messages about unknown ones.
 
     Raises:
       ValueError: one line that says what is missing and which flag to change.
@@ -107,7 +108,7 @@ def open_tfds(name: str, split: str, dir: str) -> RecordSource:
     match = re.fullmatch(r"([a-zA-Z][\w/]*)(?::(\d+\.\d+\.\d+))?", name)
     if not match:
         raise ValueError(
-            f"unknown data set {name!r}; allowed: {', '.join(BUILT_IN)}, or a TFDS name "
+            f"unknown dataset {name!r}; allowed: {', '.join(built_in)}, or a TFDS name "
             "(--config.data.name)"
         )
     name, version = match.groups()
@@ -130,7 +131,7 @@ def open_tfds(name: str, split: str, dir: str) -> RecordSource:
         others = sorted(
             p.parent.parent.name for p in directory.glob("*/*/dataset_info.json")
         )
-        holds = f"it holds {', '.join(others)}" if others else "it holds no data set"
+        holds = f"it holds {', '.join(others)}" if others else "it holds no dataset"
         raise ValueError(
             f"data directory {dir} has no {name}; {holds} (--config.data.dir); {how}"
         )
@@ -140,13 +141,13 @@ def open_tfds(name: str, split: str, dir: str) -> RecordSource:
     if prepared is not None:
         builder = tfds.builder_from_directory(prepared)
     else:
-        builder = _download(tfds, name, directory, how)
+        builder = _download(tfds, name, directory, built_in)
     features = builder.info.features
     if not {"image", "label"} <= set(features) or not hasattr(
         features["label"], "num_classes"
     ):
         raise ValueError(
-            f"data set {name} has features {', '.join(features)}; image classification "
+            f"dataset {name} has features {', '.join(features)}; image classification "
             "needs image and label (--config.data.name)"
         )
     if builder.info.file_format.value != "tfrecord":
@@ -227,15 +228,17 @@ def _how_to_get(name: str) -> str:
     )
 
 
-def _download(tfds: Any, name: str, directory: pathlib.Path, how: str) -> Any:
-    """Lets TFDS download and prepare a data set into its default directory."""
+def _download(
+    tfds: Any, name: str, directory: pathlib.Path, built_in: Sequence[str]
+) -> Any:
+    """Lets TFDS download and prepare a dataset into its default directory."""
     import jax
 
     known = tfds.list_builders(with_community_datasets=False)
     if name.split("/")[0] not in known:
-        nearest = difflib.get_close_matches(name, [*known, *BUILT_IN], n=3)
+        nearest = difflib.get_close_matches(name, [*known, *built_in], n=3)
         hint = f"; nearest: {', '.join(nearest)}" if nearest else ""
-        raise ValueError(f"unknown data set {name!r}{hint} (--config.data.name)")
+        raise ValueError(f"unknown dataset {name!r}{hint} (--config.data.name)")
     if jax.process_count() > 1:
         # Several hosts that download at once destroy each other's files.
         raise ValueError(

@@ -35,7 +35,6 @@ class Predictor:
       batch_size: global; the last batch is padded and masked.
       image_size: side S of the central crop.
       resize: short side before the crop.
-      skipped: collects images that cannot be decoded; None: the first is an error.
     """
 
     def __init__(
@@ -48,14 +47,12 @@ class Predictor:
         batch_size: int,
         image_size: int,
         resize: int,
-        skipped: dict[str, str] | None = None,
     ):
         self._mesh = mesh
         self._options = {
             "batch_size": batch_size,
             "image_size": image_size,
             "resize": resize,
-            "skipped": skipped,
         }
         modules = {"encoder": encoder, "normalize": normalize}
         jit = functools.partial(

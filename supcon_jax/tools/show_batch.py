@@ -23,7 +23,6 @@ from ml_collections import ConfigDict
 from supcon_jax import builders, parallel
 from supcon_jax.config import KEYS, check_config, unknown_key
 from supcon_jax.data.pipeline import eval_batches, on_host
-from supcon_jax.data.sources import SyntheticSource, take_rows
 from supcon_jax.run import build_sampler, build_train_batches, open_sources
 
 
@@ -123,9 +122,9 @@ def first_views(
         )
     )
     views = np.asarray(augment(head["image"], head["id"]))
-    if isinstance(train, SyntheticSource):
+    if train.synthetic:
         return views[:, 0], views, head["label"]
-    shown = take_rows(train, head["id"][:, 1])
+    shown = train.take_rows(head["id"][:, 1])
     (whole,) = eval_batches(
         shown,
         batch_size=len(views),
