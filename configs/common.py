@@ -61,6 +61,7 @@ def get_config() -> ConfigDict:
     config.augment.rand_augment_magnitude = 10.0  # of each, 0 to 10
     config.augment.grayscale_probability = 0.2  # share of views without colour
     config.augment.blur_probability = 0.0  # share of views that are blurred
+    config.augment.extra = ()  # in the step, last: "cutout"
     config.augment.mixup_alpha = 0.0  # cross-entropy: of Beta(alpha, alpha); 0: none
     config.augment.cutmix_alpha = 0.0  # likewise; both: each image draws one of them
 

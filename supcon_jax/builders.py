@@ -92,6 +92,7 @@ def build_view_augmentation(config: ConfigDict) -> Augmentation:
         magnitude=options.rand_augment_magnitude,
         grayscale_probability=options.grayscale_probability,
         blur_probability=options.blur_probability,
+        extra=tuple(options.extra),
     )
 
 

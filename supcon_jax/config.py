@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from supcon_jax import optimizers
+from supcon_jax.data.augment import TRANSFORMS
 from supcon_jax.models import ENCODERS, STEMS
 from supcon_jax.models.heads import CLASSIFIER_INITS
 from supcon_jax.objectives import OBJECTIVES
@@ -161,6 +162,7 @@ KEYS: dict[str, Key] = {
     "augment.rand_augment_magnitude": Key(10.0, _number(0, 10)),
     "augment.grayscale_probability": Key(0.2, _number(0, 1)),
     "augment.blur_probability": Key(0.0, _number(0, 1)),
+    "augment.extra": Key((), _some_of(TRANSFORMS)),
     "augment.mixup_alpha": Key(0.0, _number(0)),
     "augment.cutmix_alpha": Key(0.0, _number(0)),
     "encoder.name": Key("resnet50", _one_of(ENCODERS)),

@@ -86,7 +86,7 @@ def build_contrastive(
     return of_outputs
 
 
-OBJECTIVES = {
+OBJECTIVES: dict[str, Objective] = {
     "supcon": Objective(
         build_head=builders.build_projection,
         build_loss=functools.partial(build_contrastive, supervised=True),

@@ -224,6 +224,7 @@ IN_STEP = {
     "augment.jitter_probability": (0.3, JITTER),
     "augment.grayscale_probability": (0.2, {}),
     "augment.blur_probability": (0.5, {}),
+    "augment.extra": (("cutout",), {}),
     "augment.mixup_alpha": (0.2, CROSS_ENTROPY),
     "augment.cutmix_alpha": (1.0, CROSS_ENTROPY),
     "encoder.name": ("resnet18", {}),
