@@ -6,9 +6,10 @@
 Two views of every image; CPU milliseconds a source image (all threads of the process),
 images/s a core, and the ratio of CPU times. Pillow stands for the loaders that
 torchvision users write: decode once, crop and resize each view, the policy's operations
-one after the other, to normalised floats, in one process. Rounds alternate between the two. What the
-augmentation leaves to the jitted step (jitter, grayscale, blur) is timed on this machine's
-CPU in a column of its own; on an accelerator it is a small share of the encoder.
+one after the other, to normalised floats, in one process. Rounds alternate between the
+two. What the augmentation leaves to the jitted step (jitter, grayscale, blur) is timed on
+this machine's CPU in a column of its own; on an accelerator it is a small share of the
+encoder.
 """
 
 from __future__ import annotations
@@ -217,7 +218,7 @@ def pillow_views(encoded: bytes, policy: str) -> np.ndarray:
             view = view.convert("L").convert("RGB")
         if random.random() < blur:
             view = view.filter(ImageFilter.GaussianBlur(random.uniform(0.1, 2.0)))
-        # What ToTensor and Normalize do; our step does it on the device.
+        # As ToTensor and Normalize do; in our pipeline this is done in the step.
         pixels = np.asarray(view, np.float32).transpose(2, 0, 1) / 255
         views.append((pixels - PILLOW_MEAN) / PILLOW_STD)
     return np.stack(views)
@@ -280,10 +281,10 @@ def imagenet(data_dir: str, rounds: int) -> None:
         host, peer = [], []
         for _ in range(rounds):
             batches = ours(source, policy)
-            consume(batches, 8)  # tracing, and the buffers are full
+            consume(batches, 8)  # the pipeline is traced and its buffers are filled
             host.append(measured(functools.partial(consume, batches, 24))[0])
             batch = next(batches)
-            batches.close()  # or its threads would work at Pillow's expense
+            batches.close()  # or its threads would run while Pillow is timed
             pillow = functools.partial(pillow_all, encoded, policy)
             peer.append(measured(pillow)[0])
         mine, theirs = statistics.median(host), statistics.median(peer)

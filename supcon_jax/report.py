@@ -75,7 +75,7 @@ def log_start(run: Run, state: TrainState) -> None:
 def measure_input(batches: Iterator[Batch], batch_size: int) -> Iterator[Batch]:
     """The same batches, with a line that says how fast this host makes them.
 
-    The first batch pays for what is made once; the second is timed.
+    The second batch is timed, since the first one includes what is set up once.
     """
     head = [next(batches)]
     start = time.monotonic()

@@ -128,7 +128,7 @@ def setup_compilation_cache(*, enabled: bool) -> None:
     jax.config.update("jax_enable_compilation_cache", enabled)
     if not enabled:
         return
-    if not jax.config.jax_compilation_cache_dir:
+    if not jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
         home = os.environ.get("XDG_CACHE_HOME") or pathlib.Path("~/.cache").expanduser()
         jax.config.update(
             "jax_compilation_cache_dir", str(pathlib.Path(home) / "supcon_jax" / "jax")

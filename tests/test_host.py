@@ -230,6 +230,15 @@ def test_labels_out_of_range_are_named(tfds_dir):
         list(eval_batches(fewer, batch_size=3, image_size=32, resize=32))
 
 
+@pytest.mark.parametrize("label", [-1, 2])
+def test_a_label_out_of_range_is_never_taken_for_padding(label, tmp_path):
+    path = tmp_path / "image.png"
+    photo().save(path)
+    source = FileSource(np.asarray([str(path)]), np.asarray([label], np.int32), ("a",))
+    with pytest.raises(ValueError, match=rf"label {label} of .*image\.png is out of"):
+        list(eval_batches(source, batch_size=2, image_size=8, resize=8))
+
+
 # --- the end of a process ---
 
 # Threads of TensorFlow's that were still reading hung about every third process.

@@ -1,17 +1,26 @@
-"""Subsets, held-out splits, label noise: the same for every kind of source."""
+"""Subsets, held-out splits, label noise: the same for every kind of source, new ones too."""
 
 import dataclasses
+import io
+import logging
+import zipfile
 
 import numpy as np
 import pytest
+from PIL import Image
 
+from supcon_jax.data import datasets
 from supcon_jax.data.datasets import open_source
+from supcon_jax.data.pipeline import load_small
 from supcon_jax.data.sources import (
     UNREAD,
     ArraySource,
+    Encoded,
     FileSource,
     RecordSource,
+    Source,
     SyntheticSource,
+    Unreadable,
     add_label_noise,
     hold_out,
     read_labels,
@@ -19,6 +28,9 @@ from supcon_jax.data.sources import (
     take_per_class,
     take_subset,
 )
+from supcon_jax.pretrain import pretrain
+from supcon_jax.run import open_run, open_sources
+from tests.runs import first_batches, pretrain_config
 
 
 def arrays(per_class=(10, 10, 10, 10, 10)):
@@ -69,7 +81,7 @@ def test_rows_are_taken_from_every_column(make):
         if isinstance(before, np.ndarray):
             np.testing.assert_array_equal(after, before[[5, 2]])
         else:
-            assert after == before
+            assert after is before
 
 
 def test_subset_of_arrays_is_fixed_by_its_seed():
@@ -178,3 +190,142 @@ def test_labels_of_records_are_read_when_they_are_needed(tfds_dir):
     # A label that noise has given is not read again from the file.
     noisy = add_label_noise(source, 1.0, seed=0)
     assert [noisy.read(i).label for i in range(40)] == noisy.labels.tolist()
+
+
+# --- images that cannot be decoded ---
+
+
+@pytest.mark.parametrize("make", [*ALL, noise])
+def test_subsets_share_the_record_of_unreadable_images(make):
+    source = dataclasses.replace(make(), unreadable=Unreadable(skip=True))
+    few = take_fraction(take_subset(source, 25), 0.8, seed=0)
+    train, held = hold_out(add_label_noise(few, 0.5, seed=0), 0.5, seed=0)
+    held.unreadable.add({"one": "it is empty"})
+    train.unreadable.add({"two": "it is text"})
+    assert source.unreadable.reasons == {"one": "it is empty", "two": "it is text"}
+    assert make().unreadable.reasons == {}  # of another split
+
+
+def test_unreadable_images_are_an_error_or_a_warning_each(caplog):
+    found = {"a.jpg": "it is empty", "b.jpg": "it is text"}
+    strict, lenient = Unreadable(), Unreadable(skip=True)
+    with pytest.raises(
+        ValueError, match=r"cannot decode a\.jpg: it is empty; .*=True$"
+    ):
+        strict.add(found)
+    assert strict.reasons == {}
+    with caplog.at_level(logging.WARNING, "supcon_jax"):
+        lenient.add(found)
+    assert lenient.reasons == found
+    assert [record.getMessage() for record in caplog.records] == [
+        "warning: skipping a.jpg: it is empty",
+        "warning: skipping b.jpg: it is text",
+    ]
+
+
+def test_images_lost_while_loading_a_split_are_recorded(tfds_dir):
+    """A split that is decoded into memory keeps the record of what was lost there."""
+
+    def damaged(skip_errors):
+        source = open_source(
+            "cifar10", "test[:9]", dir=tfds_dir, skip_errors=skip_errors
+        )
+        length = source.length.copy()
+        length[4] = 30  # the record ends early
+        return dataclasses.replace(source, length=length)
+
+    source = damaged(skip_errors=True)
+    loaded = load_small(source, 32)
+    assert loaded.num_examples == 8
+    assert list(loaded.unreadable.reasons) == [source.name(4)]
+    with pytest.raises(ValueError, match="cannot decode"):
+        load_small(damaged(skip_errors=False), 32)
+
+
+# --- a new kind of source: one class, one entry ---
+
+
+@dataclasses.dataclass(frozen=True)
+class ZipSource(Source):
+    """PNG files in a zip archive, named `<split>/<class>/...`."""
+
+    images = None
+    archive: str
+    members: np.ndarray
+    labels: np.ndarray
+    num_classes: int
+    class_names: tuple[str, ...]
+    unreadable: Unreadable = dataclasses.field(default_factory=Unreadable)
+
+    def name(self, index):
+        return f"{self.archive}:{self.members[index]}"
+
+    def read(self, index):
+        with zipfile.ZipFile(self.archive) as file:
+            return Encoded(file.read(self.members[index]), int(self.labels[index]))
+
+
+def open_zip(split, dir, root):
+    with zipfile.ZipFile(root) as file:
+        members = [name for name in file.namelist() if name.startswith(f"{split}/")]
+    classes = sorted({name.split("/")[1] for name in members})
+    labels = [classes.index(name.split("/")[1]) for name in members]
+    return ZipSource(
+        root,
+        np.asarray(members),
+        np.asarray(labels, np.int32),
+        len(classes),
+        tuple(classes),
+    )
+
+
+@pytest.fixture
+def zipped(tmp_path, monkeypatch):
+    """What a config says of an archive with images of three colours, one of them broken."""
+    rng = np.random.default_rng(0)
+    path = tmp_path / "images.zip"
+    with zipfile.ZipFile(path, "w") as file:
+        for split, count in (("train", 20), ("test", 6)):
+            for channel, name in enumerate(("red", "green", "blue")):
+                for index in range(count):
+                    pixels = rng.integers(0, 100, (9, 8, 3), np.uint8)
+                    pixels[..., channel] += 150
+                    data = io.BytesIO()
+                    Image.fromarray(pixels).save(data, "PNG")
+                    file.writestr(f"{split}/{name}/{index}.png", data.getvalue())
+        file.writestr("train/red/broken.png", b"not an image")
+    monkeypatch.setitem(datasets.SOURCES, "zip", open_zip)
+    return {"data.name": "zip", "data.root": str(path), "data.skip_errors": True}
+
+
+def test_a_new_source_trains(zipped, tmp_path, caplog):
+    config = pretrain_config(**zipped, **{"knn.bank": 61})
+    with caplog.at_level(logging.INFO, "supcon_jax"):
+        final = pretrain(config, tmp_path / "run")
+    assert final["knn/top1"] > 0.8
+    assert "supcon on zip: 61 training images, 3 classes" in caplog.text
+    assert "Skipped: 1 images that cannot be decoded" in caplog.text
+    assert f"{zipped['data.root']}:train/red/broken.png: Unknown image" in caplog.text
+
+
+def test_a_new_source_has_what_the_others_have(zipped, tmp_path):
+    """Subsets, noise, balanced batches, host policies, and its name in messages."""
+    keys = {
+        "data.validation_fraction": 0.25,
+        "data.samples_per_class": 12,
+        "data.classes_per_batch": 2,
+        "data.label_noise": 0.5,
+        "augment.policy": "auto_augment",
+    }
+    run = open_run(pretrain_config(**zipped, **keys), tmp_path / "run")
+    assert run.train_source.num_examples == 36 and run.eval_source.num_examples == 15
+    assert isinstance(run.train_source, ZipSource)
+    batch = next(first_batches(run))
+    assert batch["image"].shape == (16, 2, 8, 8, 3)
+    assert len(set(batch["label"].tolist())) == 2
+    with pytest.raises(ValueError, match="allowed: digits, .*, zip, or a TFDS name"):
+        open_sources(pretrain_config(**{"data.name": "no such name"}))
+    strict = pretrain_config(**zipped | {"data.skip_errors": False, "batch_size": 56})
+    run = open_run(strict, tmp_path / "strict")
+    with pytest.raises(ValueError, match=r"train/red/broken\.png.*skip_errors=True"):
+        list(zip(range(2), first_batches(run), strict=False))

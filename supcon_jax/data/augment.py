@@ -19,7 +19,8 @@ from supcon_jax.data.views import TORCHVISION_CROP, Augmentation
 
 # Weights of red, green and blue in the luma (ITU-R BT.601).
 LUMA = (0.299, 0.587, 0.114)
-# Far from the numbers of keys that a view's own augmentation is split into.
+# The number of the random stream of Mixup and CutMix. A view's own augmentation uses
+# other keys, so that the two are drawn apart.
 MIXING_STREAM = 1000
 EXTRA_STREAM = 2000
 
@@ -166,7 +167,8 @@ class Jitter(NamedTuple):
     Attributes:
       factors: `[3]`, of brightness, contrast and saturation.
       shift: of the hue.
-      place: `[4]`: when (0..3) each of the four has its turn, the hue last.
+      place: `[4]`: the position (0..3) in the order of brightness, contrast, saturation
+        and hue.
     """
 
     factors: jax.Array
@@ -188,10 +190,11 @@ def draw_jitter(key: jax.Array, *, strength: float) -> Jitter:
 def apply_jitter(image: jax.Array, jitter: Jitter) -> jax.Array:
     """The four operations in the jitter's order, clipped to [0, 1] after each.
 
-    Written without branches, which under vmap would all run at all four places (ten times
-    the work). Brightness, contrast and saturation are one blend, `clip(o + f (x - o))`
-    with o zero, the mean luma or the luma; three blends stand before the hue and three
-    after it, and those that the order puts on the other side have the factor 1.
+    There are no branches, since under vmap all of them would run at all four positions
+    (ten times the work). Brightness, contrast and saturation are one blend,
+    `clip(o + f (x - o))` with o zero, the mean luma or the luma. Three blends come before
+    the hue and three after it. The factor of a blend is 1, which changes nothing, if the
+    order has its operation on the other side of the hue.
     """
     factors, shift, place = jitter
     hue_place = place[3]
@@ -200,9 +203,9 @@ def apply_jitter(image: jax.Array, jitter: Jitter) -> jax.Array:
     chosen = jnp.argsort(rank)
 
     def blends(image: jax.Array, before: bool) -> jax.Array:
-        for turn in range(3):
-            here = (turn < hue_place) == before
-            which = chosen[turn]
+        for position in range(3):
+            here = (position < hue_place) == before
+            which = chosen[position]
             factor = jnp.where(here, factors[which], 1.0)
             grey = luma(image, axis=0)
             other = jnp.where(which == 2, grey, 0.0)
@@ -210,7 +213,8 @@ def apply_jitter(image: jax.Array, jitter: Jitter) -> jax.Array:
             image = _blend(image, other, factor)
         return image
 
-    image = jnp.moveaxis(image, -1, 0)  # whole planes: half the time on a processor
+    # Channels first takes half the time on a CPU.
+    image = jnp.moveaxis(image, -1, 0)
     image = blends(adjust_hue(blends(image, True), shift, axis=0), False)
     return jnp.moveaxis(image, 0, -1)
 
@@ -229,7 +233,7 @@ def color_jitter(
     jitter_key, chance_key = jax.random.split(key)
     jitter = draw_jitter(jitter_key, strength=strength)
     if probability < 1:
-        # Factors that change nothing cost less than a choice between two images.
+        # Factors that change nothing cost less than choosing between two images.
         some = jax.random.bernoulli(chance_key, probability)
         factors = jnp.where(some, jitter.factors, 1.0)
         jitter = jitter._replace(factors=factors, shift=jitter.shift * some)
@@ -240,9 +244,9 @@ def gaussian_blur(image: jax.Array, sigma: jax.Array) -> jax.Array:
     """Blurs an image `[H, W, 3]` with a Gaussian of standard deviation `sigma` pixels.
 
     The kernel is cut off at a side of H // 10, made odd (23 at 224 pixels), and outside
-    the image there are zeros, as in the official code. Two products with banded matrices:
-    they run where accelerators are fastest, and cost a processor a seventh of a
-    convolution channel by channel.
+    the image there are zeros, as in the official code. The blur is two products with
+    banded matrices: accelerators are fastest at these, and a CPU takes a seventh of the
+    time of a convolution channel by channel.
 
     Source: Chen et al., arXiv 2002.05709, appendix A; google-research/simclr, data_util.
     """

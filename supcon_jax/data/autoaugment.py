@@ -16,7 +16,7 @@ from collections.abc import Callable
 
 import tensorflow as tf
 
-# What pixels from outside the picture become.
+# The value of pixels that come from outside the image.
 FILL = 128
 # Red, green and blue in the luma, as Pillow has them.
 LUMA = (0.299, 0.587, 0.114)
@@ -316,8 +316,8 @@ def _apply(
     translate: float,
     cutout_half: float,
 ) -> tf.Tensor:
-    """Operation number `operation` of `names`; their number itself is the identity."""
-    # Built inside the branches: only the chosen one runs.
+    """Operation number `operation` of `names`; `len(names)` is the identity."""
+    # Each operation is built inside its branch, so that only the chosen one runs.
     branches = [
         functools.partial(OPERATIONS[name], image, level, seed, translate, cutout_half)
         for name in names

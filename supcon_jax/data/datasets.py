@@ -102,7 +102,7 @@ def _image_folder(path: pathlib.Path, class_names: list[str]) -> FileSource:
     paths, labels = [], []
     for label, name in enumerate(class_names):
         if not (path / name).is_dir():
-            continue  # a class of train that this split does not show
+            continue  # a class of train of which this split has no images
         files = sorted(
             str(file)
             for file in (path / name).rglob("*")
@@ -160,7 +160,7 @@ def _open_arrays(split: str, dir: str, root: str) -> ArraySource:
             f"...; got {root!r} (--config.data.root)"
         )
     try:
-        # Pickled objects could run code; arrays of numbers need none.
+        # Loading a pickled object may run code, and arrays of numbers need no pickling.
         with np.load(path, allow_pickle=False) as file:
             keys = list(file)
             wanted = {f"{split}_images", *(k for k in keys if k.endswith("_labels"))}
@@ -182,7 +182,7 @@ def _open_arrays(split: str, dir: str, root: str) -> ArraySource:
             f"{path}: {split}_labels is {labels.dtype} {labels.shape}; "
             f"expected integers [{len(images)}]"
         )
-    # All splits count, so that train and test agree on the number of classes.
+    # Of all splits, so that train and test agree on the number of classes.
     every = {s: arrays[f"{s}_labels"] for s in splits if f"{s}_labels" in keys}
     num_classes = 1 + int(max(part.max(initial=0) for part in every.values()))
     for name, part in every.items():

@@ -163,9 +163,10 @@ def _dataset(
         ),
     )
     options = tf.data.Options()
-    # Images are what runs in parallel; splitting one operation costs more than it gives.
+    # Images are processed in parallel, so that splitting a single operation over threads
+    # costs more than it gains.
     options.threading.max_intra_op_parallelism = 1
-    # Fixed buffers: autotuning would let them grow into all the memory there is.
+    # The buffers have a fixed size, since autotuning lets them grow until memory is full.
     dataset = (
         dataset.prefetch(1)
         .unbatch()
@@ -196,7 +197,7 @@ def _read_encoded(source: Source, rows, steps) -> Iterator[tuple]:
         try:
             return source.read(index)
         except OSError:
-            return Encoded(b"", 0)  # fails to decode, and is looked into then
+            return Encoded(b"", 0)  # cannot be decoded, and _diagnose then says why
 
     with ThreadPoolExecutor(READERS) as pool:
         for step in steps:
@@ -258,7 +259,7 @@ def decode(encoded: tf.Tensor, orientation: tf.Tensor) -> tf.Tensor:
       orientation: EXIF code 1..8; the image is turned upright.
     """
     image = tf.io.decode_image(encoded, channels=3, expand_animations=False)
-    # An animated format may come with its frames in front all the same (WebP does).
+    # An animated WebP has its frames on a first axis in spite of expand_animations.
     image = tf.cond(tf.rank(image) == 4, lambda: image[0], lambda: image)
     image = tf.ensure_shape(image, (None, None, 3))
     upright = {

@@ -36,9 +36,8 @@ def shuffled(num_examples: int, batch_size: int, *, seed: int) -> Sampler:
       [0, 1, 2, 3]
     """
 
-    @functools.lru_cache(
-        maxsize=2
-    )  # a batch may hold the end of one epoch and the next one
+    # A batch may hold the end of one epoch and the beginning of the next.
+    @functools.lru_cache(maxsize=2)
     def order(epoch: int) -> np.ndarray:
         return np.random.default_rng((seed, epoch)).permutation(num_examples)
 
@@ -75,7 +74,7 @@ def class_balanced(
     """P different classes a step and K = B / P examples of each.
 
     The classes come in rounds: a round is a permutation of all of them cut into
-    `C // P` steps (the C mod P classes at its end sit this round out). A class goes
+    `C // P` steps (the C mod P classes at its end are left out of this round). A class goes
     through its own n_c examples likewise: a pass is a permutation of them cut into
     `n_c // K` rounds. So no batch holds an example twice, unless a class has fewer than
     K; small classes are repeated more often than large ones, and the epoch of an

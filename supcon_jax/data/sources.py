@@ -24,7 +24,7 @@ UNREAD = -1
 # The index of a row in which no example stands: it pads a batch, or its image cannot be
 # decoded.
 PADDING = -1
-# Threads that wait for files; they hold no lock while they do.
+# Threads that read files; Python's lock is free while they wait for the disk.
 READERS = 16
 # The EXIF tag that says how a camera was held.
 ORIENTATION = 0x0112
@@ -211,7 +211,7 @@ class RecordSource(Source):
         Raises:
           OSError: the file cannot be read, or the record is no example.
         """
-        # Loaded already by whoever opened the dataset.
+        # Opening the dataset has imported it already.
         import tensorflow as tf
 
         with open(self.files[self.file[index]], "rb", buffering=0) as file:
@@ -220,7 +220,9 @@ class RecordSource(Source):
             )
         try:
             features = tf.train.Example.FromString(record).features.feature
-        except Exception as error:  # protobuf's DecodeError is not the same everywhere
+        except (
+            Exception
+        ) as error:  # the class of protobuf's error depends on its version
             raise OSError(f"not a tf.train.Example: {error}") from None
         label = int(self.labels[index])
         if label == UNREAD:
@@ -248,13 +250,13 @@ class SyntheticSource(Source):
 def _orientation(image: bytes) -> int:
     """How a camera was held (EXIF), 1 where the file does not say."""
     if b"Exif" not in image[:4096]:
-        return 1  # Pillow takes thirty times as long to find out.
+        return 1  # thirty times faster than asking Pillow
     from PIL import Image
 
     try:
         orientation = Image.open(io.BytesIO(image)).getexif().get(ORIENTATION, 1)
     except (OSError, SyntaxError, ValueError, struct.error):
-        return 1  # The decoder will say what is wrong with the file, if anything is.
+        return 1  # if the file is broken, decoding it will say so
     return orientation if orientation in range(1, 9) else 1
 
 
@@ -351,18 +353,20 @@ def _rows_by_class(source: Source) -> list[np.ndarray]:
 def _split_rows(
     source: Source, fraction: float, *, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Rows that stay and rows that go, both in order; `fraction` of them go."""
+    """Rows to keep and rows to take out, both in order; `fraction` are taken out."""
     count = source.num_examples
     if UNREAD in source.labels:
         groups: Iterable[np.ndarray] = [np.arange(count)]
     else:
         groups = _rows_by_class(source)
-    gone = np.zeros(count, bool)
-    owed = 0.0  # fractions of an example, carried on so that small classes count too
+    taken = np.zeros(count, bool)
+    # How many examples are still to be taken. What rounding leaves of one class is carried
+    # on to the next, so that classes with few examples count too.
+    due = 0.0
     for number, members in enumerate(groups):
-        owed += fraction * len(members)
-        take = min(round(owed), len(members))
-        owed -= take
+        due += fraction * len(members)
+        take = min(round(due), len(members))
+        due -= take
         order = np.random.default_rng((seed, number)).permutation(members)
-        gone[order[:take]] = True
-    return np.flatnonzero(~gone), np.flatnonzero(gone)
+        taken[order[:take]] = True
+    return np.flatnonzero(~taken), np.flatnonzero(taken)

@@ -40,10 +40,10 @@ def import_tensorflow() -> Any:
     Raises:
       ValueError: it is not installed.
     """
-    # Set before the import: TensorFlow prints a banner for every CPU feature, and lines
-    # of its own beside ours for every broken image. JAX has set 1 already, unless the
-    # user chose. oneDNN serves matrix products, which input pipelines have none of; its
-    # banner stays.
+    # Both are read when TensorFlow is imported. At its default level it prints a banner
+    # about the CPU, and lines of its own for every broken image. JAX sets level 1 when it
+    # is imported, so every other level is the user's choice. oneDNN speeds up matrix
+    # products, which an input pipeline does not need, and prints a banner too.
     if os.environ.get("TF_CPP_MIN_LOG_LEVEL", "1") == "1":
         os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")

@@ -54,7 +54,7 @@ class Predictor:
             "image_size": image_size,
             "resize": resize,
         }
-        modules = {"encoder": encoder, "normalize": normalize}
+        modules: dict[str, Any] = {"encoder": encoder, "normalize": normalize}
         jit = functools.partial(
             jax.jit,
             in_shardings=(parallel.replicated(mesh), parallel.batch_sharding(mesh)),
@@ -101,7 +101,7 @@ def embed_step(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Embeddings, labels and mask of one padded batch; BatchNorm in inference mode."""
     images = normalize(batch["image"][:, 0].astype(jnp.float32) / 255.0)
-    embeddings = encoder.apply(variables["encoder"], images, train=False)
+    embeddings: Any = encoder.apply(variables["encoder"], images, train=False)
     return embeddings, batch["label"], batch["mask"]
 
 
@@ -117,5 +117,5 @@ def classify_step(
     embeddings, labels, mask = embed_step(
         variables, batch, encoder=encoder, normalize=normalize
     )
-    logits = head.apply(variables["head"], embeddings, train=False)
+    logits: Any = head.apply(variables["head"], embeddings, train=False)
     return classification_sums(logits, labels, mask)
