@@ -61,7 +61,8 @@ class Predictor:
             out_shardings=parallel.replicated(mesh),
         )
         self._embed = jit(functools.partial(embed_step, **modules))
-        self._classify = jit(functools.partial(classify_step, **modules, head=head))
+        modules["head"] = head
+        self._classify = jit(functools.partial(classify_step, **modules))
 
     def embed(
         self, variables: Any, source: Source, *, label: str = "embedding"
