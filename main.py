@@ -6,10 +6,12 @@ Flags, the processes of a multi-host job, and dispatch on `config.mode`; no logi
 import difflib
 import pathlib
 import sys
+from typing import NoReturn
 
 from absl import app, flags
 from ml_collections import config_flags
 
+_HERE = pathlib.Path(__file__).resolve().parent
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Path of the config file.")
 _WORKDIR = flags.DEFINE_string(
     "workdir",
@@ -23,13 +25,14 @@ def main(_: list[str]) -> None:
     """Runs the mode that the config names; a refusal is one line and exit code 2."""
     # Imported here, so that --help and mistakes in flags answer at once.
     from supcon_jax import parallel
+    from supcon_jax.cli import one_line_errors
     from supcon_jax.linear_eval import linear_eval
     from supcon_jax.logs import setup_logging
     from supcon_jax.pretrain import pretrain
 
     modes = {"pretrain": pretrain, "linear_eval": linear_eval}
     config = _CONFIG.value
-    try:
+    with one_line_errors():
         mode = config.get("mode")
         if mode not in modes:
             raise ValueError(
@@ -38,10 +41,6 @@ def main(_: list[str]) -> None:
         parallel.initialize()
         setup_logging()
         modes[mode](config, _WORKDIR.value or default_workdir())
-    except (ValueError, FloatingPointError) as error:
-        _refuse(error, code=2 if isinstance(error, ValueError) else 1)
-    except KeyboardInterrupt:
-        _refuse("interrupted; the same command goes on from the last save", code=130)
 
 
 def default_workdir() -> str:
@@ -54,25 +53,54 @@ def default_workdir() -> str:
 
 def parse_flags(argv: list[str]) -> list[str]:
     """Parses the command line; what is wrong with it is told in one line."""
-    configs = sorted(str(path) for path in pathlib.Path("configs").glob("[!_]*.py"))
-    configs = [path for path in configs if path != "configs/common.py"]
-    for argument in argv[1:]:
-        if argument.startswith(("--config=", "-config=")):
-            path = argument.partition("=")[2].partition(":")[0]
-            if not pathlib.Path(path).is_file():
-                nearest = difflib.get_close_matches(path, configs, n=3) or configs
-                _refuse(f"no config file {path!r}; there are: {', '.join(nearest)}")
+    argv = _with_config_found(argv)
+    configs = _config_files()
     try:
         remaining = flags.FLAGS(argv)
-    except (AttributeError, KeyError, TypeError, ValueError, flags.Error) as error:
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
         # A config file that raises is quoted with its traceback; its last line says it.
-        last = str(error).strip().splitlines()[-1].removeprefix("ValueError: ")
-        _refuse(_unknown_key(argv) or last)
+        last = str(error).strip().splitlines()[-1:] or [type(error).__name__]
+        _refuse(_unknown_key(argv) or last[0].removeprefix("ValueError: "))
+    except Exception as error:  # configs are code, and theirs may raise anything
+        _refuse(f"the config file fails: {type(error).__name__}: {error} (--config)")
     if len(remaining) > 1:
         _refuse(f"unexpected argument {remaining[1]!r}; options start with --")
     if _CONFIG.value is None:
         _refuse(f"which config? --config=FILE, one of: {', '.join(configs)}")
     return remaining
+
+
+def _config_files() -> list[str]:
+    """The configs of this folder, or of main.py's where there are none."""
+    for folder in (pathlib.Path(), _HERE):
+        found = sorted(str(path) for path in folder.glob("configs/[!_]*.py"))
+        found = [path for path in found if pathlib.Path(path).name != "common.py"]
+        if found:
+            return found
+    return []
+
+
+def _with_config_found(argv: list[str]) -> list[str]:
+    """The arguments with --config=FILE made a file that exists, here or beside main.py."""
+    argv = list(argv)
+    for place, argument in enumerate(argv[1:], start=1):
+        name, equals, value = argument.lstrip("-").partition("=")
+        if name != "config" or not argument.startswith("-"):
+            continue
+        if not equals:  # --config FILE
+            if place + 1 == len(argv):
+                _refuse(f"--config needs a file, one of: {', '.join(_config_files())}")
+            value = argv.pop(place + 1)
+        file, colon, variant = value.partition(":")
+        if not pathlib.Path(file).is_file() and (_HERE / file).is_file():
+            file = str(_HERE / file)
+        if not pathlib.Path(file).is_file():
+            configs = _config_files()
+            nearest = difflib.get_close_matches(file, configs, n=3) or configs
+            _refuse(f"no config file {file!r}; there are: {', '.join(nearest)}")
+        argv[place] = f"--config={file}{colon}{variant}"
+        break
+    return argv
 
 
 def _unknown_key(argv: list[str]) -> str | None:
@@ -86,7 +114,7 @@ def _unknown_key(argv: list[str]) -> str | None:
     return None
 
 
-def _refuse(message: object, *, code: int = 2) -> None:
+def _refuse(message: object, *, code: int = 2) -> NoReturn:
     line = " ".join(str(message).split())
     print(f"error: {line}", file=sys.stderr, flush=True)
     sys.exit(code)

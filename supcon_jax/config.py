@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
@@ -98,6 +99,13 @@ def _numbers(
 
     numbers = "whole numbers" if whole else "numbers"
     return Rule(holds, f"{count} {numbers}, each {single.words}")
+
+
+def _is_pattern(value: Any) -> bool:
+    try:
+        return bool(value) and re.compile(value) is not None
+    except re.error:
+        return False
 
 
 def _is_scale(value: str) -> bool:
@@ -214,7 +222,7 @@ KEYS: dict[str, Key] = {
     "optimizer.exclude": Key(
         ("batch_norm",),
         Rule(
-            lambda values: all(isinstance(v, str) and v for v in values),
+            lambda values: all(_is_pattern(value) for value in values),
             "regular expressions on parameter paths",
         ),
     ),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import pathlib
 from typing import Any
 
@@ -10,14 +11,15 @@ import jax
 from ml_collections import ConfigDict
 
 from supcon_jax import loop, parallel
-from supcon_jax.checkpoint import restore_encoder
+from supcon_jax.checkpoint import restore_encoder, saved_steps
 from supcon_jax.config import ENCODER_KEYS, check_config, flatten
 from supcon_jax.loop import Evaluate
 from supcon_jax.plan import Plan, init_encoder
 from supcon_jax.run import Run, build_predictor, open_run
 from supcon_jax.steps.state import TrainState
-from supcon_jax.workdir import read_config
+from supcon_jax.workdir import finished_metrics, read_config
 
+logger = logging.getLogger(__name__)
 PyTree = Any
 RANDOM = "random"
 
@@ -70,6 +72,14 @@ def check_pretrained(config: ConfigDict) -> None:
         raise ValueError(
             f"no pretraining run in {workdir!r}; run the pretraining config first, or "
             "name its workdir (--config.pretrained; 'random' is an untrained encoder)"
+        )
+    if finished_metrics(workdir) is None:
+        steps = saved_steps(workdir)
+        reached = (
+            f"its newest save is of step {steps[-1]}" if steps else "it saved nothing"
+        )
+        logger.warning(
+            "warning: the pretraining run %s is not finished; %s", workdir, reached
         )
     ours, theirs = flatten(config.to_dict()), flatten(theirs)
     for key in ENCODER_KEYS:

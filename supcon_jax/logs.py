@@ -5,13 +5,15 @@ In a multi-host job only process 0 speaks.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 import os
 import pathlib
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from typing import TypeVar
+from typing import TextIO, TypeVar
 
 import jax
 from absl import logging as absl_logging
@@ -27,10 +29,28 @@ def setup_logging() -> None:
     absl_logging.set_verbosity(absl_logging.WARNING)
     logger.propagate = False
     if not logger.handlers:
-        handler = logging.StreamHandler(sys.stdout)
+        handler = _Terminal(sys.stdout)
         handler.setFormatter(logging.Formatter("%(message)s"))
         handler.addFilter(lambda record: jax.process_index() == 0)
         logger.addHandler(handler)
+
+
+class _Terminal(logging.StreamHandler):
+    """Standard output; where it is closed or cannot show a letter, the run goes on."""
+
+    def __init__(self, stream: TextIO):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+        super().__init__(stream)
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """A closed pipe (`| head`): log.txt goes on."""
+        if isinstance(sys.exc_info()[1], OSError | ValueError):
+            self.setStream(open(os.devnull, "w"))
+            with contextlib.suppress(OSError, ValueError):
+                os.dup2(self.stream.fileno(), sys.stdout.fileno())
+        else:
+            super().handleError(record)
 
 
 def format_duration(seconds: float) -> str:
@@ -69,7 +89,8 @@ def progress(
 def add_log_file(workdir: pathlib.Path) -> logging.Handler:
     """Copies the log into `workdir/log.txt`, with the time in front."""
     first = jax.process_index() == 0
-    handler = logging.FileHandler(workdir / "log.txt" if first else os.devnull)
+    path = workdir / "log.txt" if first else os.devnull
+    handler = logging.FileHandler(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     logger.addHandler(handler)
     return handler

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from supcon_jax import memory, parallel, report
-from supcon_jax.checkpoint import Checkpointer
+from supcon_jax.checkpoint import Checkpointer, saved_steps
 from supcon_jax.logs import add_log_file, format_duration
 from supcon_jax.metrics import on_end
 from supcon_jax.plan import Plan
@@ -60,6 +60,11 @@ def train(
     """
     if run.finished is not None:
         logger.info("this run is complete; another --workdir starts a new one")
+        if not saved_steps(run.workdir):
+            logger.warning(
+                "warning: its checkpoints are gone, so nothing can be evaluated or "
+                "continued from it; another --workdir trains it again"
+            )
         return report.report_end(run, run.finished)
     log_file = add_log_file(run.workdir)
     checkpointer = Checkpointer(run.workdir, keep=run.config.keep_checkpoints)
@@ -67,6 +72,9 @@ def train(
         with _interrupts_between_steps() as stop_requested, memory.explained(run.plan):
             final = _fit(run, checkpointer, evaluate, on_log, stop_requested)
         return report.report_end(run, final)
+    except KeyboardInterrupt:
+        checkpointer.wait()
+        raise KeyboardInterrupt(_where_it_goes_on(checkpointer)) from None
     finally:
         # Also after an interrupt: the save that is under way becomes whole.
         checkpointer.close()
@@ -163,6 +171,16 @@ def _fit(
             "finished %d steps in %s", total_steps, format_duration(writer.wall_s())
         )
         return final_metrics
+
+
+def _where_it_goes_on(checkpointer: Checkpointer) -> str:
+    step = checkpointer.latest_step()
+    if step is None:
+        return (
+            "interrupted before anything was saved: the same command starts anew "
+            "(--config.checkpoint_every=STEPS saves on the way)"
+        )
+    return f"interrupted; the same command goes on from the last save, of step {step}"
 
 
 @contextlib.contextmanager

@@ -52,8 +52,21 @@ def initialize() -> None:
 
 
 def create_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A one-dimensional mesh over `devices` (all of the job's, by default)."""
-    devices = jax.devices() if devices is None else devices
+    """A one-dimensional mesh over `devices` (all of the job's, by default).
+
+    Raises:
+      ValueError: JAX finds no device.
+    """
+    if devices is None:
+        try:
+            devices = jax.devices()
+        except (RuntimeError, AssertionError) as error:  # by the kind of JAX_PLATFORMS
+            asked = os.environ.get("JAX_PLATFORMS", "")
+            reason = next(iter(str(error).strip().splitlines()), "none is there")
+            raise ValueError(
+                f"JAX finds no device with JAX_PLATFORMS={asked!r}: {reason}; unset it, or "
+                "install JAX for that device (README, accelerators)"
+            ) from None
     # Auto: the compiler places the collectives. jax.make_mesh would be Explicit.
     return jax.make_mesh(
         (len(devices),), (DATA_AXIS,), axis_types=(AxisType.Auto,), devices=devices

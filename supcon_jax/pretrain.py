@@ -6,6 +6,7 @@ import logging
 import pathlib
 from typing import Any
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from supcon_jax import loop
@@ -15,7 +16,7 @@ from supcon_jax.evaluation.knn import knn_accuracy
 from supcon_jax.evaluation.rankme import rankme
 from supcon_jax.loop import Evaluate
 from supcon_jax.objectives import OBJECTIVES
-from supcon_jax.run import Run, build_predictor, open_run
+from supcon_jax.run import Run, build_predictor, build_train_batches, open_run
 from supcon_jax.steps.state import TrainState
 
 logger = logging.getLogger(__name__)
@@ -37,7 +38,7 @@ def pretrain(config: ConfigDict, workdir: str | pathlib.Path) -> dict[str, Any]:
     """
     check_config(config)
     run = open_run(config, workdir)
-    return loop.train(run, evaluate=build_evaluation(run), on_log=CollapseMonitor())
+    return loop.train(run, evaluate=build_evaluation(run), on_log=CollapseMonitor(run))
 
 
 def build_evaluation(run: Run) -> Evaluate:
@@ -90,13 +91,14 @@ def build_evaluation(run: Run) -> Evaluate:
 
 
 class CollapseMonitor:
-    """Says once, in plain words, that the projections have collapsed.
+    """Says once, in plain words, that the projections have collapsed, and why.
 
     When all projections are equal, the contrastive loss is `scale * log(N - 1)`
     exactly. A loss that stays within 1 % of that level has learned nothing.
     """
 
-    def __init__(self, patience: int = COLLAPSE_PATIENCE):
+    def __init__(self, run: Run, patience: int = COLLAPSE_PATIENCE):
+        self._run = run
         self._patience = patience
         self._count = 0
 
@@ -110,9 +112,27 @@ class CollapseMonitor:
         if self._count == self._patience:
             logger.warning(
                 "warning: the loss has stayed at %.4f, the value of projections that "
-                "are all equal: the encoder has collapsed. Cures: a longer warm-up "
-                "(--config.optimizer.warmup_epochs), a lower learning rate "
-                "(--config.optimizer.learning_rate), milder augmentation "
-                "(--config.augment.*), a larger batch",
+                "are all equal: the encoder has collapsed. %s",
                 level,
+                self._likely_cause(metrics),
             )
+
+    def _likely_cause(self, metrics: dict[str, float]) -> str:
+        """What can be seen of the data, before the settings are blamed."""
+        if metrics.get("train/no_positive_fraction", 0.0) == 1.0:
+            return "Cause: no image has a positive (--config.data.views=2)"
+        views = self._run.config.batch_size * self._run.config.data.views
+        if metrics.get("train/mean_positives", 0.0) >= views - 1:
+            return "Cause: all images have one class (--config.data.name, data.root)"
+        images = next(
+            build_train_batches(
+                self._run.config, self._run.train_source, self._run.sampler
+            )
+        )["image"]
+        if not np.any(np.ptp(images, axis=0)):
+            return "Cause: all images are equal (python -m supcon_jax.tools.show_batch)"
+        return (
+            "Cures: a longer warm-up (--config.optimizer.warmup_epochs), a lower "
+            "learning rate (--config.optimizer.learning_rate), milder augmentation "
+            "(--config.augment.*), a larger batch"
+        )

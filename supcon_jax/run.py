@@ -11,6 +11,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -18,6 +19,7 @@ from supcon_jax import builders, parallel
 from supcon_jax.checkpoint import digest
 from supcon_jax.data import sources as sources_of
 from supcon_jax.data.datasets import open_source
+from supcon_jax.data.identity import identify
 from supcon_jax.data.pipeline import (
     Batch,
     check_image_size,
@@ -26,8 +28,9 @@ from supcon_jax.data.pipeline import (
     train_batches,
 )
 from supcon_jax.data.sampler import Sampler, class_balanced, shuffled
-from supcon_jax.data.sources import Source
+from supcon_jax.data.sources import UNREAD, Source
 from supcon_jax.evaluation.predict import Predictor
+from supcon_jax.objectives import OBJECTIVES
 from supcon_jax.plan import Plan, create_plan
 from supcon_jax.workdir import finished_metrics, open_workdir
 from supcon_jax.writers import check_installed
@@ -98,6 +101,7 @@ def open_run(
     # Before the data are opened, which may take minutes.
     parallel.check_batch_size(config.batch_size, mesh)
     train_source, eval_source = open_sources(config)
+    check_positives(config, train_source)
     sampler = build_sampler(config, train_source)
     plan = create_plan(
         config,
@@ -107,7 +111,12 @@ def open_run(
         whole_images=not on_host(train_source, config.augment.policy),
     )
     frozen = load_frozen(plan)
-    path = open_workdir(config, workdir, frozen=digest(frozen) if frozen else "")
+    path = open_workdir(
+        config,
+        workdir,
+        frozen=digest(frozen) if frozen else "",
+        data={"train": identify(train_source), "evaluation": identify(eval_source)},
+    )
     logger.info("workdir %s", os.path.relpath(path))
     return Run(
         plan=plan,
@@ -129,10 +138,13 @@ def setup_compilation_cache(*, enabled: bool) -> None:
     if not enabled:
         return
     if not jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
-        home = os.environ.get("XDG_CACHE_HOME") or pathlib.Path("~/.cache").expanduser()
-        jax.config.update(
-            "jax_compilation_cache_dir", str(pathlib.Path(home) / "supcon_jax" / "jax")
-        )
+        try:
+            home = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+            folder = home.expanduser() / "supcon_jax" / "jax"
+        except RuntimeError:  # nobody's home is known: compile every time
+            jax.config.update("jax_enable_compilation_cache", False)
+            return
+        jax.config.update("jax_compilation_cache_dir", str(folder))
     # By default JAX keeps only what took over a second to compile.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
@@ -186,6 +198,34 @@ def open_sources(config: ConfigDict) -> tuple[Source, Source]:
             f"training images; set --config.batch_size={train.num_examples} or less"
         )
     return train, evaluation
+
+
+def check_positives(config: ConfigDict, source: Source) -> None:
+    """Refuses training in which no anchor can have a positive: it would learn nothing.
+
+    With one view an image's only positives are other images of its class.
+
+    Raises:
+      ValueError: naming the keys to change.
+    """
+    objective = OBJECTIVES[config.loss.name]
+    alone = config.data.views == 1 and not source.synthetic
+    if config.mode != "pretrain" or not objective.contrastive or not alone:
+        return
+    labels = source.labels[source.labels >= 0] if objective.uses_labels else np.empty(0)
+    counts = np.bincount(labels) if len(labels) else np.zeros(1, int)
+    known = not objective.uses_labels or UNREAD not in source.labels
+    if known and counts.max() < 2:
+        raise ValueError(
+            f"no image has a positive: data.views=1, and {config.loss.name} finds no two "
+            "images that belong together; set --config.data.views=2"
+        )
+    if len(labels) and np.any(counts == 1):
+        logger.warning(
+            "warning: %d classes have one image, which has no positive with "
+            "data.views=1 (--config.data.views=2)",
+            np.sum(counts == 1),
+        )
 
 
 def build_sampler(config: ConfigDict, source: Source) -> Sampler:

@@ -29,7 +29,11 @@ def read_config(workdir: str | pathlib.Path) -> dict[str, Any] | None:
 
 
 def open_workdir(
-    config: ConfigDict, workdir: str | pathlib.Path, *, frozen: str = ""
+    config: ConfigDict,
+    workdir: str | pathlib.Path,
+    *,
+    frozen: str = "",
+    data: dict[str, Any] | None = None,
 ) -> pathlib.Path:
     """Creates a workdir with its config, or checks that this config may go on with it.
 
@@ -43,10 +47,11 @@ def open_workdir(
       workdir: a path; made where it does not exist.
       frozen: digest of the arrays that the run reads and does not train; it takes the
         place of `pretrained`, so that a pretraining run may be moved.
+      data: `identity.identify` of each split, by its name.
 
     Raises:
-      ValueError: another config made it (the differing keys are named), or it cannot
-        be written.
+      ValueError: another config or other data made it (what differs is named), or it
+        cannot be written.
     """
     if "://" in str(workdir):
         raise ValueError(
@@ -63,7 +68,8 @@ def open_workdir(
             "them; use another --workdir"
         )
     if theirs is not None and (started or finished_metrics(path)):
-        known = (_read_json(path / "run.json") or {}).get("frozen", "")
+        facts = _read_json(path / "run.json") or {}
+        known = facts.get("frozen", "")
         free = {"pretrained"} if frozen and known == frozen else set()
         _refuse_other_config(path, flatten(ours), flatten(theirs), free)
         if known and frozen and known != frozen:
@@ -72,12 +78,12 @@ def open_workdir(
                 f"in {config.pretrained!r} (another run, or a later step of the same); "
                 "use another --workdir, or another --config.pretrained"
             )
+        _refuse_other_data(path, data or {}, facts.get("data", {}))
     if jax.process_index() == 0:
         try:
             path.mkdir(parents=True, exist_ok=True)
             _write_json(path / "config.json", ours)
-            if frozen:
-                _write_json(path / "run.json", {"frozen": frozen})
+            _write_json(path / "run.json", {"frozen": frozen, "data": data or {}})
         except OSError as error:
             raise ValueError(
                 f"cannot write to workdir {path}: {error.strerror} (--workdir)"
@@ -136,6 +142,24 @@ def _refuse_other_config(
         f"workdir {path} was made by another config; differing: {told}{length}; use "
         "another --workdir"
     )
+
+
+def _refuse_other_data(
+    path: pathlib.Path, ours: dict[str, Any], theirs: dict[str, Any]
+) -> None:
+    """An older version wrote nothing about the data: then any are taken."""
+    for split in sorted(ours.keys() & theirs.keys()):
+        if ours[split] != theirs[split]:
+            there, now = (
+                f"{facts['examples']:,} examples of {facts['classes']} classes, digest "
+                f"{facts['digest']}"
+                for facts in (theirs[split], ours[split])
+            )
+            raise ValueError(
+                f"workdir {path} was made with other data; {split} split: there {there}, "
+                f"now {now}; use another --workdir, or the data of that run "
+                "(--config.data.root, --config.data.dir)"
+            )
 
 
 def _read_json(path: pathlib.Path) -> dict[str, Any] | None:

@@ -21,6 +21,7 @@ LAYERS = {
     "supcon_jax.data": 1,
     "supcon_jax.parallel": 1,
     "supcon_jax.logs": 1,
+    "supcon_jax.cli": 1,
     "supcon_jax.steps": 2,
     "supcon_jax.checkpoint": 2,
     "supcon_jax.writers": 2,

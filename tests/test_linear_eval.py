@@ -1,5 +1,8 @@
 """Stage 2: the encoder is restored, stays frozen, and the split is counted whole."""
 
+import logging
+import shutil
+
 import jax
 import numpy as np
 import pytest
@@ -208,3 +211,27 @@ def test_an_average_that_was_not_kept_is_refused(pretrained, tmp_path):
     with pytest.raises(ValueError, match="kept no average.*--config.encoder_average"):
         linear_eval.linear_eval(config, tmp_path / "linear")
     assert not (tmp_path / "linear").exists()
+
+
+def test_an_unfinished_pretraining_run_is_told(pretrained, tmp_path, caplog):
+    copy = tmp_path / "unfinished"
+    shutil.copytree(pretrained, copy)
+    lines = (copy / "metrics.jsonl").read_text().splitlines()
+    (copy / "metrics.jsonl").write_text("\n".join(lines[:-1]) + "\n")
+    with caplog.at_level(logging.WARNING, logger="supcon_jax"):
+        linear_eval.check_pretrained(linear_config(pretrained))
+        assert not caplog.records
+        linear_eval.check_pretrained(linear_config(copy))
+    assert "is not finished; its newest save is of step 12" in caplog.text
+
+
+def test_checkpoints_that_are_gone_are_told(pretrained, tmp_path, caplog):
+    """The run is complete, but nothing can be done with it."""
+    copy = tmp_path / "copy"
+    shutil.copytree(pretrained, copy)
+    shutil.rmtree(copy / "checkpoints")
+    with caplog.at_level(logging.WARNING, logger="supcon_jax"):
+        pretrain.pretrain(pretrain_config(**{"knn.bank": 0}), copy)
+    assert "its checkpoints are gone" in caplog.text
+    with pytest.raises(ValueError, match="no checkpoints in"):
+        linear_eval.linear_eval(linear_config(copy), tmp_path / "linear")

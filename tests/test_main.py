@@ -1,5 +1,6 @@
 """The command line: one line and exit code 2 for every mistake."""
 
+import os
 import pathlib
 import signal
 import subprocess
@@ -45,6 +46,25 @@ def run(*arguments, cwd=REPOSITORY, env=None):
         (["--config=configs/digits.py", "--config.loss.temperature=0"], "above 0"),
         (["--config=configs/linear_digits.py", "--config.pretrained=no"], "'no'"),
         (["--config=configs/supcon_r50.py", "--config.data.dir=no"], "image-net.org"),
+        (["--config", "configs/nope.py"], "no config file 'configs/nope.py'"),
+        (["--config=configs/digits.py", "--config.optimizer.exclude=('*bn',)"], "regu"),
+        (
+            ["--config=configs/digits.py", "--config.augment.crop_area=('a','b')"],
+            "leas",
+        ),
+        (
+            ["--config=configs/digits.py", "--config.projection.hidden_dims=(64.5,)"],
+            "wh",
+        ),
+        (["--config=configs/digits.py", "--config.writers=('mlflow',)"], "tensorboard"),
+        (
+            [
+                "--config=configs/digits.py",
+                "--config.loss.name=simclr",
+                "--config.data.views=1",
+            ],
+            "no image has a positive",
+        ),
     ],
 )
 def test_mistake_is_one_line_and_code_2(arguments, says, tmp_path):
@@ -77,6 +97,100 @@ def test_default_workdir_and_output(tmp_path):
     assert "Traceback" not in result.stderr
 
 
+SHORT = (
+    "--config.total_steps=2",
+    "--config.batch_size=16",
+    "--config.encoder.width=0.25",
+    "--config.knn.bank=0",
+)
+
+
+def test_config_without_a_file():
+    done = run("--config")
+    assert done.returncode == 2 and "--config needs a file, one of: " in done.stderr
+
+
+def test_config_after_a_space_and_from_another_folder(tmp_path):
+    """`python /elsewhere/main.py --config configs/digits.py` in an empty folder."""
+    done = subprocess.run(
+        [
+            sys.executable,
+            REPOSITORY / "main.py",
+            "--config",
+            "configs/digits.py",
+            *SHORT,
+        ],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "runs" / "digits" / "metrics.jsonl").exists()
+
+
+def test_a_device_that_is_not_there(tmp_path):
+    for platform in ("cuda", "abacus"):
+        environment = os.environ | {"JAX_PLATFORMS": platform}
+        done = run(
+            "--config=configs/digits.py",
+            f"--workdir={tmp_path / 'run'}",
+            env=environment,
+        )
+        assert done.returncode == 2, done.stderr
+        assert f"JAX_PLATFORMS='{platform}'" in done.stderr.splitlines()[-1]
+        assert "Traceback" not in done.stderr and not (tmp_path / "run").exists()
+
+
+def test_without_a_home(tmp_path):
+    """No HOME and no such user: nothing is cached, and the run goes on."""
+    environment = {k: v for k, v in os.environ.items() if k != "HOME"}
+    environment.pop("XDG_CACHE_HOME", None)
+    code = "import os, runpy, sys; sys.argv = sys.argv[1:]; os.path.expanduser = lambda p: p; runpy.run_path('main.py', run_name='__main__')"
+    done = subprocess.run(
+        [sys.executable, "-c", code, "main.py", "--config=configs/digits.py", *SHORT]
+        + [f"--workdir={tmp_path / 'run'}"],
+        cwd=REPOSITORY,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert not (REPOSITORY / "~").exists()
+
+
+def test_a_closed_pipe_does_not_stop_a_run(tmp_path):
+    """`python main.py ... | head -1`: log.txt has the rest."""
+    command = [sys.executable, "main.py", "--config=configs/digits.py", *SHORT]
+    process = subprocess.Popen(
+        [*command, f"--workdir={tmp_path / 'run'}"],
+        cwd=REPOSITORY,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    process.stdout.readline()
+    process.stdout.close()
+    errors = process.stderr.read()
+    assert process.wait(300) == 0, errors
+    assert "Traceback" not in errors and "BrokenPipe" not in errors
+    assert "finished 2 steps" in (tmp_path / "run" / "log.txt").read_text()
+
+
+def test_an_odd_encoding_shows_what_it_can(tmp_path):
+    """A folder of a name that ASCII does not have."""
+    environment = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    workdir = tmp_path / "l\u00e4ufe"
+    done = run(
+        "--config=configs/digits.py", *SHORT, f"--workdir={workdir}", env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr and "Error" not in done.stderr
+    assert "l\\xe4ufe" in done.stdout
+    assert "l\u00e4ufe" in (workdir / "log.txt").read_text(encoding="utf-8")
+
+
 @pytest.mark.slow
 def test_an_interrupt_is_one_line(tmp_path):
     """Ctrl-C in the middle of a run; what has been saved stays."""
@@ -103,6 +217,6 @@ def test_an_interrupt_is_one_line(tmp_path):
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 130
-    assert "error: interrupted; the same command goes on" in errors
+    assert "goes on from the last save, of step" in errors
     assert "Traceback" not in errors
     assert (tmp_path / "run" / "checkpoints" / "10").is_dir()

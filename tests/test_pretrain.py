@@ -1,5 +1,6 @@
 """Stage 1 from the outside: files, metrics, resume, devices, refusals."""
 
+import dataclasses
 import json
 import logging
 import os
@@ -15,6 +16,8 @@ import pytest
 
 from supcon_jax import pretrain
 from supcon_jax.checkpoint import restore_encoder
+from supcon_jax.data.sources import ArraySource
+from supcon_jax.run import check_positives, open_run
 from supcon_jax.steps import contrastive
 from supcon_jax.writers import read_metrics
 from tests.runs import assert_trees_equal, pretrain_config, snapshot
@@ -252,8 +255,9 @@ def test_cross_entropy_baseline(tmp_path):
     assert final["knn/top1"] > 0.3
 
 
-def test_collapse_is_said_once_in_plain_words(caplog):
-    monitor = pretrain.CollapseMonitor(patience=3)
+def test_collapse_is_said_once_in_plain_words(tmp_path, caplog):
+    run = open_run(pretrain_config(), tmp_path)
+    monitor = pretrain.CollapseMonitor(run, patience=3)
     plateau = {"train/loss": 3.43, "train/collapse_loss": 3.434}
     with caplog.at_level(logging.WARNING, logger="supcon_jax"):
         for step in range(2):
@@ -261,9 +265,76 @@ def test_collapse_is_said_once_in_plain_words(caplog):
         monitor(2, plateau | {"train/loss": 3.2})
         for step in range(3, 9):
             monitor(step, plateau)
-    assert len(caplog.records) == 1
+    warnings = [r for r in caplog.records if r.levelno == logging.WARNING]
+    assert len(warnings) == 1
     assert "collapsed" in caplog.text and "warmup_epochs" in caplog.text
     monitor(9, {"train/loss": 1.0})  # cross-entropy has no such level
+
+
+@pytest.mark.parametrize(
+    ("constant", "metrics", "cause"),
+    [
+        (True, {}, "all images are equal"),
+        (False, {"train/mean_positives": 31.0}, "all images have one class"),
+        (False, {"train/no_positive_fraction": 1.0}, "no image has a positive"),
+    ],
+    ids=["constant", "one class", "no positives"],
+)
+def test_collapse_names_the_cause_that_it_can_see(
+    constant, metrics, cause, tmp_path, caplog
+):
+    run = open_run(pretrain_config(), tmp_path)
+    if constant:
+        source = dataclasses.replace(
+            run.train_source, images=np.zeros_like(run.train_source.images)
+        )
+        run = dataclasses.replace(run, train_source=source)
+    monitor = pretrain.CollapseMonitor(run, patience=1)
+    with caplog.at_level(logging.WARNING, logger="supcon_jax"):
+        monitor(1, {"train/loss": 3.43, "train/collapse_loss": 3.434} | metrics)
+    assert cause in caplog.text and "warmup_epochs" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("labels", "name", "refused"),
+    [
+        (np.arange(20), "supcon", True),
+        (np.arange(20) // 2, "supcon", False),
+        (np.zeros(20, int), "simclr", True),
+        (np.zeros(20, int), "cross_entropy", False),
+    ],
+)
+def test_training_without_positives_is_refused(labels, name, refused, tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (20, 8, 8, 3), np.uint8)
+    np.savez(
+        tmp_path / "data.npz",
+        train_images=images,
+        train_labels=labels,
+        test_images=images,
+        test_labels=labels,
+    )
+    config = pretrain_config(
+        **{
+            "data.name": "arrays",
+            "data.root": str(tmp_path / "data.npz"),
+            "data.views": 1,
+            "loss.name": name,
+        }
+    )
+    if refused:
+        with pytest.raises(ValueError, match="no image has a positive.*data.views=2"):
+            open_run(config, tmp_path / "run")
+        assert not (tmp_path / "run").exists()
+    else:
+        open_run(config, tmp_path / "run")
+
+
+def test_classes_of_one_image_are_told(tmp_path, caplog):
+    labels = np.array([0, 0, *range(1, 19)])
+    source = ArraySource(np.zeros((20, 8, 8, 3), np.uint8), labels, num_classes=19)
+    with caplog.at_level(logging.WARNING, logger="supcon_jax"):
+        check_positives(pretrain_config(**{"data.views": 1}), source)
+    assert "18 classes have one image" in caplog.text
 
 
 @pytest.mark.slow

@@ -5,11 +5,15 @@ import json
 import re
 import shutil
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from supcon_jax import memory, pretrain
 from supcon_jax.checkpoint import digest, restore_encoder
 from supcon_jax.config import KEYS
+from supcon_jax.data.datasets import open_source
+from supcon_jax.data.identity import identify
 from supcon_jax.linear_eval import linear_eval
 from supcon_jax.run import open_run
 from supcon_jax.workdir import differing_keys, open_workdir, read_config
@@ -168,3 +172,80 @@ def test_open_run_leaves_nothing_behind_where_it_refuses(tmp_path):
     with pytest.raises(ValueError):
         open_run(pretrain_config(batch_size=12), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+# --- the data of a run ---
+
+
+def arrays(path, seed=0, classes=3, labels=None):
+    """An .npz file of noise images."""
+    rng = np.random.default_rng(seed)
+    content = {}
+    for split, count in (("train", 40), ("test", 20)):
+        content[f"{split}_images"] = rng.integers(0, 256, (count, 8, 8, 3), np.uint8)
+        content[f"{split}_labels"] = np.arange(count) % classes
+    if labels is not None:
+        content["train_labels"] = labels
+    np.savez(path, **content)
+    return str(path)
+
+
+def arrays_config(root):
+    return pretrain_config(**{"data.name": "arrays", "data.root": root, "knn.bank": 20})
+
+
+@pytest.mark.parametrize("finished", [False, True])
+@pytest.mark.parametrize(
+    ("other", "says"),
+    [
+        ({"seed": 1}, "digest"),
+        ({"classes": 4}, "20 examples of 4 classes"),
+        ({"labels": np.zeros(40, int)}, "digest"),
+    ],
+    ids=str,
+)
+def test_other_data_are_refused(tmp_path, finished, other, says):
+    """Whether the run is finished or not; nothing is written."""
+    config = arrays_config(arrays(tmp_path / "a.npz"))
+    workdir = tmp_path / "run"
+    open_run(config, workdir)
+    if finished:
+        (workdir / "metrics.jsonl").write_text('{"step": 12, "final": true}\n')
+    else:
+        (workdir / "checkpoints" / "2").mkdir(parents=True)
+    before = snapshot(workdir)
+    changed = arrays_config(arrays(tmp_path / "b.npz", **other))
+    with pytest.raises(ValueError, match=f"made with other data; .*{says}.*data.root"):
+        open_run(changed, workdir)
+    assert snapshot(workdir) == before
+    # The same content in another place is the same data.
+    (tmp_path / "elsewhere").mkdir()
+    moved = arrays_config(arrays(tmp_path / "elsewhere" / "c.npz"))
+    assert (open_run(moved, workdir).finished is not None) == finished
+
+
+def test_a_run_of_an_older_version_takes_any_data(tmp_path):
+    config = arrays_config(arrays(tmp_path / "a.npz"))
+    open_run(config, tmp_path / "run")
+    (tmp_path / "run" / "checkpoints" / "2").mkdir(parents=True)
+    (tmp_path / "run" / "run.json").unlink()
+    open_run(arrays_config(arrays(tmp_path / "b.npz", seed=1)), tmp_path / "run")
+
+
+def test_identity_looks_at_content_and_not_at_places(tmp_path):
+    """Image files: the same bytes in another folder; one changed; one more."""
+
+    def folder(name, changed=None, more=0):
+        for label in ("cat", "dog"):
+            path = tmp_path / name / "train" / label
+            path.mkdir(parents=True)
+            for number in range(3 + more):
+                color = (10 * number, 200 if (label, number) == changed else 20, 30)
+                Image.new("RGB", (9, 8), color).save(path / f"{number}.png")
+        return identify(open_source("folder", "train", root=str(tmp_path / name)))
+
+    first = folder("a")
+    assert first == folder("b")
+    assert first["examples"] == 6 and first["classes"] == 2
+    assert folder("c", changed=("dog", 1))["digest"] != first["digest"]
+    assert folder("d", more=1)["examples"] == 8

@@ -14,9 +14,9 @@ import argparse
 import json
 import pathlib
 import statistics
-import sys
 from typing import Any
 
+from supcon_jax.cli import one_line_errors
 from supcon_jax.config import flatten
 from supcon_jax.metrics import is_result, is_share
 from supcon_jax.workdir import differing_keys, read_config
@@ -34,14 +34,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("workdirs", nargs="+", help="one for each seed")
     parser.add_argument("--out", help="a JSON file to write")
     options = parser.parse_args(arguments)
-    try:
+    with one_line_errors():
         summary = summarize(options.workdirs)
         if options.out:
             write(summary, pathlib.Path(options.out))
-    except ValueError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
-    print(markdown(summary))
+        print(markdown(summary))
 
 
 def summarize(workdirs: list[str]) -> dict[str, Any]:

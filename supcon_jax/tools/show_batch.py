@@ -21,6 +21,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from supcon_jax import builders, parallel
+from supcon_jax.cli import one_line_errors
 from supcon_jax.config import KEYS, check_config, unknown_key
 from supcon_jax.data.pipeline import eval_batches, on_host
 from supcon_jax.run import build_sampler, build_train_batches, open_sources
@@ -40,13 +41,13 @@ def main(arguments: list[str] | None = None) -> None:
     changes = [a.removeprefix("--config.") for a in rest if a.startswith("--config.")]
     if len(changes) < len(rest):
         parser.error(f"unexpected {' '.join(a for a in rest if '--config.' not in a)}")
-    try:
+    with one_line_errors():
+        out = pathlib.Path(options.out)
+        if not out.parent.is_dir():
+            raise ValueError(f"cannot write {out}: no folder {out.parent} (--out)")
         config = load_config(options.config, changes)
-        draw(config, pathlib.Path(options.out), rows=options.rows)
-    except ValueError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
-    print(f"wrote {options.out}")
+        draw(config, out, rows=options.rows)
+        print(f"wrote {out}")
 
 
 def load_config(name: str, changes: list[str]) -> ConfigDict:

@@ -1,0 +1,116 @@
+"""The edge of the program: whatever goes wrong comes out as one line and an exit code.
+
+2: a mistake that the user can put right (all our refusals are ValueErrors). 1: something
+failed: a disk, a device, a diverged run. 130: interrupted. What is neither is a bug: its
+traceback stays, with versions and the request to report it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import os
+import pathlib
+import platform
+import sys
+import traceback
+from collections.abc import Iterator
+from typing import NoReturn
+
+import jax
+
+# Errors that are raised in these folders are ours, and worded for the user.
+_OURS = pathlib.Path(__file__).resolve().parent
+_PACKAGES = (
+    "jax",
+    "jaxlib",
+    "flax",
+    "optax",
+    "orbax-checkpoint",
+    "numpy",
+    "tensorflow",
+)
+
+
+@contextlib.contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Ends the process as the module's docstring says, whatever happens inside."""
+    try:
+        yield
+    except KeyboardInterrupt as interrupt:
+        refuse(str(interrupt) or "interrupted", code=130)
+    except BrokenPipeError:
+        # Whoever read the output has gone; there is nobody to tell.
+        _silence_stdout()
+        sys.exit(1)
+    except Exception as error:
+        told = describe(error)
+        if told is None:
+            traceback.print_exc()
+            print(f"\n{bug_report()}", file=sys.stderr, flush=True)
+            sys.exit(1)
+        message, code = told
+        refuse(message, code=code)
+
+
+def describe(error: Exception) -> tuple[str, int] | None:
+    """An error's line and exit code; None where it is a bug."""
+    if isinstance(error, FloatingPointError):
+        return str(error), 1
+    if isinstance(error, ValueError) and _raised_by_us(error):
+        return str(error), 2
+    if isinstance(error, OSError) and error.strerror:
+        names = [str(name) for name in (error.filename, error.filename2) if name]
+        return ": ".join([*names, error.strerror]), 1
+    if isinstance(error, MemoryError):
+        return "this machine's memory is used up (a smaller --config.batch_size)", 1
+    if isinstance(error, jax.errors.JaxRuntimeError):
+        return f"the device failed: {_first_line(str(error))}", 1
+    return None
+
+
+def refuse(message: object, *, code: int = 2) -> NoReturn:
+    """Prints an error in one line and ends the process."""
+    line = " ".join(str(message).split())
+    with contextlib.suppress(OSError):
+        print(f"error: {line}", file=sys.stderr, flush=True)
+    sys.exit(code)
+
+
+def bug_report() -> str:
+    """What to do with a traceback: where it belongs, and what to send with it."""
+    import supcon_jax
+
+    versions = [
+        f"supcon_jax {supcon_jax.__version__}",
+        f"Python {sys.version.split()[0]}",
+    ]
+    for name in _PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions.append(f"{name} {importlib.metadata.version(name)}")
+    return (
+        "error: this is a bug in supcon_jax; please report it in the project's issue "
+        "tracker with the command, the lines above and these versions: "
+        f"{', '.join(versions)}, {platform.platform()}"
+    )
+
+
+def _raised_by_us(error: BaseException) -> bool:
+    """Whether the frame that raised it is in this package, in main.py or in a config."""
+    last = traceback.extract_tb(error.__traceback__)[-1:]
+    for frame in last:
+        path = pathlib.Path(frame.filename).resolve()
+        main = getattr(sys.modules.get("__main__"), "__file__", None)
+        ours = _OURS in path.parents or path.parent.name == "configs"
+        return ours or (main is not None and path == pathlib.Path(main).resolve())
+    return True
+
+
+def _first_line(text: str) -> str:
+    return next(iter(text.strip().splitlines()), "no reason given")
+
+
+def _silence_stdout() -> None:
+    """Nothing more can be written; the interpreter would complain at its end."""
+    devnull = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(devnull, sys.stdout.fileno())
