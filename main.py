@@ -24,8 +24,8 @@ def main(_: list[str]) -> None:
     # Imported here, so that --help and mistakes in flags answer at once.
     from supcon_jax import parallel
     from supcon_jax.linear_eval import linear_eval
+    from supcon_jax.logs import setup_logging
     from supcon_jax.pretrain import pretrain
-    from supcon_jax.writers import setup_logging
 
     modes = {"pretrain": pretrain, "linear_eval": linear_eval}
     config = _CONFIG.value

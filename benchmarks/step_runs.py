@@ -80,8 +80,8 @@ class Method:
     def __init__(self, config: ConfigDict):
         plan = plan_of(config)
         self.flops = count_of(plan)
-        everywhere = parallel.replicated(plan.mesh)
-        self.state = jax.jit(plan.init, out_shardings=everywhere)()
+        replicated = parallel.replicated(plan.mesh)
+        self.state = jax.jit(plan.init, out_shardings=replicated)()
         self.batch = parallel.to_global(noise_batch(plan), plan.mesh)
         start = time.perf_counter()
         self.step = plan.lower().compile()

@@ -25,6 +25,9 @@ def get_config() -> ConfigDict:
     config.pretrained = ""  # linear_eval: workdir of the pretraining run, or "random"
     config.next_config = ""  # config named in the next command at the end of a run
     config.compilation_cache = True  # keep compiled programs in the user's cache
+    # Beside metrics.jsonl: "tensorboard" | "wandb" | "trackio", any number of them
+    config.writers = ("tensorboard",)
+    config.project = "supcon_jax"  # where a tracker files the run
 
     config.data = ConfigDict()
     # "digits" | "arrays" | "folder" | "synthetic" | a TFDS name, "cifar10:3.0.2"
@@ -58,11 +61,13 @@ def get_config() -> ConfigDict:
     config.augment.rand_augment_magnitude = 10.0  # of each, 0 to 10
     config.augment.grayscale_probability = 0.2  # share of views without colour
     config.augment.blur_probability = 0.0  # share of views that are blurred
+    config.augment.extra = ()  # in the step, last: "cutout"
     config.augment.mixup_alpha = 0.0  # cross-entropy: of Beta(alpha, alpha); 0: none
     config.augment.cutmix_alpha = 0.0  # likewise; both: each image draws one of them
 
     config.encoder = ConfigDict()
-    config.encoder.name = "resnet50"  # resnet8, 18, 34, 50, 101, 152, 200
+    # resnet8, 18, 34, 50, 101, 152, 200; wrn16_4, 16_8, 22_8, 28_2, 28_10, 40_2, 40_4
+    config.encoder.name = "resnet50"
     config.encoder.width = 1.0  # multiplies every channel count
     config.encoder.stem = "imagenet"  # "imagenet" (7x7 and pool) | "cifar" (3x3)
     config.encoder.dtype = "float32"  # of convolutions; "auto": bfloat16 off the CPU
@@ -90,6 +95,11 @@ def get_config() -> ConfigDict:
     config.momentum_encoder.decay = 0.0  # of the average, each step; 0: none
     config.momentum_encoder.queue_size = 0  # newest keys kept; 0: those of this step
 
+    # An average of the encoder over the steps, saved and evaluated beside it.
+    config.encoder_average = ConfigDict()
+    config.encoder_average.decay = 0.0  # each step, 0.999 for example; 0: no average
+    config.encoder_average.use = False  # linear_eval: the average of `pretrained`
+
     config.loss = ConfigDict()
     config.loss.name = "supcon"  # "supcon" | "simclr" | "cross_entropy"
     config.loss.temperature = 0.1
@@ -99,9 +109,12 @@ def get_config() -> ConfigDict:
     config.loss.positives_cap = -1  # positives kept beside the own views; -1: all
     config.loss.scale = "none"  # "none" | "temperature" | a factor such as "1.43"
     config.loss.label_smoothing = 0.0  # of cross-entropy
+    # Of a classifier's cross-entropy beside a contrastive loss, through the encoder; 0: none
+    config.loss.cross_entropy_weight = 0.0
 
     config.optimizer = ConfigDict()
-    config.optimizer.name = "lars"  # "lars" | "momentum" | "nesterov" | "rmsprop"
+    # "lars" | "momentum" | "nesterov" | "rmsprop" | "adamw"
+    config.optimizer.name = "lars"
     config.optimizer.learning_rate = 0.3  # peak, for learning_rate_batch images
     config.optimizer.learning_rate_batch = 256  # scaled linearly; 0: not scaled
     config.optimizer.schedule = "cosine"  # or "constant", "staircase", "piecewise"
@@ -116,6 +129,9 @@ def get_config() -> ConfigDict:
     config.optimizer.trust_coefficient = 0.001  # lars
     config.optimizer.rmsprop_decay = 0.9
     config.optimizer.rmsprop_epsilon = 1e-3
+    config.optimizer.adam_b1 = 0.9  # decay of the mean gradient
+    config.optimizer.adam_b2 = 0.999  # decay of the mean square
+    config.optimizer.adam_epsilon = 1e-8  # beside its root
     config.optimizer.exclude = ("batch_norm",)  # paths without decay and trust ratio
 
     config.knn = ConfigDict()  # online evaluation of the embeddings
@@ -250,7 +266,7 @@ def set_cifar(config, classes: int):
 
 
 def set_small_cifar(config):
-    """What a processor trains on CIFAR in minutes; ours.
+    """What a CPU trains on CIFAR in minutes; ours.
 
     Crops and flips alone: what docs/results.md was measured with.
     """

@@ -3,7 +3,7 @@
     python main.py --config=configs/linear_r50.py --config.data.dir=DIR
     python main.py --config=configs/linear_r50.py:simclr --config.data.dir=DIR
     python main.py --config=configs/linear_r50.py --config.data.dir=DIR \\
-        --config.batch_size=8 --config.total_steps=3        # on a laptop's processor
+        --config.batch_size=8 --config.total_steps=3        # on a laptop's CPU
 
 A variant takes the encoder of the pretraining config's variant of that name. Stage 2 of
 2020 (3a41fa1) is that of 2022; `:paper` trains for 350 epochs, as Table 8 says.

@@ -1,4 +1,4 @@
-"""SupCon on CIFAR-10: a small ResNet for minutes on a processor, or a full recipe.
+"""SupCon on CIFAR-10: a small ResNet for minutes on a CPU, or a full recipe.
 
     python main.py --config=configs/supcon_cifar10.py --config.data.dir=DIR
     python main.py --config=configs/supcon_cifar10.py:pytorch --config.data.dir=DIR

@@ -2,7 +2,7 @@
 
     python main.py --config=configs/supcon_r50.py --config.data.dir=DIR
     python main.py --config=configs/supcon_r50.py --config.data.dir=DIR \\
-        --config.batch_size=8 --config.total_steps=3        # on a laptop's processor
+        --config.batch_size=8 --config.total_steps=3        # on a laptop's CPU
 
 `:official_2022` is the default, `:official_2020` the revision 3a41fa1, `:paper` has the
 MLP head that the paper's text names first.

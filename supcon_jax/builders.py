@@ -43,6 +43,7 @@ def build_encoder(
         dtype = "float32" if platform == "cpu" else "bfloat16"
     return create_encoder(
         config.encoder.name,
+        image_size=config.data.image_size,
         width=config.encoder.width,
         stem=config.encoder.stem,
         dtype=jnp.dtype(dtype),
@@ -91,6 +92,7 @@ def build_view_augmentation(config: ConfigDict) -> Augmentation:
         magnitude=options.rand_augment_magnitude,
         grayscale_probability=options.grayscale_probability,
         blur_probability=options.blur_probability,
+        extra=tuple(options.extra),
     )
 
 
@@ -123,8 +125,8 @@ def augmentation_chunk(mesh: Mesh) -> int | None:
     A CPU's caches hold the intermediate values of few images. Over several devices a
     loop along the batch would gather it, and accelerators want all the work at once.
     """
-    alone = parallel.platform(mesh) == "cpu" and mesh.size == 1
-    return 64 if alone else None
+    on_one_cpu = parallel.platform(mesh) == "cpu" and mesh.size == 1
+    return 64 if on_one_cpu else None
 
 
 def build_normalization(config: ConfigDict) -> Callable[[jax.Array], jax.Array]:
@@ -162,12 +164,8 @@ def build_optimizer(
     optimizer = optimizers.create_optimizer(
         options.name,
         schedule,
-        weight_decay=options.weight_decay,
-        momentum=options.momentum,
-        trust_coefficient=options.trust_coefficient,
-        rmsprop_decay=options.rmsprop_decay,
-        rmsprop_epsilon=options.rmsprop_epsilon,
         exclude=tuple(options.exclude),
+        **{name: options[name] for name in optimizers.OptimizerOptions._fields},
     )
     if config.probe.learning_rate:
         # The recipes' rates are for contrastive losses; a probe has one of its own.

@@ -1,7 +1,8 @@
 """Checkpoints of a run. The only file that knows Orbax.
 
-A step holds two items: "encoder" (its parameters and batch statistics, all that
-linear evaluation and users need) and "training" (everything else of the TrainState).
+A step holds these items: "encoder" (its parameters and batch statistics, all that linear
+evaluation and users need), "encoder_average" (the same of the average, where the run has
+one) and "training" (everything else of the TrainState).
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ from orbax.checkpoint.checkpoint_managers import (
     LatestN,
 )
 
+from supcon_jax.metrics import BEST_METRIC
 from supcon_jax.steps.state import TrainState
 
 PyTree = Any
-BEST_METRIC = "knn/top1"
-ITEMS = ("encoder", "training")
+ITEMS = ("encoder", "encoder_average", "training")
 
 
 def _split(state: TrainState) -> dict[str, PyTree]:
@@ -38,11 +39,8 @@ def _split(state: TrainState) -> dict[str, PyTree]:
         if "encoder" in tree:
             encoder[collection] = tree.pop("encoder")
         training[collection] = tree
-    return (
-        {"encoder": encoder, "training": training}
-        if encoder
-        else {"training": training}
-    )
+    items = {"encoder": encoder, "encoder_average": state.encoder_average}
+    return {name: tree for name, tree in items.items() if tree} | {"training": training}
 
 
 def _join(items: dict[str, PyTree]) -> TrainState:
@@ -52,14 +50,15 @@ def _join(items: dict[str, PyTree]) -> TrainState:
         for name in ("params", "batch_stats")
     }
     rest = {name: training[name] for name in ("step", "opt_state", "momentum")}
-    return TrainState(**rest, **collections)
+    average = items.get("encoder_average", {})
+    return TrainState(**rest, **collections, encoder_average=average)
 
 
 class Checkpointer:
     """Saves and restores the TrainStates of one workdir, asynchronously.
 
-    Keeps the newest `keep` steps, and beside them the one with the best online kNN
-    accuracy.
+    Keeps the newest `keep` steps, and beside them the one that is best by
+    `metrics.BEST_METRIC`.
     """
 
     def __init__(self, workdir: str | pathlib.Path, *, keep: int = 2):
@@ -136,6 +135,7 @@ def restore_encoder(
     workdir: str | pathlib.Path,
     *,
     step: int | None = None,
+    average: bool = False,
     sharding: Sharding | None = None,
 ) -> dict[str, PyTree]:
     """The encoder of a pretraining run, ready for `encoder.apply`.
@@ -143,6 +143,8 @@ def restore_encoder(
     Args:
       workdir: the run's workdir.
       step: a saved step; the newest by default.
+      average: the average over the steps (config.encoder_average) instead of the weights
+        of the step.
       sharding: where the arrays go; the first local device by default.
 
     Returns:
@@ -174,7 +176,14 @@ def restore_encoder(
                 f"the run in {workdir} saved no encoder; linear evaluation keeps only "
                 "its head: name the workdir of the pretraining run"
             )
-        metadata = manager.item_metadata(step)["encoder"]
+        item = "encoder_average" if average else "encoder"
+        if not (directory / str(step) / item).is_dir():
+            raise ValueError(
+                f"the run in {workdir} kept no average of its encoder "
+                "(--config.encoder_average.use=False, or pretrain with "
+                "--config.encoder_average.decay=0.999)"
+            )
+        metadata = manager.item_metadata(step)[item]
         sharding = sharding or SingleDeviceSharding(jax.local_devices()[0])
         abstract = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(
@@ -184,6 +193,6 @@ def restore_encoder(
         )
         restored = manager.restore(
             step,
-            args=ocp.args.Composite(encoder=ocp.args.StandardRestore(abstract)),
+            args=ocp.args.Composite(**{item: ocp.args.StandardRestore(abstract)}),
         )
-    return restored["encoder"]
+    return restored[item]

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
 from supcon_jax import optimizers
+from supcon_jax.data.augment import TRANSFORMS
+from supcon_jax.models import ENCODERS, STEMS
 from supcon_jax.models.heads import CLASSIFIER_INITS
-from supcon_jax.models.resnet import ENCODERS, STEMS
 from supcon_jax.objectives import OBJECTIVES
+from supcon_jax.writers import BACKENDS
 
 # Keys on which a pretraining run and the use of its encoder must agree.
 ENCODER_KEYS = (
@@ -23,7 +25,30 @@ ENCODER_KEYS = (
     "data.std",
 )
 
-Rule = tuple[Callable[[Any], bool], str]
+
+class Rule(NamedTuple):
+    """The values that a key may take.
+
+    Attributes:
+      holds: whether a value is allowed; what it raises for a value of another type
+        counts as no.
+      words: the allowed values, or a function that names them: what can be registered
+        (encoders, losses, writers) is looked up when a config is checked.
+    """
+
+    holds: Callable[[Any], bool]
+    words: str | Callable[[], str]
+
+    def allows(self, value: Any) -> bool:
+        """Whether a key may have this value."""
+        try:
+            return self.holds(value)
+        except (TypeError, ValueError):
+            return False
+
+    def allowed(self) -> str:
+        """The allowed values in words."""
+        return self.words if isinstance(self.words, str) else self.words()
 
 
 class Key(NamedTuple):
@@ -41,8 +66,15 @@ class Key(NamedTuple):
     free: bool = False
 
 
-def _one_of(*names: str) -> Rule:
-    return (lambda value: value in names), ", ".join(names)
+def _one_of(names: Collection[str]) -> Rule:
+    return Rule(lambda value: value in names, lambda: ", ".join(names))
+
+
+def _some_of(names: Collection[str]) -> Rule:
+    def holds(values: Any) -> bool:
+        return len({*values}) == len(values) and all(value in names for value in values)
+
+    return Rule(holds, lambda: f"a tuple of {', '.join(names)}, each at most once")
 
 
 def _number(low: float, high: float = math.inf, *, above: bool = False) -> Rule:
@@ -50,18 +82,22 @@ def _number(low: float, high: float = math.inf, *, above: bool = False) -> Rule:
         return math.isfinite(x) and (x > low if above else x >= low) and x <= high
 
     least = f"{'above' if above else 'at least'} {low}"
-    return holds, least if high == math.inf else f"{least} and at most {high}"
+    return Rule(holds, least if high == math.inf else f"{least} and at most {high}")
 
 
-def _numbers(length: int | None, low: float, *, above: bool = False) -> Rule:
-    single, allowed = _number(low, above=above)
+def _numbers(
+    length: int | None, low: float, *, above: bool = False, whole: bool = False
+) -> Rule:
+    single = _number(low, above=above)
     count = "any number of" if length is None else str(length)
+    kinds = int if whole else (int, float)
 
     def holds(values: Any) -> bool:
         fits = length is None or len(values) == length
-        return fits and all(isinstance(x, int | float) and single(x) for x in values)
+        return fits and all(isinstance(x, kinds) and single.holds(x) for x in values)
 
-    return holds, f"{count} numbers, each {allowed}"
+    numbers = "whole numbers" if whole else "numbers"
+    return Rule(holds, f"{count} {numbers}, each {single.words}")
 
 
 def _is_scale(value: str) -> bool:
@@ -71,14 +107,14 @@ def _is_scale(value: str) -> bool:
         return False
 
 
-_TEXT: Rule = (lambda value: True, "any text")
-_FLAG: Rule = (lambda value: isinstance(value, bool), "True, False")
+_TEXT = Rule(lambda value: True, "any text")
+_FLAG = Rule(lambda value: isinstance(value, bool), "True, False")
 
 # Every key with its default and the values it may take. Registries check names of their
 # own again; tests hold the defaults to those of configs/common.py, where each key has its
 # meaning beside it.
 KEYS: dict[str, Key] = {
-    "mode": Key("pretrain", _one_of("pretrain", "linear_eval")),
+    "mode": Key("pretrain", _one_of(("pretrain", "linear_eval"))),
     "seed": Key(0, _number(0, 2**31 - 1)),
     "batch_size": Key(256, _number(1)),
     "microbatch_size": Key(0, _number(0)),
@@ -91,6 +127,8 @@ KEYS: dict[str, Key] = {
     "pretrained": Key("", _TEXT),
     "next_config": Key("", _TEXT, free=True),
     "compilation_cache": Key(True, _FLAG, free=True),
+    "writers": Key(("tensorboard",), _some_of(BACKENDS), free=True),
+    "project": Key("supcon_jax", _TEXT, free=True),
     "data.name": Key("digits", _TEXT),
     "data.dir": Key("", _TEXT, free=True),
     "data.root": Key("", _TEXT, free=True),
@@ -111,7 +149,7 @@ KEYS: dict[str, Key] = {
     "data.std": Key((0.5, 0.5, 0.5), _numbers(3, 0, above=True)),
     "augment.crop_area": Key(
         (0.2, 1.0),
-        (
+        Rule(
             lambda area: len(area) == 2 and 0 < area[0] <= area[1] <= 1,
             "(least, most) with 0 < least <= most <= 1",
         ),
@@ -119,40 +157,46 @@ KEYS: dict[str, Key] = {
     "augment.flip": Key(True, _FLAG),
     "augment.jitter_strength": Key(0.5, _number(0, 2.5)),
     "augment.jitter_probability": Key(0.8, _number(0, 1)),
-    "augment.policy": Key("none", _one_of("none", "auto_augment", "rand_augment")),
+    "augment.policy": Key("none", _one_of(("none", "auto_augment", "rand_augment"))),
     "augment.rand_augment_layers": Key(2, _number(1)),
     "augment.rand_augment_magnitude": Key(10.0, _number(0, 10)),
     "augment.grayscale_probability": Key(0.2, _number(0, 1)),
     "augment.blur_probability": Key(0.0, _number(0, 1)),
+    "augment.extra": Key((), _some_of(TRANSFORMS)),
     "augment.mixup_alpha": Key(0.0, _number(0)),
     "augment.cutmix_alpha": Key(0.0, _number(0)),
-    "encoder.name": Key("resnet50", _one_of(*ENCODERS)),
+    "encoder.name": Key("resnet50", _one_of(ENCODERS)),
     "encoder.width": Key(1.0, _number(0, above=True)),
-    "encoder.stem": Key("imagenet", _one_of(*STEMS)),
-    "encoder.dtype": Key("float32", _one_of("auto", "float32", "bfloat16")),
+    "encoder.stem": Key("imagenet", _one_of(STEMS)),
+    "encoder.dtype": Key("float32", _one_of(("auto", "float32", "bfloat16"))),
     "encoder.normalize_embedding": Key(False, _FLAG),
     "encoder.batch_norm_devices": Key(0, _number(0)),
     "encoder.remat": Key(False, _FLAG, free=True),
-    "projection.hidden_dims": Key((2048,), _numbers(None, 1)),
+    "projection.hidden_dims": Key((2048,), _numbers(None, 1, whole=True)),
     "projection.output_dim": Key(128, _number(1)),
     "projection.batch_norm": Key(False, _FLAG),
     "projection.bias": Key(False, _FLAG),
-    "classifier.init": Key("glorot", _one_of(*CLASSIFIER_INITS)),
+    "classifier.init": Key("glorot", _one_of(CLASSIFIER_INITS)),
     "probe.learning_rate": Key(0.0, _number(0)),
     "momentum_encoder.decay": Key(0.0, _number(0, 0.999999)),
     "momentum_encoder.queue_size": Key(0, _number(0)),
-    "loss.name": Key("supcon", _one_of(*OBJECTIVES)),
+    "encoder_average.decay": Key(0.0, _number(0, 0.999999)),
+    "encoder_average.use": Key(False, _FLAG),
+    "loss.name": Key("supcon", _one_of(OBJECTIVES)),
     "loss.temperature": Key(0.1, _number(0, above=True)),
-    "loss.contrast_mode": Key("all", _one_of("all", "one")),
-    "loss.summation": Key("outside", _one_of("outside", "inside")),
-    "loss.denominator": Key("all", _one_of("all", "one_positive", "only_negatives")),
+    "loss.contrast_mode": Key("all", _one_of(("all", "one"))),
+    "loss.summation": Key("outside", _one_of(("outside", "inside"))),
+    "loss.denominator": Key("all", _one_of(("all", "one_positive", "only_negatives"))),
     "loss.positives_cap": Key(-1, _number(-1)),
-    "loss.scale": Key("none", (_is_scale, "none, temperature, or a number above 0")),
+    "loss.scale": Key(
+        "none", Rule(_is_scale, "none, temperature, or a number above 0")
+    ),
     "loss.label_smoothing": Key(0.0, _number(0, 0.999)),
-    "optimizer.name": Key("lars", _one_of(*optimizers.OPTIMIZERS)),
+    "loss.cross_entropy_weight": Key(0.0, _number(0)),
+    "optimizer.name": Key("lars", _one_of(optimizers.OPTIMIZERS)),
     "optimizer.learning_rate": Key(0.3, _number(0, above=True)),
     "optimizer.learning_rate_batch": Key(256, _number(0)),
-    "optimizer.schedule": Key("cosine", _one_of(*optimizers.SCHEDULES)),
+    "optimizer.schedule": Key("cosine", _one_of(optimizers.SCHEDULES)),
     "optimizer.warmup_epochs": Key(10.0, _number(0)),
     "optimizer.warmup_start": Key(0.0, _number(0, 1)),
     "optimizer.cosine_end": Key(0.0, _number(0, 1)),
@@ -164,9 +208,12 @@ KEYS: dict[str, Key] = {
     "optimizer.trust_coefficient": Key(0.001, _number(0, above=True)),
     "optimizer.rmsprop_decay": Key(0.9, _number(0, 0.9999)),
     "optimizer.rmsprop_epsilon": Key(0.001, _number(0, above=True)),
+    "optimizer.adam_b1": Key(0.9, _number(0, 0.9999)),
+    "optimizer.adam_b2": Key(0.999, _number(0, 0.999999)),
+    "optimizer.adam_epsilon": Key(1e-8, _number(0, above=True)),
     "optimizer.exclude": Key(
         ("batch_norm",),
-        (
+        Rule(
             lambda values: all(isinstance(v, str) and v for v in values),
             "regular expressions on parameter paths",
         ),
@@ -206,12 +253,13 @@ def check_config(config: ConfigDict) -> None:
     for key in flat:
         if key not in KEYS:
             raise ValueError(unknown_key(key))
-    for key, (_, (holds, allowed), _) in KEYS.items():
+    for key, known in KEYS.items():
         if key not in flat:
             raise ValueError(f"config key {key!r} is missing (see configs/common.py)")
-        if not holds(flat[key]):
+        if not known.rule.allows(flat[key]):
             raise ValueError(
-                f"got {key}={flat[key]!r}; allowed: {allowed} (--config.{key})"
+                f"got {key}={flat[key]!r}; allowed: {known.rule.allowed()} "
+                f"(--config.{key})"
             )
     if config.data.eval_resize < config.data.image_size:
         raise ValueError(
@@ -227,6 +275,26 @@ def check_config(config: ConfigDict) -> None:
             f"mode={config.mode} and loss.name={config.loss.name}; allowed: beside a "
             "contrastive loss (--config.probe.learning_rate=0)"
         )
+    if config.loss.cross_entropy_weight and not (pretraining and contrastive):
+        raise ValueError(
+            f"got loss.cross_entropy_weight={config.loss.cross_entropy_weight} with "
+            f"mode={config.mode} and loss.name={config.loss.name}; allowed: beside a "
+            "contrastive loss (--config.loss.cross_entropy_weight=0)"
+        )
+    if config.loss.cross_entropy_weight and config.probe.learning_rate:
+        raise ValueError(
+            "got probe.learning_rate and loss.cross_entropy_weight; allowed: one of them, "
+            "both are classifiers (--config.probe.learning_rate=0)"
+        )
+    modes = {"decay": pretraining, "use": not pretraining}
+    for key, allowed in modes.items():
+        if config.encoder_average[key] and not allowed:
+            mode = "linear_eval" if pretraining else "pretrain"
+            raise ValueError(
+                f"got encoder_average.{key}={config.encoder_average[key]} with "
+                f"mode={config.mode}; allowed: with mode={mode} "
+                f"(--config.encoder_average.{key})"
+            )
     for key in ("mixup_alpha", "cutmix_alpha"):
         # Mixtures of two images have no single label to contrast by.
         if config.augment[key] and (contrastive or not pretraining):

@@ -7,14 +7,13 @@ import pathlib
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from supcon_jax import builders, loop, parallel
+from supcon_jax import loop, parallel
 from supcon_jax.checkpoint import restore_encoder
 from supcon_jax.config import ENCODER_KEYS, check_config, flatten
 from supcon_jax.loop import Evaluate
+from supcon_jax.plan import Plan, init_encoder
 from supcon_jax.run import Run, build_predictor, open_run
 from supcon_jax.steps.state import TrainState
 from supcon_jax.workdir import read_config
@@ -37,9 +36,7 @@ def linear_eval(config: ConfigDict, workdir: str | pathlib.Path) -> dict[str, An
     """
     check_config(config)
     check_pretrained(config)
-    run = open_run(
-        config, workdir, load_frozen=lambda mesh: (load_encoder(config, mesh),)
-    )
+    run = open_run(config, workdir, load_frozen=lambda plan: (load_encoder(plan),))
     return loop.train(run, evaluate=build_evaluation(run))
 
 
@@ -87,12 +84,12 @@ def check_pretrained(config: ConfigDict) -> None:
             )
 
 
-def load_encoder(config: ConfigDict, mesh: Mesh) -> PyTree:
+def load_encoder(plan: Plan) -> PyTree:
     """The frozen encoder's variables, on every device."""
-    everywhere = parallel.replicated(mesh)
-    if config.pretrained != RANDOM:
-        return restore_encoder(config.pretrained, sharding=everywhere)
-    images = jnp.zeros((2, config.data.image_size, config.data.image_size, 3))
-    encoder = builders.build_encoder(config, parallel.platform(mesh))
-    init = functools.partial(encoder.init, train=True)
-    return jax.jit(init, out_shardings=everywhere)(jax.random.key(config.seed), images)
+    config, replicated = plan.config, parallel.replicated(plan.mesh)
+    if config.pretrained == RANDOM:
+        init = functools.partial(init_encoder, plan)
+        return jax.jit(init, out_shardings=replicated)()
+    return restore_encoder(
+        config.pretrained, average=config.encoder_average.use, sharding=replicated
+    )

@@ -21,10 +21,12 @@ import jax.numpy as jnp
 
 from supcon_jax import memory, parallel, report
 from supcon_jax.checkpoint import Checkpointer
+from supcon_jax.logs import add_log_file, format_duration
+from supcon_jax.metrics import on_end
 from supcon_jax.plan import Plan
 from supcon_jax.run import Run, build_train_batches
 from supcon_jax.steps.state import TrainState
-from supcon_jax.writers import MetricWriter, add_log_file, format_duration
+from supcon_jax.writers import MetricWriter
 
 logger = logging.getLogger(__name__)
 Metrics = dict[str, float]
@@ -100,64 +102,67 @@ def _fit(
         total_steps=total_steps,
         steps_per_epoch=plan.steps_per_epoch,
         start_step=start_step,
+        writers=config.writers,
+        project=config.project,
+        config=config.to_dict(),
     )
-    meter = _Meter(start_step)
-    pending: tuple[int, dict[str, jax.Array]] | None = None
-    last: Metrics = {}
+    with contextlib.closing(writer):
+        meter = _Meter(start_step)
+        pending: tuple[int, dict[str, jax.Array]] | None = None
+        last: Metrics = {}
 
-    def log_metrics(at: int, device_metrics: dict[str, jax.Array]) -> Metrics:
-        metrics = _fetch(at, device_metrics)
-        metrics["train/images_per_sec"] = config.batch_size * meter.read(at)
-        if at < total_steps:
-            writer.write(at, metrics)
-        writer.log_progress(
-            at, metrics, meter.eta_s(total_steps - at, config.eval_every)
+        def log_metrics(at: int, device_metrics: dict[str, jax.Array]) -> Metrics:
+            metrics = _fetch(at, device_metrics)
+            metrics["train/images_per_sec"] = config.batch_size * meter.read(at)
+            if at < total_steps:
+                writer.write(at, metrics)
+            writer.log_progress(
+                at, metrics, meter.eta_s(total_steps - at, config.eval_every)
+            )
+            on_log(at, metrics)
+            return metrics
+
+        first_step = start_step + 1
+        steps = run_steps(
+            compiled, state, batches, frozen, first=first_step, last=total_steps
         )
-        on_log(at, metrics)
-        return metrics
-
-    first_step = start_step + 1
-    steps = run_steps(
-        compiled, state, batches, frozen, first=first_step, last=total_steps
-    )
-    for number, state, device_metrics in steps:
-        if stop_requested.is_set():
-            raise KeyboardInterrupt
+        for number, state, device_metrics in steps:
+            if stop_requested.is_set():
+                raise KeyboardInterrupt
+            if pending is not None:
+                last = log_metrics(*pending)
+                pending = None
+            first, final = number == first_step, number == total_steps
+            if number % config.log_every == 0 or first or final:
+                pending = (number, device_metrics)
+            eval_due, save_due = (
+                every > 0 and number % every == 0 and not final
+                for every in (config.eval_every, config.checkpoint_every)
+            )
+            metrics = {}
+            if eval_due or save_due:
+                _check_finite(state, number)  # a bad state is neither judged nor saved
+                with meter.pause():
+                    if eval_due:
+                        metrics = _evaluate(evaluate, state, number)
+                        writer.write(number, metrics)
+                        meter.eval_s = meter.paused_now()
+                    if save_due:
+                        checkpointer.save(state, number, metrics)
         if pending is not None:
             last = log_metrics(*pending)
-            pending = None
-        first, final = number == first_step, number == total_steps
-        if number % config.log_every == 0 or first or final:
-            pending = (number, device_metrics)
-        eval_due, save_due = (
-            every > 0 and number % every == 0 and not final
-            for every in (config.eval_every, config.checkpoint_every)
-        )
-        metrics = {}
-        if eval_due or save_due:
-            _check_finite(state, number)  # a bad state is neither judged nor saved
-            with meter.pause():
-                if eval_due:
-                    metrics = _evaluate(evaluate, state, number)
-                    writer.write(number, metrics)
-                    meter.eval_s = meter.paused_now()
-                if save_due:
-                    checkpointer.save(state, number, metrics)
-    if pending is not None:
-        last = log_metrics(*pending)
 
-    _check_finite(state, total_steps)
-    metrics = _evaluate(evaluate, state, total_steps)
-    if checkpointer.latest_step() != total_steps:
-        checkpointer.save(state, total_steps, metrics)
-    checkpointer.wait()
-    final_metrics = last | metrics
-    writer.write(total_steps, final_metrics, final=True)
-    writer.close()
-    logger.info(
-        "finished %d steps in %s", total_steps, format_duration(writer.wall_s())
-    )
-    return final_metrics
+        _check_finite(state, total_steps)
+        metrics = _evaluate(evaluate, state, total_steps)
+        if checkpointer.latest_step() != total_steps:
+            checkpointer.save(state, total_steps, metrics)
+        checkpointer.wait()
+        final_metrics = last | metrics
+        writer.write(total_steps, final_metrics, final=True)
+        logger.info(
+            "finished %d steps in %s", total_steps, format_duration(writer.wall_s())
+        )
+        return final_metrics
 
 
 @contextlib.contextmanager
@@ -297,9 +302,7 @@ def _evaluate(evaluate: Evaluate, state: TrainState, step: int) -> Metrics:
     start = time.monotonic()
     metrics = evaluate(state)
     if metrics:
-        shown = ", ".join(
-            f"{name} {value:.2%}" for name, value in metrics.items() if "top" in name
-        )
+        shown = ", ".join(on_end(metrics))
         seconds = time.monotonic() - start
         logger.info("step %d: %s  (evaluated in %.1f s)", step, shown, seconds)
     return metrics

@@ -42,7 +42,7 @@ def step_memory(compiled: jax.stages.Compiled) -> StepMemory | None:
 def device_memory(device: jax.Device) -> int | None:
     """Bytes that a device has for this process; None where it does not say.
 
-    Processors share the machine's memory.
+    CPUs share the machine's memory.
     """
     if device.platform == "cpu":
         whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

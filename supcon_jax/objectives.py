@@ -71,7 +71,7 @@ def build_contrastive(
         return functools.partial(momentum_contrast_loss, axis_name=axes, **shared)
     # On one device the matrix is symmetric: compute half of the tiles.
     single = mesh.size == 1
-    loss = functools.partial(
+    loss: LossFunction = functools.partial(
         supcon_loss,
         contrast_mode=options.contrast_mode,
         positives_cap=None if options.positives_cap < 0 else options.positives_cap,
@@ -86,7 +86,7 @@ def build_contrastive(
     return of_outputs
 
 
-OBJECTIVES = {
+OBJECTIVES: dict[str, Objective] = {
     "supcon": Objective(
         build_head=builders.build_projection,
         build_loss=functools.partial(build_contrastive, supervised=True),

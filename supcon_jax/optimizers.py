@@ -1,17 +1,17 @@
-"""Learning-rate schedules and the optimizers of the paper, with their masks."""
+"""Learning-rate schedules, the optimizers of the paper and AdamW, with their masks."""
 
 from __future__ import annotations
 
+import functools
 import re
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
 SCHEDULES = ("constant", "cosine", "staircase", "piecewise")
-OPTIMIZERS = ("lars", "momentum", "nesterov", "rmsprop")
 
 
 def create_schedule(
@@ -116,16 +116,102 @@ def path_mask(params: Any, exclude: Sequence[str]) -> Any:
     return jax.tree_util.tree_map_with_path(keep, params)
 
 
+class OptimizerOptions(NamedTuple):
+    """Coefficients of the optimizers; each reads its own.
+
+    Attributes:
+      weight_decay: coefficient wd.
+      momentum: coefficient of the velocity (not of AdamW).
+      trust_coefficient: LARS's eta.
+      rmsprop_decay: decay of the mean square.
+      rmsprop_epsilon: added to the mean square.
+      adam_b1, adam_b2: decays of AdamW's two means.
+      adam_epsilon: added to the root of the mean square.
+    """
+
+    weight_decay: float = 0.0
+    momentum: float = 0.9
+    trust_coefficient: float = 0.001
+    rmsprop_decay: float = 0.9
+    rmsprop_epsilon: float = 1e-3
+    adam_b1: float = 0.9
+    adam_b2: float = 0.999
+    adam_epsilon: float = 1e-8
+
+
+Mask = Callable[[Any], Any]  # parameters -> a tree of booleans, see `path_mask`
+
+
+def _lars(
+    learning_rate: optax.ScalarOrSchedule, mask: Mask, options: OptimizerOptions
+) -> optax.GradientTransformation:
+    return optax.lars(
+        learning_rate,
+        weight_decay=options.weight_decay,
+        weight_decay_mask=mask,
+        trust_coefficient=options.trust_coefficient,
+        eps=0.0,
+        trust_ratio_mask=mask,
+        momentum=options.momentum,
+    )
+
+
+def _sgd(
+    learning_rate: optax.ScalarOrSchedule,
+    mask: Mask,
+    options: OptimizerOptions,
+    *,
+    nesterov: bool,
+) -> optax.GradientTransformation:
+    return optax.chain(
+        optax.add_decayed_weights(options.weight_decay, mask),
+        optax.sgd(learning_rate, options.momentum, nesterov=nesterov),
+    )
+
+
+def _rmsprop(
+    learning_rate: optax.ScalarOrSchedule, mask: Mask, options: OptimizerOptions
+) -> optax.GradientTransformation:
+    rmsprop = optax.rmsprop(
+        learning_rate,
+        decay=options.rmsprop_decay,
+        eps=options.rmsprop_epsilon,
+        initial_scale=1.0,
+        eps_in_sqrt=True,
+        momentum=options.momentum,
+    )
+    return optax.chain(optax.add_decayed_weights(options.weight_decay, mask), rmsprop)
+
+
+def _adamw(
+    learning_rate: optax.ScalarOrSchedule, mask: Mask, options: OptimizerOptions
+) -> optax.GradientTransformation:
+    return optax.adamw(
+        learning_rate,
+        options.adam_b1,
+        options.adam_b2,
+        options.adam_epsilon,
+        weight_decay=options.weight_decay,
+        mask=mask,
+    )
+
+
+# A new one is a function of the learning rate, the mask and the options, and an entry.
+OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
+    "lars": _lars,
+    "momentum": functools.partial(_sgd, nesterov=False),
+    "nesterov": functools.partial(_sgd, nesterov=True),
+    "rmsprop": _rmsprop,
+    "adamw": _adamw,
+}
+
+
 def create_optimizer(
     name: str,
     learning_rate: optax.ScalarOrSchedule,
     *,
-    weight_decay: float = 0.0,
-    momentum: float = 0.9,
-    trust_coefficient: float = 0.001,
-    rmsprop_decay: float = 0.9,
-    rmsprop_epsilon: float = 1e-3,
     exclude: Sequence[str] = ("batch_norm",),
+    **options: float,
 ) -> optax.GradientTransformation:
     """An optimizer as the paper's official code has it.
 
@@ -134,17 +220,15 @@ def create_optimizer(
     - "momentum", "nesterov": SGD with weight decay in the gradient (coupled L2).
     - "rmsprop": the slot starts at one and epsilon sits inside the root, as in
       TensorFlow 1; the learning rate is applied before the momentum.
+    - "adamw": `w -= lr (m / (sqrt(v) + adam_epsilon) + wd w)` with the means m of the
+      gradient and v of its square, both corrected for their start at zero.
 
     Args:
-      name: one of `OPTIMIZERS`.
+      name: a key of `OPTIMIZERS`.
       learning_rate: a number or a schedule.
-      weight_decay: coefficient wd.
-      momentum: coefficient of the velocity.
-      trust_coefficient: LARS's eta.
-      rmsprop_decay: decay of the mean square.
-      rmsprop_epsilon: added to the mean square.
       exclude: regular expressions on parameter paths; what matches gets neither
         weight decay nor (LARS) a trust ratio.
+      options: fields of `OptimizerOptions`.
 
     Returns:
       An optax transformation.
@@ -160,36 +244,13 @@ def create_optimizer(
       >>> optax.apply_updates(params, updates).round(5)
       Array([0.99526, 1.99526], dtype=float32)
 
-    Source: You et al., arXiv 1708.03888 (LARS); official code, `utils.py`.
+    Source: You et al., arXiv 1708.03888 (LARS); Loshchilov & Hutter, arXiv 1711.05101
+    (AdamW); official code, `utils.py`.
     """
     if name not in OPTIMIZERS:
         raise ValueError(
             f"unknown optimizer {name!r}; available: {', '.join(OPTIMIZERS)} "
             "(--config.optimizer.name)"
         )
-
-    def mask(params: Any) -> Any:
-        return path_mask(params, exclude)
-
-    if name == "lars":
-        return optax.lars(
-            learning_rate,
-            weight_decay=weight_decay,
-            weight_decay_mask=mask,
-            trust_coefficient=trust_coefficient,
-            eps=0.0,
-            trust_ratio_mask=mask,
-            momentum=momentum,
-        )
-    if name == "rmsprop":
-        optimizer = optax.rmsprop(
-            learning_rate,
-            decay=rmsprop_decay,
-            eps=rmsprop_epsilon,
-            initial_scale=1.0,
-            eps_in_sqrt=True,
-            momentum=momentum,
-        )
-    else:
-        optimizer = optax.sgd(learning_rate, momentum, nesterov=name == "nesterov")
-    return optax.chain(optax.add_decayed_weights(weight_decay, mask), optimizer)
+    mask = functools.partial(path_mask, exclude=exclude)
+    return OPTIMIZERS[name](learning_rate, mask, OptimizerOptions(**options))

@@ -46,7 +46,7 @@ def initialize() -> None:
             "a multi-host job needs all three, a single host none"
         )
     elif importlib.util.find_spec("libtpu") and "cpu" not in (
-        jax.config.jax_platforms or ""
+        jax.config.jax_platforms or ""  # type: ignore[attr-defined]  # set at run time
     ):
         jax.distributed.initialize()
 
@@ -175,12 +175,12 @@ def value_and_grad(
 
         return jax.value_and_grad(of_own_copy, has_aux=True)(params)
 
-    everywhere, split = PartitionSpec(), PartitionSpec(axes)
+    replicated, split = PartitionSpec(), PartitionSpec(axes)
     return jax.shard_map(
         on_device,
         mesh=mesh,
-        in_specs=(everywhere, everywhere, split),
-        out_specs=((everywhere, aux_specs), everywhere),
+        in_specs=(replicated, replicated, split),
+        out_specs=((replicated, aux_specs), replicated),
     )
 
 

@@ -87,20 +87,17 @@ class Plan:
         """Shapes and types of what the step reads and does not train."""
         if self.config.mode == "pretrain":
             return ()
-        side = self.config.data.image_size
-        images = jax.ShapeDtypeStruct((2, side, side, 3), jnp.float32)
-        init = functools.partial(self.modules.encoder.init, train=True)
-        return (jax.eval_shape(init, jax.random.key(0), images),)
+        return (jax.eval_shape(functools.partial(init_encoder, self)),)
 
     def jit_step(self) -> Any:
         """The step under `jax.jit`: state replicated and donated, batch split."""
-        everywhere = parallel.replicated(self.mesh)
+        replicated = parallel.replicated(self.mesh)
         split = parallel.batch_sharding(self.mesh)
-        frozen = (everywhere,) * len(self.abstract_frozen())
+        frozen = (replicated,) * len(self.abstract_frozen())
         return jax.jit(
             self.step,
-            in_shardings=(everywhere, split, *frozen),
-            out_shardings=everywhere,
+            in_shardings=(replicated, split, *frozen),
+            out_shardings=replicated,
             donate_argnums=0,
         )
 
@@ -118,6 +115,15 @@ class Plan:
         return self.jit_step().lower(
             self.abstract_state(), self.abstract_batch(), *self.abstract_frozen()
         )
+
+
+def init_encoder(plan: Plan) -> PyTree:
+    """A random encoder, `{"params": ..., "batch_stats": ...}`; a function of the seed."""
+    side = plan.config.data.image_size
+    variables = plan.modules.encoder.init(
+        jax.random.key(plan.config.seed), jnp.zeros((2, side, side, 3)), train=True
+    )
+    return {"batch_stats": {}, **variables}  # without BatchNorm there are none
 
 
 def create_plan(
@@ -190,13 +196,12 @@ def _build_pretrain(
     """Modules, `init` and `step` of stage 1."""
     objective = OBJECTIVES[config.loss.name]
     mesh, norm_axis = parallel.grouped_mesh(mesh, config.encoder.batch_norm_devices)
-    probe = None
-    if config.probe.learning_rate:
-        probe = builders.build_classifier(config, num_classes)
+    classifier = builders.build_classifier(config, num_classes)
     modules = Modules(
         builders.build_encoder(config, parallel.platform(mesh), axis_name=norm_axis),
         objective.build_head(config, num_classes, axis_name=norm_axis),
-        probe,
+        classifier=classifier if config.loss.cross_entropy_weight else None,
+        probe=classifier if config.probe.learning_rate else None,
     )
     init = functools.partial(
         contrastive.init_state,
@@ -206,6 +211,7 @@ def _build_pretrain(
         seed=config.seed,
         momentum_decay=config.momentum_encoder.decay,
         queue_size=config.momentum_encoder.queue_size,
+        average_decay=config.encoder_average.decay,
     )
     spec = StepSpec(
         modules,
@@ -216,6 +222,8 @@ def _build_pretrain(
         supervised=objective.uses_labels,
         num_microbatches=builders.num_microbatches(config),
         momentum_decay=config.momentum_encoder.decay,
+        average_decay=config.encoder_average.decay,
+        cross_entropy_weight=config.loss.cross_entropy_weight,
     )
     step = functools.partial(
         contrastive.train_step,

@@ -12,12 +12,14 @@ from supcon_jax import loop
 from supcon_jax.config import check_config
 from supcon_jax.data.sources import take_subset
 from supcon_jax.evaluation.knn import knn_accuracy
+from supcon_jax.evaluation.rankme import rankme
 from supcon_jax.loop import Evaluate
 from supcon_jax.objectives import OBJECTIVES
 from supcon_jax.run import Run, build_predictor, open_run
 from supcon_jax.steps.state import TrainState
 
 logger = logging.getLogger(__name__)
+PyTree = Any
 
 # Progress lines in a row at the collapse level before the run says so.
 COLLAPSE_PATIENCE = 5
@@ -39,37 +41,49 @@ def pretrain(config: ConfigDict, workdir: str | pathlib.Path) -> dict[str, Any]:
 
 
 def build_evaluation(run: Run) -> Evaluate:
-    """Online evaluation: kNN on the embeddings, and the classifier where there is one.
+    """Online evaluation: kNN and RankMe of the embeddings, and the classifier if any.
 
     The bank is made of training images without augmentation; the queries are the whole
     evaluation split.
     """
-    config = run.config
-    modules = run.plan.modules
-    own = not OBJECTIVES[config.loss.name].contrastive  # its head is a classifier
-    classifier = modules.head if own else modules.probe
+    config, modules = run.config, run.plan.modules
+    # Which head gives classes, and under which name its parameters are.
+    classifiers = {"classifier": modules.classifier, "probe": modules.probe}
+    if not OBJECTIVES[config.loss.name].contrastive:
+        classifiers = {"head": modules.head}
+    name, classifier = next(
+        ((n, module) for n, module in classifiers.items() if module is not None),
+        ("", None),
+    )
     predictor = build_predictor(run, modules.encoder, classifier)
     bank = take_subset(run.train_source, config.knn.bank, seed=config.seed)
 
-    def evaluate(state: TrainState) -> dict[str, float]:
-        variables = {
-            name: {"params": params, "batch_stats": state.batch_stats[name]}
-            for name, params in state.params.items()
-        }
-        metrics = {}
-        if classifier is not None:
-            of_classifier = variables["head" if own else "probe"]
-            metrics = predictor.classify(
-                variables | {"head": of_classifier}, run.eval_source
-            )
-        if config.knn.bank:
-            metrics["knn/top1"] = knn_accuracy(
-                *predictor.embed(variables, bank, label="kNN: training images"),
-                *predictor.embed(variables, run.eval_source, label="kNN: test images"),
+    def embedding_metrics(encoder: PyTree, prefix: str = "") -> dict[str, float]:
+        variables = {"encoder": encoder}
+        train = predictor.embed(variables, bank, label="kNN: training images")
+        test = predictor.embed(variables, run.eval_source, label="kNN: test images")
+        return {
+            f"knn/{prefix}top1": knn_accuracy(
+                *train,
+                *test,
                 k=config.knn.k,
                 temperature=config.knn.temperature,
                 num_classes=bank.num_classes,
+            ),
+            f"embedding/{prefix}rankme": rankme(test[0]),
+        }
+
+    def evaluate(state: TrainState) -> dict[str, float]:
+        encoder, metrics = state.encoder_variables(), {}
+        if classifier is not None:
+            head = {"params": state.params[name]}
+            metrics = predictor.classify(
+                {"encoder": encoder, "head": head}, run.eval_source
             )
+        if config.knn.bank:
+            metrics |= embedding_metrics(encoder)
+        if config.knn.bank and state.encoder_average:
+            metrics |= embedding_metrics(state.encoder_average, "average_")
         return metrics
 
     return evaluate

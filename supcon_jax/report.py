@@ -15,9 +15,10 @@ import jax
 from supcon_jax import optimizers
 from supcon_jax.builders import num_microbatches, scaled_learning_rate
 from supcon_jax.data.pipeline import Batch
+from supcon_jax.figures import plot_curves
+from supcon_jax.metrics import on_end
 from supcon_jax.run import Run
 from supcon_jax.steps.state import TrainState
-from supcon_jax.writers import plot_curves
 
 logger = logging.getLogger(__name__)
 
@@ -99,15 +100,7 @@ def measure_input(batches: Iterator[Batch], batch_size: int) -> Iterator[Batch]:
 def report_end(run: Run, final: dict[str, Any]) -> dict[str, Any]:
     """Prints the result, where it lies and the next command; returns the result."""
     if jax.process_index() == 0:
-        shown = {
-            "knn/top1": "kNN top-1 {:.2%}",
-            "eval/top1": "top-1 {:.2%}",
-            "eval/top5": "top-5 {:.2%}",
-            "eval/num_examples": "on {} images",
-        }
-        result = [
-            text.format(final[key]) for key, text in shown.items() if key in final
-        ]
+        result = on_end(final)
         logger.info("")
         if run.skipped:
             logger.info("Skipped: %d images that cannot be decoded:", len(run.skipped))

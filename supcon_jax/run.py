@@ -30,6 +30,7 @@ from supcon_jax.data.sources import Source
 from supcon_jax.evaluation.predict import Predictor
 from supcon_jax.plan import Plan, create_plan
 from supcon_jax.workdir import finished_metrics, open_workdir
+from supcon_jax.writers import check_installed
 
 logger = logging.getLogger(__name__)
 PyTree = Any
@@ -79,18 +80,19 @@ def open_run(
     config: ConfigDict,
     workdir: str | pathlib.Path,
     *,
-    load_frozen: Callable[[Mesh], tuple[PyTree, ...]] = lambda mesh: (),
+    load_frozen: Callable[[Plan], tuple[PyTree, ...]] = lambda plan: (),
 ) -> Run:
     """Opens data and workdir of a checked config; refuses before it writes anything.
 
     Args:
       config: a checked config.
       workdir: folder of the run.
-      load_frozen: what the step reads and does not train, on every device of a mesh.
+      load_frozen: what the step reads and does not train, on every device of a plan.
 
     Raises:
       ValueError: data, batch size or workdir cannot be used, in one line.
     """
+    check_installed(config.writers)
     setup_compilation_cache(enabled=config.compilation_cache)
     mesh = parallel.create_mesh()
     # Before the data are opened, which may take minutes.
@@ -104,7 +106,7 @@ def open_run(
         num_examples=train_source.num_examples,
         whole_images=not on_host(train_source, config.augment.policy),
     )
-    frozen = load_frozen(mesh)
+    frozen = load_frozen(plan)
     path = open_workdir(config, workdir, frozen=digest(frozen) if frozen else "")
     logger.info("workdir %s", os.path.relpath(path))
     return Run(
@@ -126,7 +128,7 @@ def setup_compilation_cache(*, enabled: bool) -> None:
     jax.config.update("jax_enable_compilation_cache", enabled)
     if not enabled:
         return
-    if not jax.config.jax_compilation_cache_dir:
+    if not jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
         home = os.environ.get("XDG_CACHE_HOME") or pathlib.Path("~/.cache").expanduser()
         jax.config.update(
             "jax_compilation_cache_dir", str(pathlib.Path(home) / "supcon_jax" / "jax")

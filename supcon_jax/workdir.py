@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pathlib
+from collections.abc import Set as AbstractSet
 from typing import Any
 
 import jax
@@ -91,7 +92,9 @@ def finished_metrics(workdir: str | pathlib.Path) -> dict[str, Any] | None:
 
 
 def differing_keys(
-    ours: dict[str, Any], theirs: dict[str, Any], ignored: set[str] = frozenset()
+    ours: dict[str, Any],
+    theirs: dict[str, Any],
+    ignored: AbstractSet[str] = frozenset(),
 ) -> list[str]:
     """Keys of two flat configs whose values give different results.
 

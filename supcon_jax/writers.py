@@ -1,80 +1,256 @@
-"""Everything a run writes for people: terminal, log.txt, metrics.jsonl, TensorBoard.
+"""Where a run's metrics go: metrics.jsonl always, and the backends of config.writers.
 
-The only file that knows these formats. In a multi-host job only process 0 writes.
+In a multi-host job only process 0 writes. A backend is a class with `write` and `close`
+and an entry in `BACKENDS`; one that talks to another machine runs in the background, so
+that it can neither stop nor slow the run.
 """
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import json
 import logging
 import os
 import pathlib
-import sys
+import queue
+import threading
 import time
-from collections.abc import Iterable, Iterator
-from typing import Any, TypeVar
+import uuid
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple, Protocol
 
 import jax
-from absl import logging as absl_logging
 
-logger = logging.getLogger("supcon_jax")
-T = TypeVar("T")
+from supcon_jax.logs import format_duration
+from supcon_jax.metrics import LINE_FIELDS, on_progress
 
-# What the terminal shows of a log line, in this order; the files hold everything.
-_SHOWN = {
-    "train/loss": "loss {:.4f}",
-    "train/collapse_loss": "(collapse {:.4f})",
-    "train/contrastive_top1": "contrastive top-1 {:.1%}",
-    "train/top1": "top-1 {:.1%}",
-    "optim/learning_rate": "lr {:.3g}",
-    "train/images_per_sec": "{:,.1f} images/s",
+logger = logging.getLogger(__name__)
+Record = dict[str, Any]  # a line of metrics.jsonl
+# Lines that wait for a tracker, and seconds that the end of a run waits for it.
+WAITING, PATIENCE_S = 10_000, 15.0
+
+
+class RunInfo(NamedTuple):
+    """What a backend is told of a run.
+
+    Attributes:
+      workdir: an existing folder.
+      start_step: step that was restored; lines of later steps are written again.
+      resumed: whether lines of an earlier process stay.
+      config: of the run, as a dictionary.
+      project: under which a tracker files it.
+    """
+
+    workdir: pathlib.Path
+    start_step: int = 0
+    resumed: bool = False
+    config: dict[str, Any] = {}
+    project: str = "supcon_jax"
+
+
+class Backend(Protocol):
+    """A place that metrics are written to."""
+
+    def write(self, record: Record) -> None:
+        """Takes one line: step, epoch, seconds and metrics."""
+
+    def close(self) -> None:
+        """Takes no more lines; what was written is safe."""
+
+
+class Jsonl:
+    """metrics.jsonl: one JSON object a line, on disk at once."""
+
+    def __init__(self, run: RunInfo):
+        path = run.workdir / "metrics.jsonl"
+        earlier = [r for r in read_metrics(run.workdir) if r["step"] <= run.start_step]
+        if earlier or path.exists():
+            temporary = path.with_suffix(".tmp")
+            temporary.write_text("".join(json.dumps(r) + "\n" for r in earlier))
+            os.replace(temporary, path)
+        self._file = path.open("a")
+
+    def write(self, record: Record) -> None:
+        """Appends a line."""
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+
+class TensorBoard:
+    """Event files in `tensorboard/`, which `tensorboard --logdir` shows."""
+
+    def __init__(self, run: RunInfo):
+        from tensorboardX import SummaryWriter
+
+        self._writer = SummaryWriter(
+            str(run.workdir / "tensorboard"),
+            purge_step=run.start_step + 1 if run.resumed else None,
+        )
+
+    def write(self, record: Record) -> None:
+        """Adds the scalars of a line."""
+        for name, value in _metrics(record).items():
+            self._writer.add_scalar(name, value, record["step"])
+        self._writer.flush()
+
+    def close(self) -> None:
+        """Closes the files."""
+        self._writer.close()
+
+
+class WandB:
+    """Weights & Biases. A resumed run goes on in the same one; `WANDB_MODE=offline`."""
+
+    def __init__(self, run: RunInfo):
+        import wandb
+
+        self._run = wandb.init(
+            project=run.project,
+            name=run.workdir.name,
+            id=_run_id(run, "wandb"),
+            resume="allow",
+            dir=run.workdir,
+            config=run.config,
+            # By default it tries for 90 s, and the process cannot end meanwhile.
+            settings=wandb.Settings(
+                silent=True, console="off", init_timeout=PATIENCE_S
+            ),
+        )
+        # Steps that run again after a resume are smaller than those that W&B has seen.
+        self._run.define_metric("*", step_metric="step")
+
+    def write(self, record: Record) -> None:
+        """Logs a line."""
+        self._run.log({"step": record["step"], **_metrics(record)})
+
+    def close(self) -> None:
+        """Sends what is left."""
+        self._run.finish()
+
+
+class Trackio:
+    """Trackio, which keeps runs on this machine: `trackio show`."""
+
+    def __init__(self, run: RunInfo):
+        import trackio
+
+        self._trackio = trackio
+        # Trackio knows a run by its name; two workdirs may be called the same.
+        trackio.init(
+            project=run.project,
+            name=f"{run.workdir.name}-{_run_id(run, 'trackio')}",
+            resume="allow",
+            config=run.config,
+            embed=False,
+        )
+
+    def write(self, record: Record) -> None:
+        """Logs a line."""
+        self._trackio.log(_metrics(record), step=record["step"])
+
+    def close(self) -> None:
+        """Sends what is left."""
+        self._trackio.finish()
+
+
+class InBackground:
+    """A backend in a thread of its own, which opens it, writes and closes it.
+
+    Whatever goes wrong there is told in one warning, and nothing is sent any more.
+    """
+
+    def __init__(self, name: str, open_backend: Callable[[], Backend]):
+        self._name = name
+        self._failed = threading.Event()
+        self._records: queue.Queue[Record | None] = queue.Queue(WAITING)
+        self._thread = threading.Thread(
+            target=self._run, args=(open_backend,), name=name, daemon=True
+        )
+        self._thread.start()
+
+    def write(self, record: Record) -> None:
+        """Leaves a line to the thread; never waits."""
+        try:
+            self._records.put_nowait(record)
+        except queue.Full:
+            self._fail("it does not answer")
+
+    def close(self) -> None:
+        """Waits for the thread, but not for long."""
+        if self._failed.is_set():
+            return
+        try:
+            self._records.put(None, timeout=PATIENCE_S)
+        except queue.Full:
+            pass
+        self._thread.join(PATIENCE_S)
+        if self._thread.is_alive():
+            self._fail(f"it did not take the last lines within {PATIENCE_S:.0f} s")
+
+    def _run(self, open_backend: Callable[[], Backend]) -> None:
+        try:
+            backend = open_backend()
+            while (record := self._records.get()) is not None:
+                if self._failed.is_set():
+                    return
+                backend.write(record)
+            backend.close()
+        except (Exception, SystemExit) as error:  # whatever a tracker may raise
+            lines = str(error).strip().splitlines()
+            self._fail(lines[0] if lines else type(error).__name__)
+
+    def _fail(self, reason: str) -> None:
+        if not self._failed.is_set():
+            self._failed.set()
+            logger.warning(
+                "warning: %s gets no metrics (%s); the run goes on, metrics.jsonl has "
+                "them all",
+                self._name,
+                reason,
+            )
+
+
+class BackendEntry(NamedTuple):
+    """How a backend is opened.
+
+    Attributes:
+      open: makes it for a run.
+      package: that it imports.
+      remote: whether it may have to wait for another machine.
+      extra: of this package that installs it.
+    """
+
+    open: Callable[[RunInfo], Backend]
+    package: str
+    remote: bool = False
+    extra: str = "train"
+
+
+BACKENDS: dict[str, BackendEntry] = {
+    "tensorboard": BackendEntry(TensorBoard, "tensorboardX"),
+    "wandb": BackendEntry(WandB, "wandb", remote=True, extra="wandb"),
+    "trackio": BackendEntry(Trackio, "trackio", remote=True, extra="trackio"),
 }
 
 
-def setup_logging() -> None:
-    """Sends the program's log to the terminal (of process 0 only)."""
-    logger.setLevel(logging.INFO)
-    # Orbax and TFDS narrate every save through absl; their warnings stay.
-    absl_logging.set_verbosity(absl_logging.WARNING)
-    logger.propagate = False
-    if not logger.handlers:
-        handler = logging.StreamHandler(sys.stdout)
-        handler.setFormatter(logging.Formatter("%(message)s"))
-        handler.addFilter(lambda record: jax.process_index() == 0)
-        logger.addHandler(handler)
+def check_installed(names: Iterable[str]) -> None:
+    """Refuses backends whose package is not there.
 
-
-def format_duration(seconds: float) -> str:
-    """Seconds as 42s, 3m05s, 2h07m or 5d03h."""
-    seconds = round(seconds)
-    if seconds < 60:
-        return f"{seconds}s"
-    if seconds < 3600:
-        return f"{seconds // 60}m{seconds % 60:02d}s"
-    if seconds < 86_400:
-        return f"{seconds // 3600}h{seconds % 3600 // 60:02d}m"
-    return f"{seconds // 86_400}d{seconds % 86_400 // 3600:02d}h"
-
-
-def progress(
-    items: Iterable[T], *, total: int, label: str, every_s: float = 10.0
-) -> Iterator[T]:
-    """Passes items on and logs share and ETA, where it takes longer than `every_s`."""
-    start = last = time.monotonic()
-    for done, item in enumerate(items):
-        now = time.monotonic()
-        if done and now - last > every_s:
-            last = now
-            eta = format_duration((now - start) / done * (total - done))
-            logger.info(
-                "  %s %d/%d (%.0f%%)  ETA %s",
-                label,
-                done,
-                total,
-                100 * done / total,
-                eta,
+    Raises:
+      ValueError: naming the command that installs it.
+    """
+    for name in names:
+        backend = BACKENDS[name]
+        if importlib.util.find_spec(backend.package) is None:
+            raise ValueError(
+                f"{name} needs the package {backend.package}: pip install "
+                f"{backend.package}, or 'supcon_jax[{backend.extra}]' (--config.writers)"
             )
-        yield item
 
 
 class MetricWriter:
@@ -87,6 +263,8 @@ class MetricWriter:
       start_step: step that was restored. Lines of later steps (written by a process
         that was killed before its next checkpoint) are dropped, as those steps run
         again.
+      writers: names in `BACKENDS`, beside metrics.jsonl.
+      project, config: what a tracker is told of the run.
     """
 
     def __init__(
@@ -96,32 +274,30 @@ class MetricWriter:
         total_steps: int,
         steps_per_epoch: float,
         start_step: int = 0,
+        writers: Iterable[str] = ("tensorboard",),
+        project: str = "supcon_jax",
+        config: dict[str, Any] | None = None,
     ):
         self._total_steps = total_steps
         self._steps_per_epoch = steps_per_epoch
         self._start_time = time.monotonic()
-        self._active = jax.process_index() == 0
         self._wall_before = 0.0
-        if not self._active:
+        self._backends: list[Backend] = []
+        if jax.process_index() != 0:
             return
-        self._path = workdir / "metrics.jsonl"
         earlier = [r for r in read_metrics(workdir) if r["step"] <= start_step]
         self._wall_before = max((r["wall_s"] for r in earlier), default=0.0)
-        if earlier or self._path.exists():
-            temporary = self._path.with_suffix(".tmp")
-            temporary.write_text("".join(json.dumps(r) + "\n" for r in earlier))
-            os.replace(temporary, self._path)
-        self._file = self._path.open("a")
-        from tensorboardX import SummaryWriter
-
-        self._tensorboard = SummaryWriter(
-            str(workdir / "tensorboard"), purge_step=start_step + 1 if earlier else None
-        )
+        run = RunInfo(workdir, start_step, bool(earlier), config or {}, project)
+        self._backends.append(Jsonl(run))
+        for name in writers:
+            backend = BACKENDS[name]
+            open_backend = functools.partial(backend.open, run)
+            self._backends.append(
+                InBackground(name, open_backend) if backend.remote else open_backend()
+            )
 
     def write(self, step: int, metrics: dict[str, float], **flags: bool) -> None:
-        """Appends one line to metrics.jsonl and the scalars to TensorBoard."""
-        if not self._active:
-            return
+        """Writes one line to every backend."""
         record = {
             "step": step,
             "epoch": round(step / self._steps_per_epoch, 4),
@@ -129,27 +305,18 @@ class MetricWriter:
             **metrics,
             **flags,
         }
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
-        for name, value in metrics.items():
-            self._tensorboard.add_scalar(name, value, step)
-        self._tensorboard.flush()
+        for backend in self._backends:
+            backend.write(record)
 
     def log_progress(self, step: int, metrics: dict[str, float], eta_s: float) -> None:
         """One line of progress for the terminal and log.txt."""
-        width = len(str(self._total_steps))
-        shown = [
-            text.format(metrics[name])
-            for name, text in _SHOWN.items()
-            if name in metrics
-        ]
         logger.info(
             "step %*d/%d %4.0f%%  %s  ETA %s",
-            width,
+            len(str(self._total_steps)),
             step,
             self._total_steps,
             100 * step / self._total_steps,
-            "  ".join(shown),
+            "  ".join(on_progress(metrics)),
             format_duration(eta_s),
         )
 
@@ -158,13 +325,12 @@ class MetricWriter:
         return self._wall_before + time.monotonic() - self._start_time
 
     def close(self) -> None:
-        """Flushes and closes the files."""
-        if self._active:
-            self._file.close()
-            self._tensorboard.close()
+        """Flushes and closes all backends."""
+        for backend in self._backends:
+            backend.close()
 
 
-def read_metrics(workdir: str | pathlib.Path) -> list[dict[str, Any]]:
+def read_metrics(workdir: str | pathlib.Path) -> list[Record]:
     """The lines of a workdir's metrics.jsonl; a half-written last line is left out."""
     path = pathlib.Path(workdir) / "metrics.jsonl"
     records = []
@@ -176,52 +342,13 @@ def read_metrics(workdir: str | pathlib.Path) -> list[dict[str, Any]]:
     return records
 
 
-def add_log_file(workdir: pathlib.Path) -> logging.Handler:
-    """Copies the log into `workdir/log.txt`, with the time in front."""
-    first = jax.process_index() == 0
-    handler = logging.FileHandler(workdir / "log.txt" if first else os.devnull)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
-    logger.addHandler(handler)
-    return handler
+def _metrics(record: Record) -> dict[str, float]:
+    return {key: value for key, value in record.items() if key not in LINE_FIELDS}
 
 
-def plot_curves(workdir: pathlib.Path) -> pathlib.Path | None:
-    """Draws loss and accuracies over the epochs into `workdir/figures/curves.png`.
-
-    Returns:
-      The picture's path; None where there is nothing to draw or no matplotlib.
-    """
-    records = read_metrics(workdir)
-    if len(records) < 2:
-        return None
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return None
-    figure = Figure(figsize=(9, 3.5), layout="constrained")
-    loss_axis, accuracy_axis = figure.subplots(1, 2)
-    for name, style in (
-        ("train/loss", "-"),
-        ("train/collapse_loss", "--"),
-        ("eval/loss", "o-"),
-    ):
-        points = [(r["epoch"], r[name]) for r in records if name in r]
-        if points:
-            loss_axis.plot(*zip(*points, strict=True), style, label=name, markersize=3)
-    for name in ("knn/top1", "eval/top1", "train/contrastive_top1", "train/top1"):
-        points = [(r["epoch"], 100 * r[name]) for r in records if name in r]
-        if points:
-            style = "-" if name.startswith("train") else "o-"
-            accuracy_axis.plot(
-                *zip(*points, strict=True), style, label=name, markersize=3
-            )
-    loss_axis.set(xlabel="epoch", ylabel="loss")
-    accuracy_axis.set(xlabel="epoch", ylabel="accuracy (%)")
-    for axis in (loss_axis, accuracy_axis):
-        if axis.lines:
-            axis.legend(fontsize="small")
-        axis.grid(alpha=0.3)
-    path = workdir / "figures" / "curves.png"
-    path.parent.mkdir(exist_ok=True)
-    figure.savefig(path, dpi=120)
-    return path
+def _run_id(run: RunInfo, tracker: str) -> str:
+    """Under which a tracker knows the run; a new one where no line of it stays."""
+    path = run.workdir / f"{tracker}_id.txt"
+    if not (run.resumed and path.exists()):
+        path.write_text(uuid.uuid4().hex[:8])
+    return path.read_text().strip()

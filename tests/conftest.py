@@ -6,6 +6,7 @@ many processes as pyproject.toml says, a file each. `XLA_FLAGS= python -m pytest
 compiles as users do, in this process alone.
 """
 
+import logging
 import os
 import pathlib
 
@@ -35,9 +36,21 @@ jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 @pytest.fixture(scope="session", autouse=True)
 def logging_as_in_main() -> None:
     """Runs log as the program does, so that log.txt and captured output hold it."""
-    from supcon_jax.writers import setup_logging
+    from supcon_jax.logs import setup_logging
 
     setup_logging()
+
+
+@pytest.fixture
+def messages():
+    """What the program's log says, as a list that grows."""
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())
+    logger = logging.getLogger("supcon_jax")
+    logger.addHandler(handler)
+    yield said
+    logger.removeHandler(handler)
 
 
 @pytest.fixture(scope="session")

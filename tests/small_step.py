@@ -58,13 +58,15 @@ def tiny_step(
     norm="batch",
     dtype=jnp.float32,
     momentum=0.0,
+    average=0.0,
     probe=None,
+    classifier=None,
     **options,
 ):
     """State and arguments of `train_step` for the small encoder, on some devices."""
     whole = parallel.create_mesh(jax.devices()[:devices])
     mesh, axis = parallel.grouped_mesh(whole, norm_devices)
-    modules = contrastive.Modules(Encoder(norm, axis, dtype), Head(), probe)
+    modules = contrastive.Modules(Encoder(norm, axis, dtype), Head(), classifier, probe)
     optimizer = optax.sgd(1.0)
     state = contrastive.init_state(
         modules,
@@ -73,6 +75,7 @@ def tiny_step(
         seed=0,
         momentum_decay=momentum,
         queue_size=40 if momentum else 0,
+        average_decay=average,
     )
     axes = mesh.axis_names
     loss = functools.partial(supcon_loss, axis_name=axes, with_diagnostics=True)
@@ -85,6 +88,7 @@ def tiny_step(
         prepare=lambda rows: (rows["image"], rows["label"]),
         loss_function=loss,
         momentum_decay=momentum,
+        average_decay=average,
         **options,
     )
     step = functools.partial(

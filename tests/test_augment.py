@@ -469,3 +469,37 @@ def test_blur_at_imagenet_size_has_a_kernel_of_23():
 def test_chunks_change_nothing(chunk_size):
     out = augmented(BATCH, IDS, chunk_size=chunk_size)
     np.testing.assert_allclose(out, augmented(BATCH, IDS), atol=1e-6)
+
+
+# --- extra transforms ---
+
+
+def test_cutout_hides_a_square_of_half_the_side():
+    image = jnp.ones((32, 32, 3))
+    keys = jax.random.split(jax.random.key(0), 200)
+    hidden = np.asarray(jax.vmap(lambda key: augment.cutout(key, image))(keys)) == 0.5
+    assert np.all(hidden == hidden[..., :1])  # all channels alike
+    sizes = hidden[..., 0].sum((1, 2))
+    # 15 pixels a side (less than 8 from the centre), fewer at the border.
+    assert sizes.max() == 15 * 15 and sizes.min() >= 8 * 8
+    rows = hidden[..., 0].any(2).sum(1)
+    assert set(rows) <= set(range(8, 16))
+    # Every pixel is hidden at some time, the middle oftener than a corner.
+    share = hidden[..., 0].mean(0)
+    assert share.min() > 0 and share[16, 16] > 2 * share[0, 0]
+
+
+def test_extra_transforms_come_last_and_change_nothing_else():
+    images = jax.random.randint(jax.random.key(1), (4, 1, 8, 8, 3), 0, 256).astype("u1")
+    ids = jnp.stack([jnp.zeros(4, jnp.int32), jnp.arange(4, dtype=jnp.int32)], 1)
+    plain = Augmentation(grayscale_probability=0.5)
+    with_cutout = dataclasses.replace(plain, extra=("cutout",))
+    before, after = (
+        augment.augment_batch(images, ids, options, seed=0, views=2)
+        for options in (plain, with_cutout)
+    )
+    changed = np.asarray(jnp.any(before != after, -1))
+    assert np.all(np.asarray(after)[changed] == 0.5)
+    assert 0.05 < changed.mean() < 0.3
+    assert with_cutout.host_part().extra == ()
+    assert with_cutout.step_part(whole_images=False).extra == ("cutout",)

@@ -12,9 +12,11 @@ import pytest
 from supcon_jax import parallel
 from supcon_jax.data.sources import ArraySource
 from supcon_jax.evaluation import knn, predict
+from supcon_jax.evaluation import rankme as rankme_module
 from supcon_jax.evaluation.classification import classification_sums, summarize
 from supcon_jax.evaluation.knn import knn_accuracy
 from supcon_jax.evaluation.predict import Predictor
+from supcon_jax.evaluation.rankme import rankme
 from supcon_jax.models import Classifier, create_encoder
 
 RNG = np.random.default_rng(0)
@@ -92,6 +94,37 @@ def test_knn_docstring_example():
 
 
 # --- top-k ---
+
+
+# --- RankMe ---
+
+
+@pytest.mark.parametrize("rank", [1, 3, 8])
+def test_rankme_of_equal_directions_is_their_number(rank):
+    """Orthogonal directions of equal weight: each has the share 1 / rank."""
+    directions = np.linalg.qr(np.random.default_rng(0).normal(size=(8, 8)))[0]
+    embeddings = np.tile(directions[:rank], (5, 1))
+    assert rankme(embeddings) == pytest.approx(rank, rel=1e-4)
+
+
+def test_rankme_equals_its_definition():
+    embeddings = np.random.default_rng(1).normal(size=(40, 6)) @ np.diag(range(6))
+    gram = embeddings.T @ embeddings
+    values = np.sqrt(np.maximum(np.linalg.eigvalsh(gram), 0))
+    shares = values / values.sum() + 1e-7
+    expected = math.exp(-sum(p * math.log(p) for p in shares))
+    assert rankme(embeddings) == pytest.approx(expected, rel=1e-4)
+    # The scale of the embeddings does not matter, their spread over directions does.
+    assert rankme(100 * embeddings) == pytest.approx(expected, rel=1e-4)
+    assert rankme(np.outer(np.ones(40), np.arange(6.0))) == pytest.approx(1, rel=1e-4)
+    assert rankme(np.zeros((5, 3))) == 0.0
+
+
+def test_rankme_docstring_example():
+    assert doctest.testmod(rankme_module).failed == 0
+
+
+# --- classification ---
 
 
 def test_classification_equals_a_loop():
@@ -214,6 +247,11 @@ def test_classify_counts_every_example_once(source, batch_size):
     np.testing.assert_allclose(metrics["eval/top1"], (place < 1).mean())
     np.testing.assert_allclose(metrics["eval/top5"], (place < 5).mean())
     np.testing.assert_allclose(metrics["eval/loss"], -log_softmax.mean(), rtol=1e-5)
+
+
+def test_a_predictor_without_a_head_embeds_only(source):
+    with pytest.raises(ValueError, match="has no head"):
+        predictor(Pixels()).classify({"encoder": {}}, source)
 
 
 def test_batch_norm_stays_in_inference_mode():

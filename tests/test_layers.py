@@ -17,11 +17,14 @@ LAYERS = {
     "supcon_jax.models": 0,
     "supcon_jax.optimizers": 0,
     "supcon_jax.evaluation": 0,
+    "supcon_jax.metrics": 0,
     "supcon_jax.data": 1,
     "supcon_jax.parallel": 1,
+    "supcon_jax.logs": 1,
     "supcon_jax.steps": 2,
     "supcon_jax.checkpoint": 2,
     "supcon_jax.writers": 2,
+    "supcon_jax.figures": 2,
     "supcon_jax.evaluation.predict": 2,
     "supcon_jax.config": 3,
     "supcon_jax.tools": 3,
@@ -44,6 +47,8 @@ HEAVY = {
     "matplotlib",
     "sklearn",
     "tensorboardX",
+    "wandb",
+    "trackio",
 }
 
 
@@ -153,7 +158,9 @@ def test_no_module_parses_flags_or_loads_heavy_packages(name):
         ("tensorflow_datasets", {"supcon_jax.data.tfds"}),
         ("orbax", {"supcon_jax.checkpoint"}),
         ("tensorboardX", {"supcon_jax.writers"}),
-        ("matplotlib", {"supcon_jax.tools.show_batch", "supcon_jax.writers"}),
+        ("wandb", {"supcon_jax.writers"}),
+        ("trackio", {"supcon_jax.writers"}),
+        ("matplotlib", {"supcon_jax.tools.show_batch", "supcon_jax.figures"}),
     ],
 )
 def test_each_format_is_known_to_one_file(package, only):

@@ -6,6 +6,7 @@ import pytest
 
 from supcon_jax import linear_eval, parallel, pretrain
 from supcon_jax.checkpoint import Checkpointer, restore_encoder
+from supcon_jax.plan import create_plan
 from supcon_jax.run import open_run
 from supcon_jax.writers import read_metrics
 from tests.runs import (
@@ -92,7 +93,7 @@ def test_microbatches_change_nothing(pretrained, tmp_path):
     for size in (0, 8):
         config = linear_config(pretrained, microbatch_size=size)
         run = open_run(config, tmp_path / str(size))
-        variables = linear_eval.load_encoder(config, run.mesh)
+        variables = linear_eval.load_encoder(run.plan)
         state = jax.jit(run.plan.init, out_shardings=parallel.replicated(run.mesh))()
         batch = parallel.to_global(next(first_batches(run)), run.mesh)
         compiled = run.plan.lower().compile()
@@ -107,10 +108,13 @@ def test_microbatches_change_nothing(pretrained, tmp_path):
 
 
 def test_random_encoder_differs(pretrained, tmp_path):
-    trained = linear_eval.load_encoder(
-        linear_config(pretrained), parallel.create_mesh()
+    mesh = parallel.create_mesh()
+    trained, random = (
+        linear_eval.load_encoder(
+            create_plan(linear_config(name), mesh, num_classes=10, num_examples=1297)
+        )
+        for name in (pretrained, "random")
     )
-    random = linear_eval.load_encoder(linear_config("random"), parallel.create_mesh())
     assert jax.tree.structure(trained) == jax.tree.structure(random)
     assert any(
         not np.array_equal(a, b)
@@ -173,3 +177,34 @@ def test_pretraining_run_without_a_checkpoint(pretrained, tmp_path):
     (tmp_path / "checkpoints").mkdir()
     with pytest.raises(ValueError, match="no complete checkpoint"):
         linear_eval.linear_eval(linear_config(tmp_path), tmp_path / "run")
+
+
+def test_the_average_is_used_when_asked(tmp_path):
+    """It is saved beside the encoder, evaluated beside it, and read by stage 2."""
+    config = pretrain_config(**{"encoder_average.decay": 0.9})
+    final = pretrain.pretrain(config, tmp_path / "pretrain")
+    assert final["knn/average_top1"] > 0.2
+    assert final["knn/average_top1"] != final["knn/top1"]
+    assert final["embedding/average_rankme"] != final["embedding/rankme"]
+    raw = restore_encoder(tmp_path / "pretrain")
+    average = restore_encoder(tmp_path / "pretrain", average=True)
+    assert jax.tree.map(np.shape, raw) == jax.tree.map(np.shape, average)
+    assert not np.array_equal(*(jax.tree.leaves(tree)[0] for tree in (raw, average)))
+    results = {}
+    for use in (False, True):
+        config = linear_config(tmp_path / "pretrain", **{"encoder_average.use": use})
+        run = open_run(
+            config,
+            tmp_path / f"open_{use}",
+            load_frozen=lambda plan: (linear_eval.load_encoder(plan),),
+        )
+        assert_trees_equal(run.frozen[0], average if use else raw)
+        results[use] = linear_eval.linear_eval(config, tmp_path / f"linear_{use}")
+    assert results[False]["train/loss"] != results[True]["train/loss"]
+
+
+def test_an_average_that_was_not_kept_is_refused(pretrained, tmp_path):
+    config = linear_config(pretrained, **{"encoder_average.use": True})
+    with pytest.raises(ValueError, match="kept no average.*--config.encoder_average"):
+        linear_eval.linear_eval(config, tmp_path / "linear")
+    assert not (tmp_path / "linear").exists()

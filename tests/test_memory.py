@@ -90,6 +90,6 @@ def test_other_errors_stay_what_they_are(plan):
         raise jax.errors.JaxRuntimeError("INTERNAL: something else")
 
 
-def test_device_memory_of_a_processor_is_the_machines():
+def test_device_memory_of_a_cpu_is_the_machines():
     whole = memory.device_memory(jax.devices()[0]) * jax.local_device_count()
     assert 2**28 < whole < 2**50

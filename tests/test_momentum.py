@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from supcon_jax.losses.momentum_contrast import EMPTY
-from supcon_jax.steps.momentum import NOBODY
+from supcon_jax.steps.momentum import NO_MATCH
 from tests.small_step import (
     BATCH,
     IMAGES,
@@ -84,7 +84,7 @@ def test_momentum_unsupervised_keys_match_nobody_later():
     state, step = tiny_step(4, momentum=0.5, supervised=False)
     first, metrics = jax.jit(step)(state, BATCH)
     assert float(metrics["train/mean_positives"]) == 1
-    assert np.all(first.momentum["queue"]["groups"][:16] == NOBODY)
+    assert np.all(first.momentum["queue"]["groups"][:16] == NO_MATCH)
     _, metrics = jax.jit(step)(first, BATCH)
     assert float(metrics["train/mean_positives"]) == 1
     assert float(metrics["train/collapse_loss"]) == pytest.approx(np.log(32), rel=1e-6)

@@ -1,6 +1,5 @@
 """Encoders: sizes, a forward pass in NumPy, BatchNorm across devices."""
 
-import doctest
 import functools
 import math
 
@@ -10,7 +9,7 @@ import numpy as np
 import pytest
 
 from supcon_jax import parallel
-from supcon_jax.models import ProjectionHead, ResNet, create_encoder, resnet
+from supcon_jax.models import ProjectionHead, ResNet, convolution, create_encoder
 from supcon_jax.models.resnet import BasicBlock, BottleneckBlock
 
 
@@ -234,8 +233,8 @@ def test_forward_pass_equals_numpy(block, stem, train):
 def test_strided_convolution_pads_symmetrically():
     """By hand: "SAME" would pad the end only and give 45 in the first corner."""
     images = jnp.arange(16.0).reshape(1, 4, 4, 1)
-    conv = resnet._conv(1, 3, 2, dtype=jnp.float32, name=None)
-    out = conv.apply({"params": {"kernel": jnp.ones((3, 3, 1, 1))}}, images)
+    layer = convolution.conv(1, 3, 2, dtype=jnp.float32, name=None)
+    out = layer.apply({"params": {"kernel": jnp.ones((3, 3, 1, 1))}}, images)
     np.testing.assert_array_equal(out[0, :, :, 0], [[10, 24], [51, 90]])
 
 
@@ -432,19 +431,3 @@ def test_inference_sees_each_image_alone():
     together = apply(variables, images, train=False)
     alone = apply(variables, images[2:3], train=False)
     np.testing.assert_allclose(together[2:3], alone, rtol=1e-5, atol=1e-6)
-
-
-# --- refusals ---
-
-
-def test_refuses_unknown_names_and_empty_widths():
-    with pytest.raises(ValueError, match="'resnet51'.*resnet50.*--config.encoder.name"):
-        create_encoder("resnet51")
-    with pytest.raises(ValueError, match="'mnist'.*cifar.*--config.encoder.stem"):
-        create_encoder("resnet18", stem="mnist")
-    with pytest.raises(ValueError, match="leaves no channel.*--config.encoder.width"):
-        create_encoder("resnet8", width=0.01)
-
-
-def test_docstring_example():
-    assert doctest.testmod(resnet).failed == 0

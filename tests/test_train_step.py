@@ -48,8 +48,8 @@ def plan_of(devices, config):
 
 def start(plan, batch):
     """The state of step 0 and a batch, on the devices of the plan."""
-    everywhere = parallel.replicated(plan.mesh)
-    state = jax.jit(plan.init, out_shardings=everywhere)()
+    replicated = parallel.replicated(plan.mesh)
+    state = jax.jit(plan.init, out_shardings=replicated)()
     return state, parallel.to_global(batch, plan.mesh)
 
 
@@ -335,17 +335,90 @@ def test_probe_learns_and_leaves_the_encoder_alone():
     assert float(ours["train/probe_top1"]) == pytest.approx(float(metrics["top1"]))
 
 
+# --- the classifier beside the contrastive loss ---
+
+
+@pytest.mark.parametrize(
+    ("devices", "count"), [(1, 1), (4, 1), (1, 4), (4, 2)], ids=str
+)
+def test_joint_loss_is_the_sum_of_its_parts(devices, count):
+    """Of encoder, head and classifier the gradient is that of both losses, written out."""
+    classifier, weight = Classifier(5), 0.3
+    state, step = tiny_step(
+        devices,
+        norm="layer",
+        classifier=classifier,
+        cross_entropy_weight=weight,
+        num_microbatches=count,
+    )
+    loss, gradients, _ = result(state, step)
+
+    def by_hand(params):
+        encoder = functools.partial(Encoder("layer").apply, train=True)
+        embeddings = encoder({"params": params["encoder"]}, IMAGES.reshape(-1, 6, 6, 3))
+        outputs = Head().apply({"params": params["head"]}, embeddings, train=True)
+        contrastive = supcon_loss(outputs.reshape(16, 2, 5), LABELS)
+        logits = classifier.apply(
+            {"params": params["classifier"]}, embeddings, train=True
+        )
+        cross_entropy = cross_entropy_of_views(logits.reshape(16, 2, 5), LABELS)[0]
+        return contrastive + weight * cross_entropy, (contrastive, cross_entropy)
+
+    gradient = jax.jit(jax.value_and_grad(by_hand, has_aux=True))
+    (_, parts), expected_gradients = gradient(state.params)
+    assert_close(gradients, expected_gradients, tolerance=2e-6)
+    _, metrics = jax.jit(step)(state, BATCH)
+    # train/loss stays the contrastive one, to be read against its collapse level.
+    assert float(metrics["train/loss"]) == pytest.approx(float(parts[0]), rel=1e-6)
+    assert float(loss) == float(metrics["train/loss"])
+    assert float(metrics["train/cross_entropy_loss"]) == pytest.approx(
+        float(parts[1]), rel=1e-6
+    )
+    assert 0 <= float(metrics["train/top1"]) <= 1
+
+
+def test_without_a_weight_nothing_changes():
+    plain = tiny_step(2)[0]
+    joint = tiny_step(2, classifier=Classifier(5))[0]
+    for name in ("encoder", "head"):
+        assert_trees_equal(plain.params[name], joint.params[name])
+
+
+# --- the encoder's average for use ---
+
+
+@pytest.mark.parametrize("decay", [0.5, 0.999])
+def test_encoder_average_against_a_loop(decay):
+    state, step = tiny_step(2, average=decay)
+    assert_trees_equal(state.encoder_average, state.encoder_variables())
+    step = jax.jit(step)
+    expected = jax.device_get(state.encoder_average)
+    for number in range(4):
+        state, _ = step(state, BATCH)
+        d = min(decay, (1 + number) / (10 + number))
+        raw = jax.device_get(state.encoder_variables())
+        expected = jax.tree.map(lambda a, x, d=d: d * a + (1 - d) * x, expected, raw)
+        assert_close(state.encoder_average, expected)
+    assert set(state.encoder_average) == {"params", "batch_stats"}
+    # It follows the training and takes no part in it.
+    plain, step = tiny_step(2)
+    step = jax.jit(step)
+    for _ in range(4):
+        plain, _ = step(plain, BATCH)
+    assert_trees_equal(plain.params, state.params)
+
+
 def test_cross_entropy_over_devices():
     """The mean over the devices' rows is the mean over all rows."""
     mesh = parallel.create_mesh(jax.devices()[:4])
     logits = np.random.default_rng(0).normal(size=(8, 2, 5)).astype(np.float32)
     labels = np.arange(8, dtype=np.int32) % 5
-    split, everywhere = jax.P("data"), jax.P()
+    split, replicated = jax.P("data"), jax.P()
     sharded = jax.shard_map(
         functools.partial(cross_entropy_of_views, axis_name="data"),
         mesh=mesh,
         in_specs=(split, split),
-        out_specs=everywhere,
+        out_specs=replicated,
     )
     assert_close(
         jax.jit(sharded)(logits, labels), cross_entropy_of_views(logits, labels)

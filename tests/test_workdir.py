@@ -29,6 +29,8 @@ FREE = {
     "data.skip_errors": True,
     "compilation_cache": False,
     "next_config": "",
+    "writers": ["trackio"],
+    "project": "another",
 }
 
 
@@ -46,7 +48,8 @@ def test_every_free_key_is_tried():
 @pytest.mark.parametrize("key", FREE)
 def test_what_changes_no_result_may_change(tmp_path, key):
     with_a_checkpoint(tmp_path)
-    open_workdir(pretrain_config(**{key: FREE[key]}), tmp_path)
+    value = tuple(FREE[key]) if isinstance(FREE[key], list) else FREE[key]
+    open_workdir(pretrain_config(**{key: value}), tmp_path)
     now = read_config(tmp_path)
     for part in key.split("."):
         now = now[part]

@@ -1,37 +1,34 @@
-"""metrics.jsonl over crashes and resumes, durations, TensorBoard, pictures."""
+"""metrics.jsonl over crashes and resumes, TensorBoard, trackers."""
 
+import contextlib
+import importlib.machinery
+import importlib.util
 import json
-import logging
+import os
+import sqlite3
 import struct
+import subprocess
 import sys
+import threading
 import time
+import types
 
 import jax
 import pytest
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from supcon_jax import writers
-from supcon_jax.writers import MetricWriter, format_duration, plot_curves, read_metrics
+from supcon_jax.config import check_config
+from supcon_jax.pretrain import pretrain
+from supcon_jax.run import open_run
+from supcon_jax.writers import MetricWriter, read_metrics
+from tests.runs import pretrain_config
 
 
-def open_writer(workdir, start_step=0):
+def open_writer(workdir, start_step=0, **options):
     return MetricWriter(
-        workdir, total_steps=100, steps_per_epoch=2.5, start_step=start_step
+        workdir, total_steps=100, steps_per_epoch=2.5, start_step=start_step, **options
     )
-
-
-@pytest.fixture
-def messages():
-    """What the program's logger says."""
-    records = []
-    handler = logging.Handler()
-    handler.emit = lambda record: records.append(record.getMessage())
-    level = writers.logger.level
-    writers.logger.addHandler(handler)
-    writers.logger.setLevel(logging.INFO)
-    yield records
-    writers.logger.removeHandler(handler)
-    writers.logger.setLevel(level)
 
 
 # --- metrics.jsonl ---
@@ -171,25 +168,205 @@ def test_tensorboard_forgets_steps_that_run_again(tmp_path):
     assert restarts == [21]
 
 
-# --- terminal and log.txt ---
+# --- trackers ---
 
 
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [
-        (0, "0s"),
-        (42.4, "42s"),
-        (59.6, "1m00s"),
-        (185, "3m05s"),
-        (3599.7, "1h00m"),
-        (7620, "2h07m"),
-        (86_399, "23h59m"),
-        (86_400, "1d00h"),
-        (5 * 86_400 + 3 * 3600 + 59, "5d03h"),
-    ],
+class FakeRun:
+    """Keeps what a tracker is told."""
+
+    def __init__(self, **options):
+        self.options, self.lines, self.finished = options, [], False
+
+    def define_metric(self, name, step_metric):
+        self.steps_of = (name, step_metric)
+
+    def log(self, metrics, step=None):
+        self.lines.append((step, metrics))
+
+    def finish(self):
+        self.finished = True
+
+
+@pytest.fixture
+def fake_trackers(monkeypatch):
+    """Modules in the place of wandb and trackio; the runs that were opened, by name."""
+    opened = {"wandb": [], "trackio": []}
+    for name, runs in opened.items():
+        module = types.ModuleType(name)
+
+        def init(runs=runs, **options):
+            runs.append(FakeRun(**options))
+            return runs[-1]
+
+        module.__spec__ = importlib.machinery.ModuleSpec(name, None)
+        module.init = init
+        module.Settings = dict
+        module.log = lambda metrics, step, runs=runs: runs[-1].log(metrics, step)
+        module.finish = lambda runs=runs: runs[-1].finish()
+        monkeypatch.setitem(sys.modules, name, module)
+    return opened
+
+
+def test_trackers_get_every_line(tmp_path, fake_trackers, messages):
+    config = {"seed": 3, "loss": {"name": "supcon"}}
+    writer = open_writer(
+        tmp_path, writers=("wandb", "trackio"), project="mine", config=config
+    )
+    writer.write(5, {"train/loss": 2.5, "knn/top1": 0.5})
+    writer.write(10, {"train/loss": 1.25}, final=True)
+    writer.close()
+    (of_wandb,), (of_trackio,) = fake_trackers.values()
+    assert of_wandb.lines == [
+        (None, {"step": 5, "train/loss": 2.5, "knn/top1": 0.5}),
+        (None, {"step": 10, "train/loss": 1.25}),
+    ]
+    assert of_wandb.steps_of == ("*", "step")
+    assert of_trackio.lines == [
+        (5, {"train/loss": 2.5, "knn/top1": 0.5}),
+        (10, {"train/loss": 1.25}),
+    ]
+    for run in (of_wandb, of_trackio):
+        assert run.finished and run.options["resume"] == "allow"
+        assert run.options["project"] == "mine" and run.options["config"] == config
+    assert messages == []
+    assert not (tmp_path / "tensorboard").exists()
+    assert [record["step"] for record in read_metrics(tmp_path)] == [5, 10]
+
+
+def test_a_resumed_run_is_the_same_for_a_tracker(tmp_path, fake_trackers):
+    for start_step in (0, 10, 0):
+        writer = open_writer(
+            tmp_path, start_step=start_step, writers=("wandb", "trackio")
+        )
+        writer.write(start_step + 10, {"train/loss": 1.0})
+        writer.close()
+    for runs, key in (
+        (fake_trackers["wandb"], "id"),
+        (fake_trackers["trackio"], "name"),
+    ):
+        first, resumed, anew = (run.options[key] for run in runs)
+        assert first == resumed != anew
+
+
+def test_a_run_writes_where_its_config_says(tmp_path, fake_trackers):
+    config = pretrain_config(writers=("trackio",), project="digits", total_steps=2)
+    config.knn.bank = 0
+    pretrain(config, tmp_path)
+    (run,) = fake_trackers["trackio"]
+    assert run.finished and run.options["project"] == "digits"
+    assert run.options["config"]["loss"]["name"] == "supcon"
+    assert [step for step, _ in run.lines] == [1, 2]
+    assert not (tmp_path / "tensorboard").exists()
+
+
+@pytest.mark.parametrize("when", ["init", "log", "finish"])
+@pytest.mark.parametrize("error", [ConnectionError("no route\nto it"), SystemExit(1)])
+def test_a_tracker_that_fails_is_one_warning(
+    when, error, tmp_path, fake_trackers, messages, monkeypatch
+):
+    def fail(*arguments, **options):
+        raise error
+
+    monkeypatch.setattr(sys.modules["trackio"], when, fail)
+    writer = open_writer(tmp_path, writers=("trackio", "tensorboard"))
+    for step in range(1, 6):
+        writer.write(step, {"train/loss": 1.0})
+    writer.close()
+    (message,) = messages
+    reason = "no route" if isinstance(error, ConnectionError) else "1"
+    assert message.startswith(f"warning: trackio gets no metrics ({reason}); the run")
+    assert len(read_metrics(tmp_path)) == 5
+    assert len(read_events(tmp_path)) >= 5
+
+
+def test_a_tracker_that_hangs_slows_nothing(
+    tmp_path, fake_trackers, messages, monkeypatch
+):
+    released = threading.Event()
+    monkeypatch.setattr(
+        sys.modules["wandb"], "init", lambda **options: released.wait(60)
+    )
+    monkeypatch.setattr(writers, "PATIENCE_S", 0.2)
+    monkeypatch.setattr(writers, "WAITING", 3)
+    writer = open_writer(tmp_path, writers=("wandb",))
+    start = time.monotonic()
+    for step in range(1, 11):
+        writer.write(step, {})
+    writer.close()
+    assert time.monotonic() - start < 30  # it would hang for 60 s
+    released.set()
+    (message,) = messages
+    assert message.startswith("warning: wandb gets no metrics (it does not answer)")
+    assert len(read_metrics(tmp_path)) == 10
+
+
+def test_the_end_does_not_wait_for_ever(tmp_path, fake_trackers, messages, monkeypatch):
+    released = threading.Event()
+    monkeypatch.setattr(sys.modules["trackio"], "finish", lambda: released.wait(60))
+    monkeypatch.setattr(writers, "PATIENCE_S", 0.2)
+    writer = open_writer(tmp_path, writers=("trackio",))
+    writer.write(1, {})
+    writer.close()
+    released.set()
+    assert "it did not take the last lines within" in messages[0]
+
+
+@pytest.mark.parametrize("name", ["wandb", "trackio"])
+def test_a_package_that_is_missing_is_named(name, tmp_path, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda n: None if n == name else find(n)
+    )
+    config = pretrain_config(writers=(name,))
+    with pytest.raises(ValueError, match=rf"pip install {name}.*\(--config.writers\)"):
+        open_run(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("value", [("mlflow",), ("wandb", "wandb"), (1,), ([],)])
+def test_unknown_writers_are_refused(value):
+    with pytest.raises(ValueError, match="allowed: a tuple of tensorboard, wandb, "):
+        check_config(pretrain_config(writers=value))
+
+
+def test_wandb_itself_offline(tmp_path, messages, monkeypatch):
+    """The real package, writing to a folder; nothing is sent."""
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    writer = open_writer(tmp_path, writers=("wandb",), config={"seed": 1})
+    writer.write(5, {"train/loss": 2.5})
+    monkeypatch.setattr(writers, "PATIENCE_S", 60.0)
+    writer.close()
+    assert messages == []
+    (record,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    content = record.read_bytes()
+    assert b"train/loss" in content and b"seed" in content
+
+
+def test_trackio_itself(tmp_path, messages, monkeypatch):
+    """The real package, in a folder of its own."""
+    code = """
+import pathlib, sys
+from supcon_jax import writers
+writers.PATIENCE_S = 60.0
+writer = writers.MetricWriter(
+    pathlib.Path(sys.argv[1]), total_steps=10, steps_per_epoch=1, writers=("trackio",)
 )
-def test_format_duration(seconds, text):
-    assert format_duration(seconds) == text
+writer.write(5, {"train/loss": 2.5})
+writer.close()
+"""
+    pytest.importorskip("trackio")
+    environment = os.environ | {"TRACKIO_DIR": str(tmp_path / "trackio")}
+    subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], env=environment, check=True
+    )
+    (database,) = (tmp_path / "trackio").rglob("supcon_jax.db")
+    with contextlib.closing(sqlite3.connect(database)) as connection:
+        ((step, metrics),) = connection.execute("select step, metrics from metrics")
+    assert step == 5 and "train/loss" in str(metrics)
+
+
+# --- terminal ---
 
 
 def test_progress_line(tmp_path, messages):
@@ -207,64 +384,3 @@ def test_progress_line(tmp_path, messages):
         "step  25/100   25%  loss 1.2346  (collapse 5.5000)  lr 0.05  12,345.6 images/s"
         "  ETA 3m05s"
     ]
-
-
-def test_progress_of_long_passes(monkeypatch, messages):
-    clock = iter([0.0, 0.0, 6.0, 12.0, 18.0, 24.0])
-    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
-    out = list(writers.progress("abcde", total=5, label="embedding"))
-    assert out == list("abcde")
-    # After more than ten seconds each: items 2 and 4, at 12 s and 24 s.
-    assert messages == [
-        "  embedding 2/5 (40%)  ETA 18s",
-        "  embedding 4/5 (80%)  ETA 6s",
-    ]
-
-
-def test_short_passes_say_nothing(messages):
-    assert list(writers.progress(range(3), total=3, label="x")) == [0, 1, 2]
-    assert messages == []
-
-
-def test_log_file(tmp_path):
-    level = writers.logger.level
-    writers.logger.setLevel(logging.INFO)
-    handler = writers.add_log_file(tmp_path)
-    try:
-        writers.logger.info("step %d", 7)
-    finally:
-        writers.logger.removeHandler(handler)
-        writers.logger.setLevel(level)
-        handler.close()
-    (line,) = (tmp_path / "log.txt").read_text().splitlines()
-    assert line.endswith(" step 7") and line[:2] == "20"  # the date in front
-
-
-# --- pictures ---
-
-
-def write_curve(workdir, steps):
-    writer = open_writer(workdir)
-    for step in range(1, steps + 1):
-        writer.write(step, {"train/loss": 1 / step, "knn/top1": 1 - 1 / step})
-    writer.close()
-
-
-def test_plot_is_a_picture(tmp_path):
-    write_curve(tmp_path, 3)
-    path = plot_curves(tmp_path)
-    assert path == tmp_path / "figures" / "curves.png"
-    data = path.read_bytes()
-    assert data[:8] == b"\x89PNG\r\n\x1a\n"
-    width, height = struct.unpack(">II", data[16:24])
-    assert (width, height) == (1080, 420)
-
-
-def test_nothing_is_drawn_of_one_point_or_without_matplotlib(tmp_path, monkeypatch):
-    write_curve(tmp_path, 1)
-    assert plot_curves(tmp_path) is None
-    (tmp_path / "metrics.jsonl").unlink()
-    write_curve(tmp_path, 2)
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    assert plot_curves(tmp_path) is None
-    assert not (tmp_path / "figures").exists()

@@ -8,6 +8,7 @@ of devices see the same pixels.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -21,6 +22,7 @@ LUMA = (0.299, 0.587, 0.114)
 # The number of the random stream of Mixup and CutMix. A view's own augmentation uses
 # other keys, so that the two are drawn apart.
 MIXING_STREAM = 1000
+EXTRA_STREAM = 2000
 
 
 def view_keys(seed: int, ids: jax.Array, views: int) -> jax.Array:
@@ -278,10 +280,31 @@ def _maybe(key: jax.Array, probability: float, new: jax.Array, old: jax.Array):
     return jnp.where(jax.random.bernoulli(key, probability), new, old)
 
 
+def cutout(key: jax.Array, image: jax.Array) -> jax.Array:
+    """Hides a square of half the image's side behind mid grey.
+
+    Its centre is uniform over the pixels; what lies outside the image is cut off.
+
+    Source: DeVries & Taylor, arXiv 1708.04552 (16 pixels on CIFAR-10).
+    """
+    height, width, _ = image.shape
+    place = jax.random.uniform(key, (2,))
+    inside = [
+        jnp.abs(jnp.arange(size) - jnp.floor(size * part)) < size / 4
+        for size, part in ((height, place[0]), (width, place[1]))
+    ]
+    return jnp.where((inside[0][:, None] & inside[1])[..., None], 0.5, image)
+
+
+# What `augment.extra` of a config names: `(key, image [H, W, 3] in [0, 1]) -> image`. A new
+# augmentation is a function and an entry.
+TRANSFORMS: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {"cutout": cutout}
+
+
 def augment_view(
     key: jax.Array, image: jax.Array, augmentation: Augmentation
 ) -> jax.Array:
-    """One view `[H, W, 3]` of one image: crop, flip, colour jitter, grayscale, blur."""
+    """One view `[H, W, 3]`: crop, flip, colour jitter, grayscale, blur, extra ones."""
     options = augmentation
     keys = jax.random.split(key, 6)
     crop_key, flip_key, jitter_key, gray_key, some_key, blur_key = keys
@@ -302,6 +325,9 @@ def augment_view(
     if options.blur_probability > 0:
         blurred = random_blur(blur_key, image)
         image = _maybe(some_key, options.blur_probability, blurred, image)
+    for number, name in enumerate(options.extra):
+        extra_key = jax.random.fold_in(key, EXTRA_STREAM + number)
+        image = TRANSFORMS[name](extra_key, image)
     return image
 
 

@@ -58,6 +58,7 @@ class Augmentation:
       layers, magnitude: of RandAugment.
       grayscale_probability: share of the views that lose their colour.
       blur_probability: share of the views that are blurred.
+      extra: names in `augment.TRANSFORMS`, applied last and in this order.
     """
 
     crop_area: tuple[float, float] | None = (0.08, 1.0)
@@ -69,6 +70,7 @@ class Augmentation:
     magnitude: float = 10.0
     grayscale_probability: float = 0.0
     blur_probability: float = 0.0
+    extra: tuple[str, ...] = ()
 
     @property
     def jitters(self) -> bool:
@@ -82,6 +84,7 @@ class Augmentation:
             jitter_strength=self.jitter_strength if self.policy != "none" else 0.0,
             grayscale_probability=0.0,
             blur_probability=0.0,
+            extra=(),
         )
 
     def step_part(self, *, whole_images: bool) -> Augmentation:

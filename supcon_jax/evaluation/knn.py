@@ -67,16 +67,18 @@ def knn_accuracy(
 
     Source: Wu et al., arXiv 1805.01978, section 3.4.
     """
-    bank = l2_normalize(jnp.asarray(bank))
-    bank_labels = jnp.asarray(bank_labels)
+    unit_bank, labels_of_bank = (
+        l2_normalize(jnp.asarray(bank)),
+        jnp.asarray(bank_labels),
+    )
     correct = 0
     for start in range(0, len(queries), chunk):
         part = queries[start : start + chunk]
         # One shape for all chunks, so that one program is compiled.
         padded = np.pad(part, ((0, min(chunk, len(queries)) - len(part)), (0, 0)))
         predicted = _predict(
-            bank,
-            bank_labels,
+            unit_bank,
+            labels_of_bank,
             padded,
             k=min(k, len(bank)),
             temperature=temperature,

@@ -16,7 +16,7 @@ from supcon_jax import parallel
 from supcon_jax.data.pipeline import eval_batches, num_eval_batches
 from supcon_jax.data.sources import Source
 from supcon_jax.evaluation.classification import classification_sums, summarize
-from supcon_jax.writers import progress
+from supcon_jax.logs import progress
 
 Batch = dict[str, jax.Array]
 
@@ -49,19 +49,25 @@ class Predictor:
         resize: int,
     ):
         self._mesh = mesh
-        self._options = {
-            "batch_size": batch_size,
-            "image_size": image_size,
-            "resize": resize,
-        }
-        modules = {"encoder": encoder, "normalize": normalize}
+        self._batch_size = batch_size
+        self._eval_batches = functools.partial(
+            eval_batches, batch_size=batch_size, image_size=image_size, resize=resize
+        )
         jit = functools.partial(
             jax.jit,
             in_shardings=(parallel.replicated(mesh), parallel.batch_sharding(mesh)),
             out_shardings=parallel.replicated(mesh),
         )
-        self._embed = jit(functools.partial(embed_step, **modules))
-        self._classify = jit(functools.partial(classify_step, **modules, head=head))
+        self._embed = jit(
+            functools.partial(embed_step, encoder=encoder, normalize=normalize)
+        )
+        self._classify = None
+        if head is not None:
+            self._classify = jit(
+                functools.partial(
+                    classify_step, encoder=encoder, head=head, normalize=normalize
+                )
+            )
 
     def embed(
         self, variables: Any, source: Source, *, label: str = "embedding"
@@ -79,16 +85,21 @@ class Predictor:
     def classify(
         self, variables: Any, source: Source, *, label: str = "evaluating"
     ) -> dict[str, float]:
-        """`eval/top1`, `eval/top5`, `eval/loss` and `eval/num_examples`."""
+        """`eval/top1`, `eval/top5`, `eval/loss` and `eval/num_examples`.
+
+        Raises:
+          ValueError: there is no head.
+        """
+        step = self._classify
+        if step is None:
+            raise ValueError("this Predictor has no head; it can only embed")
         return summarize(
-            self._classify(variables, batch) for batch in self._batches(source, label)
+            step(variables, batch) for batch in self._batches(source, label)
         )
 
     def _batches(self, source: Source, label: str) -> Iterator[Batch]:
-        batches = parallel.prefetch_to_devices(
-            eval_batches(source, **self._options), self._mesh
-        )
-        total = num_eval_batches(source, self._options["batch_size"])
+        batches = parallel.prefetch_to_devices(self._eval_batches(source), self._mesh)
+        total = num_eval_batches(source, self._batch_size)
         yield from progress(batches, total=total, label=label)
 
 
@@ -101,7 +112,7 @@ def embed_step(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Embeddings, labels and mask of one padded batch; BatchNorm in inference mode."""
     images = normalize(batch["image"][:, 0].astype(jnp.float32) / 255.0)
-    embeddings = encoder.apply(variables["encoder"], images, train=False)
+    embeddings: Any = encoder.apply(variables["encoder"], images, train=False)
     return embeddings, batch["label"], batch["mask"]
 
 
@@ -117,5 +128,5 @@ def classify_step(
     embeddings, labels, mask = embed_step(
         variables, batch, encoder=encoder, normalize=normalize
     )
-    logits = head.apply(variables["head"], embeddings, train=False)
+    logits: Any = head.apply(variables["head"], embeddings, train=False)
     return classification_sums(logits, labels, mask)

@@ -1,6 +1,16 @@
 """Encoders and heads (Flax Linen)."""
 
+from supcon_jax.models.encoders import ENCODERS, STEMS, create_encoder
 from supcon_jax.models.heads import Classifier, ProjectionHead
-from supcon_jax.models.resnet import ENCODERS, ResNet, create_encoder
+from supcon_jax.models.resnet import ResNet
+from supcon_jax.models.wide_resnet import WideResNet
 
-__all__ = ["ENCODERS", "Classifier", "ProjectionHead", "ResNet", "create_encoder"]
+__all__ = [
+    "ENCODERS",
+    "STEMS",
+    "Classifier",
+    "ProjectionHead",
+    "ResNet",
+    "WideResNet",
+    "create_encoder",
+]

@@ -1,4 +1,4 @@
-"""A convolution whose backward pass is fast on a processor inside loops too."""
+"""The convolution of all encoders; its backward pass is fast on a CPU, in loops too."""
 
 from __future__ import annotations
 
@@ -6,11 +6,56 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+_INIT = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
 _NHWC = ("NHWC", "HWIO", "NHWC")
+
+
+def conv(
+    features: int, size: int, strides: int = 1, *, dtype: Any, name: str
+) -> nn.Conv:
+    """A square convolution without bias, padded alike on both sides.
+
+    "SAME" padding would not be symmetric where a convolution has strides.
+
+    Args:
+      features: channels that come out.
+      size: side of the kernel.
+      strides: in both directions.
+      dtype: compute type; the kernel is float32.
+      name: of its parameters.
+    """
+    pad = (size - 1) // 2
+    return nn.Conv(
+        features,
+        (size, size),
+        (strides, strides),
+        padding=((pad, size - 1 - pad),) * 2,
+        use_bias=False,
+        kernel_init=_INIT,
+        dtype=dtype,
+        conv_general_dilated=convolve,
+        name=name,
+    )
+
+
+def scaled_channels(base_width: int, width: float) -> int:
+    """Channels of a network whose width is multiplied.
+
+    Raises:
+      ValueError: none would be left.
+    """
+    channels = round(base_width * width)
+    if channels < 1:
+        raise ValueError(
+            f"encoder width {width} leaves no channel of {base_width}; use a width of "
+            f"at least {1 / base_width} (--config.encoder.width)"
+        )
+    return channels
 
 
 def convolve(
@@ -22,10 +67,10 @@ def convolve(
 ) -> jax.Array:
     """`jax.lax.conv_general_dilated` of images `[N, H, W, C]`, for `flax.linen.Conv`.
 
-    XLA's fast convolution on a processor wants this one layout. Automatic
+    XLA's fast convolution on a CPU wants this one layout. Automatic
     differentiation leaves it, and XLA (jaxlib 0.10) goes back only outside of loops:
     in a scan over microbatches the gradients ran about eleven times slower. So, on a
-    processor, the gradients are written in it here. Reverse mode only.
+    CPU, the gradients are written in it here. Reverse mode only.
 
     Args:
       images: `[N, H, W, C]`.

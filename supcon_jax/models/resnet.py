@@ -17,29 +17,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from supcon_jax.models.convolution import convolve
-
-STEMS = ("imagenet", "cifar")
-
-# Explicit padding keeps a strided convolution symmetric; "SAME" would not be.
-_conv_init = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
-
-
-def _conv(
-    features: int, size: int, strides: int = 1, *, dtype: Any, name: str
-) -> nn.Conv:
-    pad = (size - 1) // 2
-    return nn.Conv(
-        features,
-        (size, size),
-        (strides, strides),
-        padding=((pad, size - 1 - pad),) * 2,
-        use_bias=False,
-        kernel_init=_conv_init,
-        dtype=dtype,
-        conv_general_dilated=convolve,
-        name=name,
-    )
+from supcon_jax.models.convolution import conv, scaled_channels
 
 
 class BasicBlock(nn.Module):
@@ -55,13 +33,13 @@ class BasicBlock(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps `[N, H, W, C]` to `[N, H / strides, W / strides, width]`."""
-        conv = functools.partial(_conv, dtype=self.dtype)
-        y = conv(self.width, 3, self.strides, name="conv1")(x)
+        layer = functools.partial(conv, dtype=self.dtype)
+        y = layer(self.width, 3, self.strides, name="conv1")(x)
         y = nn.relu(self.norm(name="batch_norm1")(y))
-        y = conv(self.width, 3, name="conv2")(y)
+        y = layer(self.width, 3, name="conv2")(y)
         y = self.norm(name="batch_norm2", scale_init=nn.initializers.zeros)(y)
         if self.project:
-            x = conv(self.width, 1, self.strides, name="conv_shortcut")(x)
+            x = layer(self.width, 1, self.strides, name="conv_shortcut")(x)
             x = self.norm(name="batch_norm_shortcut")(x)
         return nn.relu(x + y)
 
@@ -79,16 +57,16 @@ class BottleneckBlock(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps `[N, H, W, C]` to `[N, H / strides, W / strides, 4 width]`."""
-        conv = functools.partial(_conv, dtype=self.dtype)
+        layer = functools.partial(conv, dtype=self.dtype)
         features = self.width * self.expansion
-        y = conv(self.width, 1, name="conv1")(x)
+        y = layer(self.width, 1, name="conv1")(x)
         y = nn.relu(self.norm(name="batch_norm1")(y))
-        y = conv(self.width, 3, self.strides, name="conv2")(y)
+        y = layer(self.width, 3, self.strides, name="conv2")(y)
         y = nn.relu(self.norm(name="batch_norm2")(y))
-        y = conv(features, 1, name="conv3")(y)
+        y = layer(features, 1, name="conv3")(y)
         y = self.norm(name="batch_norm3", scale_init=nn.initializers.zeros)(y)
         if self.project:
-            x = conv(features, 1, self.strides, name="conv_shortcut")(x)
+            x = layer(features, 1, self.strides, name="conv_shortcut")(x)
             x = self.norm(name="batch_norm_shortcut")(x)
         return nn.relu(x + y)
 
@@ -136,9 +114,9 @@ class ResNet(nn.Module):
         block = nn.remat(self.block) if self.remat else self.block
         x = images.astype(self.dtype)
         if self.stem == "imagenet":
-            x = _conv(self.base_width, 7, 2, dtype=self.dtype, name="conv_stem")(x)
+            x = conv(self.base_width, 7, 2, dtype=self.dtype, name="conv_stem")(x)
         else:
-            x = _conv(self.base_width, 3, dtype=self.dtype, name="conv_stem")(x)
+            x = conv(self.base_width, 3, dtype=self.dtype, name="conv_stem")(x)
         x = nn.relu(norm(name="batch_norm_stem")(x))
         if self.stem == "imagenet":
             x = nn.max_pool(x, (3, 3), strides=(2, 2), padding="SAME")
@@ -155,65 +133,28 @@ class ResNet(nn.Module):
         return jnp.mean(x.astype(jnp.float32), axis=(1, 2))
 
 
-# name: (block, blocks per stage, base width). resnet8 is the three-stage network of
-# the CIFAR experiments in He et al. (2015), small enough for a laptop's processor.
-ENCODERS = {
-    "resnet8": (BasicBlock, (1, 1, 1), 16),
-    "resnet18": (BasicBlock, (2, 2, 2, 2), 64),
-    "resnet34": (BasicBlock, (3, 4, 6, 3), 64),
-    "resnet50": (BottleneckBlock, (3, 4, 6, 3), 64),
-    "resnet101": (BottleneckBlock, (3, 4, 23, 3), 64),
-    "resnet152": (BottleneckBlock, (3, 8, 36, 3), 64),
-    "resnet200": (BottleneckBlock, (3, 24, 36, 3), 64),
-}
-
-
-def create_encoder(
-    name: str,
+def build_resnet(
+    block: type[nn.Module],
+    stage_sizes: Sequence[int],
+    base_width: int,
     *,
-    width: float = 1.0,
-    stem: str = "imagenet",
-    dtype: Any = jnp.float32,
-    axis_name: str | None = None,
-    remat: bool = False,
+    width: float,
+    image_size: int,
+    **options: Any,
 ) -> ResNet:
-    """Builds an encoder by name.
+    """A ResNet with `width` times the usual channels, for `create_encoder`."""
+    del image_size  # any will do
+    return ResNet(stage_sizes, block, scaled_channels(base_width, width), **options)
 
-    Args:
-      name: a key of `ENCODERS`.
-      width: multiplies every channel count.
-      stem: "imagenet" or "cifar".
-      dtype: compute type of the convolutions.
-      axis_name, remat: see `ResNet`.
 
-    Raises:
-      ValueError: unknown name or stem, or a width that leaves no channel.
-
-    Example:
-      >>> import jax, jax.numpy as jnp
-      >>> encoder = create_encoder("resnet50")
-      >>> images = jax.ShapeDtypeStruct((2, 224, 224, 3), jnp.float32)
-      >>> init = lambda x: encoder.init_with_output(jax.random.key(0), x, train=True)
-      >>> jax.eval_shape(init, images)[0].shape
-      (2, 2048)
-
-    Source: He et al., arXiv 1512.03385; "v1.5" as in the paper's official code.
-    """
-    if name not in ENCODERS:
-        raise ValueError(
-            f"unknown encoder {name!r}; available: {', '.join(ENCODERS)} "
-            "(--config.encoder.name)"
-        )
-    if stem not in STEMS:
-        raise ValueError(
-            f"unknown stem {stem!r}; available: {', '.join(STEMS)} "
-            "(--config.encoder.stem)"
-        )
-    block, stage_sizes, base_width = ENCODERS[name]
-    channels = round(base_width * width)
-    if channels < 1:
-        raise ValueError(
-            f"encoder width {width} leaves no channel of {base_width}; use a width of "
-            f"at least {1 / base_width} (--config.encoder.width)"
-        )
-    return ResNet(stage_sizes, block, channels, stem, dtype, axis_name, remat)
+# Blocks, blocks in each stage, channels of the first. resnet8 is the three-stage network
+# of the CIFAR experiments in He et al. (2015), small enough for a laptop's CPU.
+RESNETS: dict[str, Callable[..., nn.Module]] = {
+    "resnet8": functools.partial(build_resnet, BasicBlock, (1, 1, 1), 16),
+    "resnet18": functools.partial(build_resnet, BasicBlock, (2, 2, 2, 2), 64),
+    "resnet34": functools.partial(build_resnet, BasicBlock, (3, 4, 6, 3), 64),
+    "resnet50": functools.partial(build_resnet, BottleneckBlock, (3, 4, 6, 3), 64),
+    "resnet101": functools.partial(build_resnet, BottleneckBlock, (3, 4, 23, 3), 64),
+    "resnet152": functools.partial(build_resnet, BottleneckBlock, (3, 8, 36, 3), 64),
+    "resnet200": functools.partial(build_resnet, BottleneckBlock, (3, 24, 36, 3), 64),
+}

@@ -21,7 +21,13 @@ from supcon_jax import parallel
 from supcon_jax.losses.cross_entropy import cross_entropy_of_views
 from supcon_jax.losses.streaming import gather
 from supcon_jax.losses.supcon import unit
-from supcon_jax.steps.momentum import enqueue, init_momentum, remember, update_average
+from supcon_jax.steps.momentum import (
+    enqueue,
+    init_momentum,
+    remember,
+    update_average,
+    update_encoder_average,
+)
 from supcon_jax.steps.state import TrainState
 
 PyTree = Any
@@ -40,11 +46,13 @@ class Modules(NamedTuple):
     Attributes:
       encoder: images to embeddings.
       head: embeddings to what the loss compares: a projection or a classifier.
+      classifier: beside a contrastive head, trained through the encoder.
       probe: a classifier that learns from the embedding without a gradient into it.
     """
 
     encoder: nn.Module
     head: nn.Module
+    classifier: nn.Module | None = None
     probe: nn.Module | None = None
 
 
@@ -60,6 +68,8 @@ class StepSpec(NamedTuple):
       num_microbatches: parts of the batch that the encoder takes one after the other;
         the backward pass computes each again (gradient caching), so memory holds one.
       momentum_decay: of the encoder that makes the keys, where the state has one.
+      average_decay: of the encoder's average for use, where the state has one.
+      cross_entropy_weight: of the classifier's cross-entropy in the trained loss.
     """
 
     modules: Modules
@@ -68,6 +78,8 @@ class StepSpec(NamedTuple):
     supervised: bool = True
     num_microbatches: int = 1
     momentum_decay: float = 0.0
+    average_decay: float = 0.0
+    cross_entropy_weight: float = 0.0
 
 
 def init_state(
@@ -78,12 +90,14 @@ def init_state(
     seed: int,
     momentum_decay: float = 0.0,
     queue_size: int = 0,
+    average_decay: float = 0.0,
 ) -> TrainState:
     """A new TrainState; a function of the seed and the modules alone.
 
-    With a `momentum_decay` it holds a momentum encoder and a queue of that size.
+    With a `momentum_decay` it holds a momentum encoder and a queue of that size, with an
+    `average_decay` an average of the encoder.
     """
-    encoder, head, probe = modules
+    encoder, head, classifier, probe = modules
     encoder_key, head_key = jax.random.split(jax.random.key(seed))
     images = jnp.zeros((2, image_size, image_size, 3))
     embeddings, encoder_variables = encoder.init_with_output(
@@ -98,17 +112,24 @@ def init_state(
             queue_size=queue_size,
             output_dim=outputs.shape[-1],
         )
-    if probe is not None:
-        probe_key = jax.random.fold_in(head_key, 1)
-        variables["probe"] = probe.init(probe_key, embeddings, train=True)
+    for number, name in ((1, "probe"), (2, "classifier")):
+        module = getattr(modules, name)
+        if module is not None:
+            key = jax.random.fold_in(head_key, number)
+            variables[name] = module.init(key, embeddings, train=True)
     params = {name: tree["params"] for name, tree in variables.items()}
-    return TrainState(
+    state = TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
         batch_stats={n: tree.get("batch_stats", {}) for n, tree in variables.items()},
         opt_state=optimizer.init(params),
         momentum=momentum,
     )
+    if average_decay:
+        # Copied: a step gives its state's memory away, each array once.
+        average = jax.tree.map(jnp.copy, state.encoder_variables())
+        state = state.replace(encoder_average=average)
+    return state
 
 
 def train_step(
@@ -145,11 +166,11 @@ def train_step(
         "average": average,
         "queue": momentum.get("queue"),
     }
-    everywhere, split = PartitionSpec(), PartitionSpec(mesh.axis_names)
+    replicated, split = PartitionSpec(), PartitionSpec(mesh.axis_names)
     gradient = parallel.value_and_grad(
         functools.partial(loss_of_rows, spec=spec, axes=mesh.axis_names),
         mesh,
-        aux_specs=(everywhere, everywhere, split),
+        aux_specs=(replicated, replicated, split),
     )
     (_, (metrics, batch_stats, keys)), gradients = gradient(
         state.params, constants, batch
@@ -161,6 +182,14 @@ def train_step(
     state = state.apply_gradients(
         gradients, optimizer=optimizer, batch_stats=batch_stats
     )
+    if spec.average_decay:
+        average = update_encoder_average(
+            state.encoder_average,
+            state.encoder_variables(),
+            spec.average_decay,
+            state.step - 1,
+        )
+        state = state.replace(encoder_average=average)
     return state.replace(momentum=momentum), metrics
 
 
@@ -175,7 +204,7 @@ def loss_of_rows(
     """The loss of the whole batch, from this device's rows (inside `jax.shard_map`).
 
     Args:
-      params: of encoder, head and probe.
+      params: of encoder, head, classifier and probe.
       constants: batch statistics, the momentum encoder's parameters and the queue.
       rows: this device's part of the batch.
       spec: what the step computes.
@@ -184,7 +213,7 @@ def loss_of_rows(
     Returns:
       The loss, and metrics, new batch statistics, and the keys of this device.
     """
-    encoder, head, probe = spec.modules
+    encoder, head, classifier, probe = spec.modules
     average, stats = constants["average"], constants["batch_stats"]
     # Devices along these axes have statistics of their own.
     apart = tuple(axis for axis in axes if axis != getattr(encoder, "axis_name", None))
@@ -226,14 +255,19 @@ def loss_of_rows(
         )
     metrics, total = metrics | {"loss": loss}, loss
     new_stats = {"encoder": encoder_stats, "head": head_stats}
+    if classifier is not None:
+        logits, new_stats["classifier"] = _apply(
+            classifier, params["classifier"], {}, embeddings
+        )
+        cross_entropy, found = cross_entropy_of_views(logits, targets, axis_name=axes)
+        metrics |= {"cross_entropy_loss": cross_entropy, "top1": found["top1"]}
+        total += spec.cross_entropy_weight * cross_entropy
     if probe is not None:
         logits, new_stats["probe"] = _apply(
             probe, params["probe"], {}, jax.lax.stop_gradient(embeddings)
         )
-        probe_loss, probe_metrics = cross_entropy_of_views(
-            logits, targets, axis_name=axes
-        )
-        metrics |= {"probe_loss": probe_loss, "probe_top1": probe_metrics["top1"]}
+        probe_loss, found = cross_entropy_of_views(logits, targets, axis_name=axes)
+        metrics |= {"probe_loss": probe_loss, "probe_top1": found["top1"]}
         total += probe_loss
     return total, (metrics, parallel.mean_over(new_stats, apart), keys)
 

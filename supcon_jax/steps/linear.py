@@ -79,13 +79,15 @@ def train_step(
         images = augment(rows["image"], rows["id"])
         num_images, views = images.shape[:2]
         images = images.reshape(num_images * views, *images.shape[2:])
-        embeddings = modules.encoder.apply(encoder_variables, images, train=False)
+        embeddings: Any = modules.encoder.apply(encoder_variables, images, train=False)
         return carry, embeddings.reshape(num_images, views, -1)
 
     _, embeddings = parallel.scan_microbatches(embed, None, batch, num_microbatches)
 
     def compute_loss(params: PyTree) -> tuple[jax.Array, dict[str, jax.Array]]:
-        logits = modules.head.apply({"params": params["head"]}, embeddings, train=True)
+        logits: Any = modules.head.apply(
+            {"params": params["head"]}, embeddings, train=True
+        )
         return cross_entropy_of_views(
             logits, batch["label"], label_smoothing=label_smoothing
         )

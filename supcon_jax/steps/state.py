@@ -11,8 +11,7 @@ import optax
 PyTree = Any
 
 
-@flax.struct.dataclass
-class TrainState:
+class TrainState(flax.struct.PyTreeNode):
     """Everything that a step depends on besides its batch.
 
     Attributes:
@@ -21,6 +20,8 @@ class TrainState:
       batch_stats: BatchNorm's running statistics, with the same keys.
       opt_state: the optimizer's state.
       momentum: momentum encoder and queue, see momentum.py; empty without them.
+      encoder_average: an average of the encoder's parameters and batch statistics over
+        the steps, `{"params": ..., "batch_stats": ...}`; empty without one.
     """
 
     step: jax.Array
@@ -28,6 +29,14 @@ class TrainState:
     batch_stats: PyTree
     opt_state: optax.OptState
     momentum: PyTree = flax.struct.field(default_factory=dict)
+    encoder_average: PyTree = flax.struct.field(default_factory=dict)
+
+    def encoder_variables(self, *, average: bool = False) -> PyTree:
+        """What `encoder.apply` takes: of the last step, or of the average."""
+        if average:
+            return self.encoder_average
+        collections = {"params": self.params, "batch_stats": self.batch_stats}
+        return {name: tree["encoder"] for name, tree in collections.items()}
 
     def apply_gradients(
         self,

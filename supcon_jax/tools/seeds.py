@@ -18,17 +18,12 @@ import sys
 from typing import Any
 
 from supcon_jax.config import flatten
+from supcon_jax.metrics import is_result, is_share
 from supcon_jax.workdir import differing_keys, read_config
 from supcon_jax.writers import read_metrics
 
 # A linear evaluation reads the encoder of its own seed.
 OF_THE_SEED = ("seed", "pretrained")
-
-# What a final line says of the run's length and speed, and not of its result.
-NOT_RESULTS = (
-    *("step", "epoch", "wall_s", "final"),
-    *("train/images_per_sec", "optim/learning_rate"),
-)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -86,8 +81,8 @@ def summarize(workdirs: list[str]) -> dict[str, Any]:
     in_order = [seeds[seed] for seed in sorted(seeds)]
     metrics = {}
     for name in finals[in_order[0]]:
-        values = [finals[workdir].get(name) for workdir in in_order]
-        if name not in NOT_RESULTS and None not in values:
+        values = [finals[w][name] for w in in_order if name in finals[w]]
+        if is_result(name) and len(values) == len(in_order):
             metrics[name] = {
                 "mean": statistics.fmean(values),
                 "deviation": statistics.stdev(values),
@@ -123,12 +118,12 @@ def _final_line(workdir: str) -> dict[str, Any]:
 
 
 def markdown(summary: dict[str, Any]) -> str:
-    """The summary as a table; accuracies and errors that are shares in percent."""
+    """The summary as a table; shares in percent."""
     seeds = ", ".join(str(seed) for seed in summary["seeds"])
     lines = [f"| metric | mean ± deviation | seeds {seeds} |", "|---|---|---|"]
     for name, found in summary["metrics"].items():
-        share = name.endswith(("top1", "top5", "ece"))
-        factor, text, unit = (100, "{:.2f}", " (%)") if share else (1, "{:.5g}", "")
+        shares = is_share(name)
+        factor, text, unit = (100, "{:.2f}", " (%)") if shares else (1, "{:.5g}", "")
         mean, deviation, *each = (
             text.format(factor * value)
             for value in (found["mean"], found["deviation"], *found["values"])

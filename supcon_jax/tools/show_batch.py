@@ -61,6 +61,8 @@ def load_config(name: str, changes: list[str]) -> ConfigDict:
         raise ValueError(f"no config file {file!r} (--config)")
     sys.path.insert(0, str(pathlib.Path.cwd()))  # configs import configs.common
     spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None:
+        raise ValueError(f"{file!r} is no Python file (--config)")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     config = module.get_config(variant) if variant else module.get_config()

@@ -1,0 +1,75 @@
+"""The program's log for people: terminal, log.txt, durations, progress with ETA.
+
+In a multi-host job only process 0 speaks.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import pathlib
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+import jax
+from absl import logging as absl_logging
+
+logger = logging.getLogger("supcon_jax")
+T = TypeVar("T")
+
+
+def setup_logging() -> None:
+    """Sends the program's log to the terminal (of process 0 only)."""
+    logger.setLevel(logging.INFO)
+    # Orbax and TFDS narrate every save through absl; their warnings stay.
+    absl_logging.set_verbosity(absl_logging.WARNING)
+    logger.propagate = False
+    if not logger.handlers:
+        handler = logging.StreamHandler(sys.stdout)
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        handler.addFilter(lambda record: jax.process_index() == 0)
+        logger.addHandler(handler)
+
+
+def format_duration(seconds: float) -> str:
+    """Seconds as 42s, 3m05s, 2h07m or 5d03h."""
+    seconds = round(seconds)
+    if seconds < 60:
+        return f"{seconds}s"
+    if seconds < 3600:
+        return f"{seconds // 60}m{seconds % 60:02d}s"
+    if seconds < 86_400:
+        return f"{seconds // 3600}h{seconds % 3600 // 60:02d}m"
+    return f"{seconds // 86_400}d{seconds % 86_400 // 3600:02d}h"
+
+
+def progress(
+    items: Iterable[T], *, total: int, label: str, every_s: float = 10.0
+) -> Iterator[T]:
+    """Passes items on and logs share and ETA, where it takes longer than `every_s`."""
+    start = last = time.monotonic()
+    for done, item in enumerate(items):
+        now = time.monotonic()
+        if done and now - last > every_s:
+            last = now
+            eta = format_duration((now - start) / done * (total - done))
+            logger.info(
+                "  %s %d/%d (%.0f%%)  ETA %s",
+                label,
+                done,
+                total,
+                100 * done / total,
+                eta,
+            )
+        yield item
+
+
+def add_log_file(workdir: pathlib.Path) -> logging.Handler:
+    """Copies the log into `workdir/log.txt`, with the time in front."""
+    first = jax.process_index() == 0
+    handler = logging.FileHandler(workdir / "log.txt" if first else os.devnull)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    logger.addHandler(handler)
+    return handler

@@ -1,0 +1,106 @@
+"""Every metric that a run writes, one entry each: how it is shown, drawn and compared.
+
+A new metric is an entry here, beside the code that computes it. Names are those of
+metrics.jsonl. A metric without an entry is written all the same, and shown nowhere.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+# What a line of metrics.jsonl holds beside its metrics.
+LINE_FIELDS = ("step", "epoch", "wall_s", "final")
+
+
+class Metric(NamedTuple):
+    """How a metric is shown.
+
+    Attributes:
+      text: label and value for people; a value in "%" is a share of 1.
+      panel: of the curves in which it is drawn, "loss" or "accuracy"; "": in none.
+      style: of its curve, as matplotlib writes it.
+      on_progress: whether lines of progress show it.
+      on_end: whether the lines of an evaluation and of the result show it.
+      is_result: whether it is something that a run found, not its speed or its place.
+      is_best_by: whether the checkpoint with its largest value is kept.
+    """
+
+    text: str
+    panel: str = ""
+    style: str = "-"
+    on_progress: bool = False
+    on_end: bool = False
+    is_result: bool = True
+    is_best_by: bool = False
+
+    @property
+    def is_share(self) -> bool:
+        """Whether the value is a share of 1, told in percent."""
+        return self.text.endswith("%}")
+
+
+# In the order in which lines show them.
+METRICS: dict[str, Metric] = {
+    "train/loss": Metric("loss {:.4f}", "loss", on_progress=True),
+    "train/collapse_loss": Metric("(collapse {:.4f})", "loss", "--", on_progress=True),
+    "train/contrastive_top1": Metric(
+        "contrastive top-1 {:.1%}", "accuracy", on_progress=True
+    ),
+    "train/top1": Metric("top-1 {:.1%}", "accuracy", on_progress=True),
+    "train/cross_entropy_loss": Metric("cross-entropy {:.4f}", "loss"),
+    "train/probe_loss": Metric("probe loss {:.4f}"),
+    "train/probe_top1": Metric("probe top-1 {:.1%}", "accuracy"),
+    "train/positive_cosine": Metric("cosine of positives {:.4f}"),
+    "train/negative_cosine": Metric("cosine of negatives {:.4f}"),
+    "train/alignment": Metric("alignment {:.4f}"),
+    "train/uniformity": Metric("uniformity {:.4f}"),
+    "train/no_positive_fraction": Metric("anchors without a positive {:.1%}"),
+    "train/mean_positives": Metric("positives of an anchor {:.4g}"),
+    "train/num_anchors": Metric("anchors {:,.0f}"),
+    "optim/learning_rate": Metric("lr {:.3g}", on_progress=True, is_result=False),
+    "train/images_per_sec": Metric(
+        "{:,.1f} images/s", on_progress=True, is_result=False
+    ),
+    "knn/top1": Metric(
+        "kNN top-1 {:.2%}", "accuracy", "o-", on_end=True, is_best_by=True
+    ),
+    "knn/average_top1": Metric(
+        "kNN top-1 of the average {:.2%}", "accuracy", "s-", on_end=True
+    ),
+    "embedding/rankme": Metric("RankMe {:.1f}", on_end=True),
+    "embedding/average_rankme": Metric("RankMe of the average {:.1f}"),
+    "eval/top1": Metric("top-1 {:.2%}", "accuracy", "o-", on_end=True),
+    "eval/top5": Metric("top-5 {:.2%}", on_end=True),
+    "eval/loss": Metric("test loss {:.4f}", "loss", "o-"),
+    "eval/num_examples": Metric("on {:,.0f} images", on_end=True),
+}
+
+(BEST_METRIC,) = (name for name, metric in METRICS.items() if metric.is_best_by)
+
+
+def is_share(name: str) -> bool:
+    """Whether a metric is a share of 1; one without an entry is a number."""
+    return name in METRICS and METRICS[name].is_share
+
+
+def is_result(name: str) -> bool:
+    """Whether a field of a line of metrics.jsonl is something that the run found."""
+    return name not in LINE_FIELDS and (name not in METRICS or METRICS[name].is_result)
+
+
+def on_progress(metrics: dict[str, float]) -> list[str]:
+    """The texts of a line of progress."""
+    return [
+        metric.text.format(metrics[name])
+        for name, metric in METRICS.items()
+        if metric.on_progress and name in metrics
+    ]
+
+
+def on_end(metrics: dict[str, float]) -> list[str]:
+    """The texts of the line of an evaluation or of the result."""
+    return [
+        metric.text.format(metrics[name])
+        for name, metric in METRICS.items()
+        if metric.on_end and name in metrics
+    ]

@@ -1,0 +1,57 @@
+"""The table of metrics, and that runs write what it lists."""
+
+import pytest
+
+from supcon_jax import linear_eval, metrics, pretrain
+from supcon_jax.metrics import LINE_FIELDS, METRICS
+from supcon_jax.writers import read_metrics
+from tests.runs import linear_config, pretrain_config
+
+
+def test_everything_that_runs_write_is_listed(tmp_path):
+    """And all that is listed is written by one of these runs."""
+    runs = {
+        "supcon": pretrain_config(
+            **{"probe.learning_rate": 0.1, "encoder_average.decay": 0.9}
+        ),
+        "joint": pretrain_config(**{"loss.cross_entropy_weight": 1.0}),
+        "cross_entropy": pretrain_config(**{"loss.name": "cross_entropy"}),
+    }
+    written = set()
+    for name, config in runs.items():
+        pretrain.pretrain(config, tmp_path / name)
+    linear_eval.linear_eval(linear_config(tmp_path / "supcon"), tmp_path / "linear")
+    for workdir in tmp_path.iterdir():
+        for record in read_metrics(workdir):
+            written |= record.keys()
+    assert written - {*LINE_FIELDS} == set(METRICS)
+
+
+def test_entries_can_be_shown():
+    for name, metric in METRICS.items():
+        assert metric.text.format(0.5).strip(), name
+        assert metric.panel in ("", "loss", "accuracy")
+        # A panel's axis is in percent, or it is not.
+        assert (metric.panel == "accuracy") <= metric.is_share, name
+    assert metrics.BEST_METRIC == "knn/top1"
+
+
+def test_lines_show_what_the_table_says_in_its_order():
+    values = {"knn/top1": 0.5, "eval/num_examples": 500, "train/loss": 1.0, "new": 3.0}
+    assert metrics.on_end(values) == ["kNN top-1 50.00%", "on 500 images"]
+    assert metrics.on_progress(values) == ["loss 1.0000"]
+
+
+@pytest.mark.parametrize(
+    ("name", "result", "share"),
+    [
+        ("knn/top1", True, True),
+        ("train/loss", True, False),
+        ("train/images_per_sec", False, False),
+        ("wall_s", False, False),
+        ("somebody/else", True, False),
+    ],
+)
+def test_kinds(name, result, share):
+    assert metrics.is_result(name) is result
+    assert metrics.is_share(name) is share
