@@ -56,7 +56,6 @@ def test_command_draws_every_view(tmp_path, capsys):
     "arguments, message",
     [
         (["--config=nowhere.py"], "no config file 'nowhere.py'"),
-        (["--config=README.md"], "'README.md' is no Python file"),
         (
             ["--config=configs/digits.py", "--config.augment.polcy=none"],
             "did you mean --config.augment.policy",

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import argparse
 import ast
-import importlib.util
 import pathlib
+import runpy
 import sys
 
 import jax
@@ -60,12 +60,8 @@ def load_config(name: str, changes: list[str]) -> ConfigDict:
     if not path.is_file():
         raise ValueError(f"no config file {file!r} (--config)")
     sys.path.insert(0, str(pathlib.Path.cwd()))  # configs import configs.common
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    if spec is None or spec.loader is None:
-        raise ValueError(f"{file!r} is no Python file (--config)")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    config = module.get_config(variant) if variant else module.get_config()
+    module = runpy.run_path(str(path))
+    config = module["get_config"](*([variant] if variant else []))
     for change in changes:
         key, _, text = change.partition("=")
         if key not in KEYS:
