@@ -249,6 +249,11 @@ def test_classify_counts_every_example_once(source, batch_size):
     np.testing.assert_allclose(metrics["eval/loss"], -log_softmax.mean(), rtol=1e-5)
 
 
+def test_a_predictor_without_a_head_embeds_only(source):
+    with pytest.raises(ValueError, match="has no head"):
+        predictor(Pixels()).classify({"encoder": {}}, source)
+
+
 def test_batch_norm_stays_in_inference_mode():
     """The same image embeds the same in whatever batch it comes."""
     encoder = create_encoder("resnet8", stem="cifar", width=0.25)

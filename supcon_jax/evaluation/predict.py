@@ -49,20 +49,25 @@ class Predictor:
         resize: int,
     ):
         self._mesh = mesh
-        self._options = {
-            "batch_size": batch_size,
-            "image_size": image_size,
-            "resize": resize,
-        }
-        modules: dict[str, Any] = {"encoder": encoder, "normalize": normalize}
+        self._batch_size = batch_size
+        self._eval_batches = functools.partial(
+            eval_batches, batch_size=batch_size, image_size=image_size, resize=resize
+        )
         jit = functools.partial(
             jax.jit,
             in_shardings=(parallel.replicated(mesh), parallel.batch_sharding(mesh)),
             out_shardings=parallel.replicated(mesh),
         )
-        self._embed = jit(functools.partial(embed_step, **modules))
-        modules["head"] = head
-        self._classify = jit(functools.partial(classify_step, **modules))
+        self._embed = jit(
+            functools.partial(embed_step, encoder=encoder, normalize=normalize)
+        )
+        self._classify = None
+        if head is not None:
+            self._classify = jit(
+                functools.partial(
+                    classify_step, encoder=encoder, head=head, normalize=normalize
+                )
+            )
 
     def embed(
         self, variables: Any, source: Source, *, label: str = "embedding"
@@ -80,16 +85,21 @@ class Predictor:
     def classify(
         self, variables: Any, source: Source, *, label: str = "evaluating"
     ) -> dict[str, float]:
-        """`eval/top1`, `eval/top5`, `eval/loss` and `eval/num_examples`."""
+        """`eval/top1`, `eval/top5`, `eval/loss` and `eval/num_examples`.
+
+        Raises:
+          ValueError: there is no head.
+        """
+        step = self._classify
+        if step is None:
+            raise ValueError("this Predictor has no head; it can only embed")
         return summarize(
-            self._classify(variables, batch) for batch in self._batches(source, label)
+            step(variables, batch) for batch in self._batches(source, label)
         )
 
     def _batches(self, source: Source, label: str) -> Iterator[Batch]:
-        batches = parallel.prefetch_to_devices(
-            eval_batches(source, **self._options), self._mesh
-        )
-        total = num_eval_batches(source, self._options["batch_size"])
+        batches = parallel.prefetch_to_devices(self._eval_batches(source), self._mesh)
+        total = num_eval_batches(source, self._batch_size)
         yield from progress(batches, total=total, label=label)
 
 
