@@ -66,6 +66,14 @@ class Key(NamedTuple):
     rule: Rule
     free: bool = False
 
+    def allows(self, value: Any) -> bool:
+        """Whether the key may have this value, of the default's type and by its rule."""
+        kind = type(self.default)
+        if isinstance(value, bool) != (kind is bool):
+            return False
+        kinds = (int, float) if kind is float else kind
+        return isinstance(value, kinds) and self.rule.allows(value)
+
 
 def _one_of(names: Collection[str]) -> Rule:
     return Rule(lambda value: value in names, lambda: ", ".join(names))
@@ -264,7 +272,7 @@ def check_config(config: ConfigDict) -> None:
     for key, known in KEYS.items():
         if key not in flat:
             raise ValueError(f"config key {key!r} is missing (see configs/common.py)")
-        if not known.rule.allows(flat[key]):
+        if not known.allows(flat[key]):
             raise ValueError(
                 f"got {key}={flat[key]!r}; allowed: {known.rule.allowed()} "
                 f"(--config.{key})"
