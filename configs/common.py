@@ -134,6 +134,16 @@ def get_config() -> ConfigDict:
     config.optimizer.adam_epsilon = 1e-8  # beside its root
     config.optimizer.exclude = ("batch_norm",)  # paths without decay and trust ratio
 
+    config.health = ConfigDict()  # when a run is not well
+    # Loss or gradient not finite: "stop", or "skip" the update and go on
+    config.health.on_nonfinite = "stop"
+    config.health.max_skipped = 10  # updates skipped in a row before it stops
+    # A state is not saved whose loss has risen by more than this many times the loss at
+    # the last save (or 1, if that is more), or whose parameters' norm has grown by more
+    # than this factor; 0: not looked at
+    config.health.loss_rise = 3.0
+    config.health.norm_growth = 10.0
+
     config.knn = ConfigDict()  # online evaluation of the embeddings
     config.knn.bank = 50_000  # training images to compare with; 0: no kNN
     config.knn.k = 20  # neighbours

@@ -2,18 +2,23 @@
 
 A step holds these items: "encoder" (its parameters and batch statistics, all that linear
 evaluation and users need), "encoder_average" (the same of the average, where the run has
-one) and "training" (everything else of the TrainState).
+one), "training" (everything else of the TrainState) and "record" (a digest of every array,
+and how well the run was). Orbax notices files that are missing or cut off; a flipped bit it
+restores without a word, so every array is compared with its digest after it was read.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
+import logging
 import pathlib
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 from jax.sharding import Sharding, SingleDeviceSharding
 from orbax.checkpoint.checkpoint_managers import (
     AnyPreservationPolicy,
@@ -24,8 +29,10 @@ from orbax.checkpoint.checkpoint_managers import (
 from supcon_jax.metrics import BEST_METRIC
 from supcon_jax.steps.state import TrainState
 
+logger = logging.getLogger(__name__)
 PyTree = Any
 ITEMS = ("encoder", "encoder_average", "training")
+RECORD = "record"
 
 
 def _split(state: TrainState) -> dict[str, PyTree]:
@@ -72,8 +79,9 @@ class Checkpointer:
                 ),
             ]
         )
+        self._directory = checkpoint_dir(workdir)
         self._manager = ocp.CheckpointManager(
-            checkpoint_dir(workdir),
+            self._directory,
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=policy, create=True, cleanup_tmp_directories=True
             ),
@@ -83,21 +91,86 @@ class Checkpointer:
         """The newest complete step, or None."""
         return self._manager.latest_step()
 
-    def save(self, state: TrainState, step: int, metrics: dict[str, float]) -> None:
-        """Starts to save; returns once the device's arrays have been copied."""
+    def save(
+        self,
+        state: TrainState,
+        step: int,
+        metrics: dict[str, float],
+        *,
+        health: dict[str, float] | None = None,
+    ) -> None:
+        """Starts to save; returns once the device's arrays have been copied.
+
+        Args:
+          state: on every device alike.
+          step: its number.
+          metrics: of its evaluation, if there was one; the best step is kept.
+          health: what the next save is judged against, see health.py.
+        """
         known = {BEST_METRIC: metrics[BEST_METRIC]} if BEST_METRIC in metrics else None
-        items = {
-            name: ocp.args.StandardSave(tree) for name, tree in _split(state).items()
-        }
+        trees = _split(state)
+        items: dict[str, Any] = {n: ocp.args.StandardSave(t) for n, t in trees.items()}
+        record = {"digests": _digests(trees), "health": health or {}}
+        items[RECORD] = ocp.args.JsonSave(record)
         self._manager.save(step, args=ocp.args.Composite(**items), metrics=known)
 
-    def restore(self, abstract_state: TrainState, step: int) -> TrainState:
-        """Restores a step into the shapes and shardings of `abstract_state`."""
-        items = {
-            name: ocp.args.StandardRestore(tree)
-            for name, tree in _split(abstract_state).items()
-        }
-        return _join(self._manager.restore(step, args=ocp.args.Composite(**items)))
+    def restore_newest(
+        self, abstract_state: TrainState
+    ) -> tuple[TrainState, dict[str, float]] | None:
+        """The newest step that is whole, and its health; None where nothing was saved.
+
+        Steps after it that are damaged are moved into `damaged_checkpoints/`, with one
+        warning each.
+
+        Args:
+          abstract_state: shapes and shardings to restore into.
+
+        Raises:
+          ValueError: there are steps, and none is whole.
+        """
+        steps = sorted(self._manager.all_steps(), reverse=True)
+        abstract, reasons = _split(abstract_state), {}
+        for step in steps:
+            try:
+                trees, record = _read(self._manager, self._directory, step, abstract)
+            except Exception as error:  # Orbax and what it stands on raise all kinds
+                reasons[step] = _reason(error)
+                if not _any_process(True):
+                    continue
+            else:
+                if not _any_process(False):
+                    self._put_aside(reasons, step)
+                    return _join(trees), record.get("health", {})
+                reasons[step] = "another process cannot read it"
+        if reasons:
+            newest = max(reasons)
+            raise ValueError(
+                f"none of the {len(reasons)} checkpoints in {self._directory} can be "
+                f"restored; step {newest}: {reasons[newest]}; use another --workdir"
+            )
+        return None
+
+    def _put_aside(self, reasons: dict[int, str], good: int) -> None:
+        """Damaged steps would stand in the way of those that take their place."""
+        if not reasons:
+            return
+        aside = self._directory.parent / "damaged_checkpoints"
+        for step, reason in reasons.items():
+            logger.warning(
+                "warning: the checkpoint of step %d is damaged (%s); going on from that "
+                "of step %d (the damaged one is now in %s)",
+                step,
+                reason,
+                good,
+                aside,
+            )
+            if jax.process_index() == 0:
+                aside.mkdir(exist_ok=True)
+                number = sum(1 for _ in aside.iterdir())
+                (self._directory / str(step)).rename(aside / f"{step}_{number}")
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("damaged checkpoints put aside")
+        self._manager.reload()
 
     def wait(self) -> None:
         """Returns when the last save is complete on disk."""
@@ -123,12 +196,77 @@ def saved_steps(workdir: str | pathlib.Path) -> list[int]:
 
 def digest(tree: PyTree) -> str:
     """A digest of the names, types, shapes and bytes of a tree of arrays."""
-    sha = hashlib.sha256()
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        array = np.asarray(leaf)
-        sha.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}".encode())
-        sha.update(np.ascontiguousarray(array).data)
+    sha = hashlib.sha256(json.dumps(_digests({"": tree}), sort_keys=True).encode())
     return f"sha256:{sha.hexdigest()}"
+
+
+def _digests(trees: dict[str, PyTree]) -> dict[str, str]:
+    """SHA-256 of every array: of its type, its shape and its bytes, by its name."""
+    found = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(trees):
+        if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+            leaf = leaf.addressable_data(0)  # each device holds all of it
+        array = np.ascontiguousarray(leaf)
+        sha = hashlib.sha256(f"{array.dtype} {array.shape}".encode())
+        sha.update(array.data)
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        found[name] = sha.hexdigest()
+    return found
+
+
+def _read(
+    manager: ocp.CheckpointManager,
+    directory: pathlib.Path,
+    step: int,
+    abstract: dict[str, PyTree],
+) -> tuple[dict[str, PyTree], dict[str, Any]]:
+    """Items of a step and its record, the arrays compared with their digests.
+
+    Raises:
+      ValueError: an array is not what was saved.
+      Exception: whatever Orbax raises for files that it cannot read.
+    """
+    items: dict[str, Any] = {
+        name: ocp.args.StandardRestore(tree) for name, tree in abstract.items()
+    }
+    recorded = (directory / str(step) / RECORD).is_dir()
+    if recorded:
+        items[RECORD] = ocp.args.JsonRestore()
+    restored = manager.restore(step, args=ocp.args.Composite(**items))
+    trees = {name: restored[name] for name in abstract}
+    if not recorded:
+        logger.warning(
+            "warning: the checkpoint of step %d has no digests (an older version made "
+            "it), so damage to it would not be noticed",
+            step,
+        )
+        return trees, {}
+    expected = {
+        name: value
+        for name, value in restored[RECORD]["digests"].items()
+        if name.split("/")[0] in trees
+    }
+    found = _digests(trees)
+    wrong = sorted(
+        n for n in found.keys() | expected if found.get(n) != expected.get(n)
+    )
+    if wrong:
+        raise ValueError(
+            f"{len(wrong)} arrays are not what was saved, such as {wrong[0]}"
+        )
+    return trees, restored[RECORD]
+
+
+def _any_process(failed: bool) -> bool:
+    """Whether any process of the job says so; all of them must take the same step."""
+    if jax.process_count() == 1:
+        return failed
+    return bool(np.any(multihost_utils.process_allgather(np.asarray(failed))))
+
+
+def _reason(error: Exception) -> str:
+    line = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+    return line if len(line) < 200 else f"{line[:200]}..."
 
 
 def restore_encoder(
@@ -151,7 +289,8 @@ def restore_encoder(
       `{"params": ..., "batch_stats": ...}`.
 
     Raises:
-      ValueError: no pretraining run or no checkpoint there.
+      ValueError: no pretraining run or no checkpoint there, or none that is whole. A
+        damaged newest step is passed over with a warning, unless `step` names it.
 
     Example:
       variables = restore_encoder("runs/digits")
@@ -162,37 +301,66 @@ def restore_encoder(
     if not directory.is_dir():
         raise ValueError(f"no checkpoints in {workdir}: it is not a run's workdir")
     # Handlers named here, or Orbax warns about every item that it is not asked for.
-    handlers = {name: ocp.StandardCheckpointHandler() for name in ITEMS}
+    handlers: dict[str, Any] = {n: ocp.StandardCheckpointHandler() for n in ITEMS}
+    handlers[RECORD] = ocp.JsonCheckpointHandler()
     options = ocp.CheckpointManagerOptions(create=False, save_interval_steps=0)
+    item = "encoder_average" if average else "encoder"
     with ocp.CheckpointManager(
         directory, options=options, item_handlers=handlers
     ) as manager:
-        step = manager.latest_step() if step is None else step
-        if step is None or step not in manager.all_steps():
+        steps = sorted(manager.all_steps(), reverse=True)
+        if not steps or step not in (None, *steps):
             wanted = "complete checkpoint" if step is None else f"checkpoint {step}"
             raise ValueError(f"no {wanted} in {directory}; has the run saved one yet?")
-        if not (directory / str(step) / "encoder").is_dir():
-            raise ValueError(
-                f"the run in {workdir} saved no encoder; linear evaluation keeps only "
-                "its head: name the workdir of the pretraining run"
-            )
-        item = "encoder_average" if average else "encoder"
-        if not (directory / str(step) / item).is_dir():
-            raise ValueError(
-                f"the run in {workdir} kept no average of its encoder "
-                "(--config.encoder_average.use=False, or pretrain with "
-                "--config.encoder_average.decay=0.999)"
-            )
-        metadata = manager.item_metadata(step)[item]
-        sharding = sharding or SingleDeviceSharding(jax.local_devices()[0])
-        abstract = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(
-                leaf.shape, leaf.dtype, sharding=sharding
-            ),
-            metadata,
+        reasons: dict[int, str] = {}
+        for candidate in steps if step is None else [step]:
+            _check_has_encoder(directory / str(candidate), workdir, item)
+            try:
+                found = _read_encoder(manager, directory, candidate, item, sharding)
+            except Exception as error:  # Orbax and what it stands on raise all kinds
+                reasons[candidate] = _reason(error)
+                continue
+            for damaged, reason in reasons.items():
+                logger.warning(
+                    "warning: the checkpoint of step %d in %s is damaged (%s); taking "
+                    "that of step %d",
+                    damaged,
+                    workdir,
+                    reason,
+                    candidate,
+                )
+            return found
+    newest = max(reasons)
+    raise ValueError(
+        f"no checkpoint in {directory} can be restored; step {newest}: {reasons[newest]}"
+    )
+
+
+def _check_has_encoder(path: pathlib.Path, workdir: Any, item: str) -> None:
+    if not (path / "training").is_dir() or (path / item).is_dir():
+        return  # it has one, or is damaged, which shows when it is read
+    if (path / "encoder").is_dir():
+        raise ValueError(
+            f"the run in {workdir} kept no average of its encoder "
+            "(--config.encoder_average.use=False, or pretrain with "
+            "--config.encoder_average.decay=0.999)"
         )
-        restored = manager.restore(
-            step,
-            args=ocp.args.Composite(**{item: ocp.args.StandardRestore(abstract)}),
-        )
-    return restored[item]
+    raise ValueError(
+        f"the run in {workdir} saved no encoder; linear evaluation keeps only its head: "
+        "name the workdir of the pretraining run"
+    )
+
+
+def _read_encoder(
+    manager: ocp.CheckpointManager,
+    directory: pathlib.Path,
+    step: int,
+    item: str,
+    sharding: Sharding | None,
+) -> dict[str, PyTree]:
+    sharding = sharding or SingleDeviceSharding(jax.local_devices()[0])
+    abstract = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        manager.item_metadata(step)[item],
+    )
+    return _read(manager, directory, step, {item: abstract})[0][item]

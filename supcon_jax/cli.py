@@ -19,6 +19,8 @@ from typing import NoReturn
 
 import jax
 
+from supcon_jax.stop import Stopped, restart_command
+
 # Errors that are raised in these folders are ours, and worded for the user.
 _OURS = pathlib.Path(__file__).resolve().parent
 _PACKAGES = (
@@ -37,6 +39,12 @@ def one_line_errors() -> Iterator[None]:
     """Ends the process as the module's docstring says, whatever happens inside."""
     try:
         yield
+    except Stopped as stopped:
+        # The loop has said it; where it has not begun yet there is nothing to save.
+        if not str(stopped):
+            print("stopped before anything was saved; the same command starts anew:")
+            print(restart_command(), flush=True)
+        sys.exit(0)
     except KeyboardInterrupt as interrupt:
         refuse(str(interrupt) or "interrupted", code=130)
     except BrokenPipeError:

@@ -17,6 +17,7 @@ from supcon_jax.loop import Evaluate
 from supcon_jax.plan import Plan, init_encoder
 from supcon_jax.run import Run, build_predictor, open_run
 from supcon_jax.steps.state import TrainState
+from supcon_jax.stop import StopRequests
 from supcon_jax.workdir import finished_metrics, read_config
 
 logger = logging.getLogger(__name__)
@@ -38,8 +39,12 @@ def linear_eval(config: ConfigDict, workdir: str | pathlib.Path) -> dict[str, An
     """
     check_config(config)
     check_pretrained(config)
-    run = open_run(config, workdir, load_frozen=lambda plan: (load_encoder(plan),))
-    return loop.train(run, evaluate=build_evaluation(run))
+    with StopRequests() as stop:
+        with stop.interruptible():
+            run = open_run(
+                config, workdir, load_frozen=lambda plan: (load_encoder(plan),)
+            )
+        return loop.train(run, evaluate=build_evaluation(run), stop=stop)
 
 
 def build_evaluation(run: Run) -> Evaluate:

@@ -10,28 +10,32 @@ import contextlib
 import itertools
 import logging
 import math
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 import jax
-import jax.numpy as jnp
 
-from supcon_jax import memory, parallel, report
+from supcon_jax import health, memory, parallel, report
 from supcon_jax.checkpoint import Checkpointer, saved_steps
+from supcon_jax.goodput import Goodput
+from supcon_jax.health import Health
 from supcon_jax.logs import add_log_file, format_duration
 from supcon_jax.metrics import on_end
 from supcon_jax.plan import Plan
 from supcon_jax.run import Run, build_train_batches
 from supcon_jax.steps.state import TrainState
-from supcon_jax.writers import MetricWriter
+from supcon_jax.stop import Stopped, StopRequests, restart_command
+from supcon_jax.workdir import unlock
+from supcon_jax.writers import MetricWriter, read_metrics
 
 logger = logging.getLogger(__name__)
 Metrics = dict[str, float]
+DeviceMetrics = dict[str, jax.Array]
 PyTree = Any
 Evaluate = Callable[[TrainState], Metrics]
+# Saves in a row that may be refused because the state is not well.
+PATIENCE = 3
 
 
 def train(
@@ -39,6 +43,7 @@ def train(
     *,
     evaluate: Evaluate,
     on_log: Callable[[int, Metrics], None] = lambda step, metrics: None,
+    stop: StopRequests | None = None,
 ) -> dict[str, Any]:
     """Trains a run to its last step, from its newest checkpoint if it has one.
 
@@ -50,12 +55,14 @@ def train(
       run: see `run.open_run`.
       evaluate: metrics of a state.
       on_log: called with the metrics of every progress line.
+      stop: entered already; None: the loop listens for signals by itself.
 
     Returns:
       The metrics of the final line.
 
     Raises:
-      FloatingPointError: the loss is not finite; nothing is saved after it.
+      FloatingPointError: the run is not well (config.health); what was saved is whole.
+      Stopped: a signal asked for it; the state is saved.
       ValueError: the step does not fit into memory.
     """
     if run.finished is not None:
@@ -65,146 +72,254 @@ def train(
                 "warning: its checkpoints are gone, so nothing can be evaluated or "
                 "continued from it; another --workdir trains it again"
             )
+        unlock(run.workdir)
         return report.report_end(run, run.finished)
     log_file = add_log_file(run.workdir)
     checkpointer = Checkpointer(run.workdir, keep=run.config.keep_checkpoints)
     try:
-        with _interrupts_between_steps() as stop_requested, memory.explained(run.plan):
-            final = _fit(run, checkpointer, evaluate, on_log, stop_requested)
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(memory.explained(run.plan))
+            stop = stop or stack.enter_context(StopRequests())
+            final = _Training(run, checkpointer, evaluate, on_log, stop).run()
         return report.report_end(run, final)
-    except KeyboardInterrupt:
+    except Stopped:
         checkpointer.wait()
-        raise KeyboardInterrupt(_where_it_goes_on(checkpointer)) from None
+        step = checkpointer.latest_step()
+        kept = "nothing was saved yet" if step is None else f"step {step} is saved"
+        message = f"stopped; {kept}; the same command goes on: {restart_command()}"
+        logger.info("%s", message)
+        raise Stopped(message) from None
     finally:
         # Also after an interrupt: the save that is under way becomes whole.
         checkpointer.close()
+        unlock(run.workdir)
         logging.getLogger("supcon_jax").removeHandler(log_file)
         log_file.close()
 
 
-def _fit(
-    run: Run,
-    checkpointer: Checkpointer,
-    evaluate: Evaluate,
-    on_log: Callable[[int, Metrics], None],
-    stop_requested: threading.Event,
-) -> Metrics:
-    plan, frozen = run.plan, run.frozen
-    config, total_steps = plan.config, plan.total_steps
-    state = restore_or_init(checkpointer, plan)
-    start_step = int(state.step)
-    report.log_start(run, state)
-    host_batches = build_train_batches(
-        config, run.train_source, run.sampler, start_step=start_step
-    )
-    host_batches = report.measure_input(host_batches, config.batch_size)
-    batches = parallel.prefetch_to_devices(host_batches, run.mesh)
-    # The first batch is on its way while the step is compiled.
-    batches = itertools.chain([next(batches)], batches)
-    start = time.monotonic()
-    compiled = plan.lower().compile()
-    logger.info("compiled train_step in %.1f s", time.monotonic() - start)
-    memory.check_memory(plan, compiled)
-    writer = MetricWriter(
-        run.workdir,
-        total_steps=total_steps,
-        steps_per_epoch=plan.steps_per_epoch,
-        start_step=start_step,
-        writers=config.writers,
-        project=config.project,
-        config=config.to_dict(),
-    )
-    with contextlib.closing(writer):
-        meter = _Meter(start_step)
-        pending: tuple[int, dict[str, jax.Array]] | None = None
-        last: Metrics = {}
+class _Training:
+    """One run from its newest checkpoint to its end, or to a stop."""
 
-        def log_metrics(at: int, device_metrics: dict[str, jax.Array]) -> Metrics:
-            metrics = _fetch(at, device_metrics)
-            metrics["train/images_per_sec"] = config.batch_size * meter.read(at)
-            if at < total_steps:
-                writer.write(at, metrics)
-            writer.log_progress(
-                at, metrics, meter.eta_s(total_steps - at, config.eval_every)
+    def __init__(
+        self,
+        run: Run,
+        checkpointer: Checkpointer,
+        evaluate: Evaluate,
+        on_log: Callable[[int, Metrics], None],
+        stop: StopRequests,
+    ):
+        self._run, self._plan, self._config = run, run.plan, run.config
+        self._checkpointer, self._evaluate_state = checkpointer, evaluate
+        self._on_log, self._stop = on_log, stop
+        self._refused = 0  # saves in a row
+        self._skipped = 0  # updates in a row
+
+    def run(self) -> Metrics:
+        """Everything, in order; returns the metrics of the final line."""
+        plan, config = self._plan, self._config
+        state, saved_health = restore_or_init(self._checkpointer, plan)
+        start_step = int(state.step)
+        with self._stop.interruptible():
+            report.log_start(self._run, state)
+            host_batches = build_train_batches(
+                config, self._run.train_source, self._run.sampler, start_step=start_step
             )
-            on_log(at, metrics)
-            return metrics
-
-        first_step = start_step + 1
-        steps = run_steps(
-            compiled, state, batches, frozen, first=first_step, last=total_steps
+            host_batches = report.measure_input(host_batches, config.batch_size)
+            batches = parallel.prefetch_to_devices(host_batches, plan.mesh)
+            # The first batch is on its way while the step is compiled.
+            first_batch = next(batches)
+        self._goodput = _goodput_of(self._run, start_step)
+        with self._goodput.spent("compile"):
+            start = time.monotonic()
+            compiled = self._stop.wait_for(plan.lower().compile)
+            logger.info("compiled train_step in %.1f s", time.monotonic() - start)
+        memory.check_memory(plan, compiled)
+        self._writer = MetricWriter(
+            self._run.workdir,
+            total_steps=plan.total_steps,
+            steps_per_epoch=plan.steps_per_epoch,
+            start_step=start_step,
+            writers=config.writers,
+            project=config.project,
+            config=config.to_dict(),
         )
+        self._goodput.training_starts()
+        self._meter = _Meter(start_step)
+        self._reference = health.measure(state.params, state.batch_stats, math.nan)
+        if saved_health:
+            self._reference = Health(**saved_health)
+        batches = self._timed(itertools.chain([first_batch], batches))
+        steps = run_steps(
+            compiled,
+            state,
+            batches,
+            self._run.frozen,
+            first=start_step + 1,
+            last=plan.total_steps,
+        )
+        del state  # given away
+        with contextlib.closing(self._writer):
+            return self._train(steps, start_step)
+
+    def _train(
+        self, steps: Iterator[tuple[int, TrainState, DeviceMetrics]], start_step: int
+    ) -> Metrics:
+        config, total_steps = self._config, self._plan.total_steps
+        state: TrainState | None = None
+        before: DeviceMetrics = {}
+        pending, last = False, {}
         for number, state, device_metrics in steps:
-            if stop_requested.is_set():
-                raise KeyboardInterrupt
-            if pending is not None:
-                last = log_metrics(*pending)
-                pending = None
-            first, final = number == first_step, number == total_steps
-            if number % config.log_every == 0 or first or final:
-                pending = (number, device_metrics)
+            # Of the step before, which is done; this one is on the device.
+            if before:
+                self._check_step(number - 1, before)
+                if pending:
+                    last = self._log(number - 1, before)
+            first, final = number == start_step + 1, number == total_steps
+            pending = number % config.log_every == 0 or first or final
+            before = device_metrics
             eval_due, save_due = (
                 every > 0 and number % every == 0 and not final
                 for every in (config.eval_every, config.checkpoint_every)
             )
-            metrics = {}
-            if eval_due or save_due:
-                _check_finite(state, number)  # a bad state is neither judged nor saved
-                with meter.pause():
-                    if eval_due:
-                        metrics = _evaluate(evaluate, state, number)
-                        writer.write(number, metrics)
-                        meter.eval_s = meter.paused_now()
-                    if save_due:
-                        checkpointer.save(state, number, metrics)
-        if pending is not None:
-            last = log_metrics(*pending)
-
-        _check_finite(state, total_steps)
-        metrics = _evaluate(evaluate, state, total_steps)
-        if checkpointer.latest_step() != total_steps:
-            checkpointer.save(state, total_steps, metrics)
-        checkpointer.wait()
-        final_metrics = last | metrics
-        writer.write(total_steps, final_metrics, final=True)
+            stop_due = self._stop.due(number)
+            if eval_due or save_due or stop_due:
+                self._check_step(number, device_metrics)
+                with self._meter.pause():
+                    metrics: Metrics = {}
+                    if eval_due and not stop_due:
+                        metrics, stop_due = self._evaluate(state, number)
+                    if save_due or stop_due:
+                        self._save(state, number, metrics, device_metrics)
+                if stop_due:
+                    raise Stopped
+        if before:
+            self._check_step(total_steps, before)
+            last = self._log(total_steps, before)
+        assert state is not None
+        metrics, stopped = self._evaluate(state, total_steps)
+        if self._checkpointer.latest_step() != total_steps:
+            self._save(state, total_steps, metrics, before, final=True)
+        self._checkpointer.wait()
+        if stopped:  # it is evaluated again when the run goes on
+            raise Stopped
+        wall_s = self._writer.wall_s()
+        final_metrics = last | metrics | self._goodput.metrics(wall_s)
+        self._writer.write(total_steps, final_metrics, final=True)
         logger.info(
-            "finished %d steps in %s", total_steps, format_duration(writer.wall_s())
+            "finished %d steps in %s; %.0f %% of the whole time in steps",
+            total_steps,
+            format_duration(wall_s),
+            100 * final_metrics["goodput/share"],
         )
         return final_metrics
 
+    def _timed(self, batches: Iterator[PyTree]) -> Iterator[PyTree]:
+        while True:
+            with self._goodput.spent("input"):
+                batch = next(batches)
+            yield batch
 
-def _where_it_goes_on(checkpointer: Checkpointer) -> str:
-    step = checkpointer.latest_step()
-    if step is None:
-        return (
-            "interrupted before anything was saved: the same command starts anew "
-            "(--config.checkpoint_every=STEPS saves on the way)"
+    def _log(self, at: int, device_metrics: DeviceMetrics) -> Metrics:
+        metrics = {k: float(v) for k, v in jax.device_get(device_metrics).items()}
+        metrics["train/images_per_sec"] = self._config.batch_size * self._meter.read(at)
+        total_steps = self._plan.total_steps
+        if at < total_steps:
+            goodput = self._goodput.metrics(self._writer.wall_s())
+            self._writer.write(at, metrics | goodput)
+        eta_s = self._meter.eta_s(total_steps - at, self._config.eval_every)
+        self._writer.log_progress(at, metrics, eta_s)
+        self._on_log(at, metrics)
+        return metrics
+
+    def _check_step(self, number: int, device_metrics: DeviceMetrics) -> None:
+        """Stops where a step was not finite: its update was not kept."""
+        loss, norm, skipped = (
+            float(device_metrics[name])
+            for name in ("train/loss", "optim/gradient_norm", "optim/skipped")
         )
-    return f"interrupted; the same command goes on from the last save, of step {step}"
+        if math.isnan(self._reference.loss):
+            self._reference = self._reference._replace(loss=loss)
+        if not skipped:
+            self._skipped = 0
+            return
+        self._skipped += 1
+        options = self._config.health
+        what = f"the loss is {loss:.4g} and the gradient's norm {norm:.4g} at step {number}"
+        if options.on_nonfinite == "skip" and self._skipped <= options.max_skipped:
+            logger.warning("warning: %s; its update is left out", what)
+            return
+        self._give_up(what)
+
+    def _save(
+        self,
+        state: TrainState,
+        step: int,
+        metrics: Metrics,
+        device_metrics: DeviceMetrics,
+        *,
+        final: bool = False,
+    ) -> None:
+        """Saves a state that is well; what was saved before stays where it is not."""
+        if step == self._checkpointer.latest_step():
+            return
+        with self._goodput.spent("save"):
+            loss = float(device_metrics["train/loss"])
+            now = health.measure(state.params, state.batch_stats, loss)
+            reason = health.judge(
+                now,
+                self._reference,
+                loss_rise=self._config.health.loss_rise,
+                norm_growth=self._config.health.norm_growth,
+            )
+            if reason is None:
+                self._refused, self._reference = 0, now
+                self._checkpointer.save(state, step, metrics, health=now._asdict())
+                return
+        self._refused += 1
+        if final or not now.finite or self._refused > PATIENCE:
+            self._give_up(f"the state of step {step} is not saved: {reason}")
+        logger.warning(
+            "warning: the state of step %d is not saved: %s (--config.health.loss_rise, "
+            "--config.health.norm_growth)",
+            step,
+            reason,
+        )
+
+    def _give_up(self, what: str) -> NoReturn:
+        step = self._checkpointer.latest_step()
+        kept = "nothing is saved" if step is None else f"step {step} is saved, and well"
+        raise FloatingPointError(
+            f"{what}; {kept}; likely causes: a learning rate that is too high "
+            "(--config.optimizer.learning_rate), a warm-up that is too short "
+            "(--config.optimizer.warmup_epochs), a very low temperature "
+            "(--config.loss.temperature)"
+        )
+
+    def _evaluate(self, state: TrainState, step: int) -> tuple[Metrics, bool]:
+        """Metrics of a state, and whether a signal cut the evaluation off."""
+        start = time.monotonic()
+        try:
+            with self._goodput.spent("eval"), self._stop.interruptible():
+                metrics = self._evaluate_state(state)
+        except Stopped:
+            return {}, True
+        seconds = time.monotonic() - start
+        self._meter.eval_s = seconds
+        if metrics:
+            shown = ", ".join(on_end(metrics))
+            logger.info("step %d: %s  (evaluated in %.1f s)", step, shown, seconds)
+            if step < self._plan.total_steps:
+                self._writer.write(step, metrics)
+        return metrics, False
 
 
-@contextlib.contextmanager
-def _interrupts_between_steps() -> Iterator[threading.Event]:
-    """Ctrl-C stops the run after the step at hand; a second one stops it at once.
-
-    In the middle of a save, whose threads share the interpreter, it could be lost, or
-    leave them waiting for each other.
-    """
-    requested = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield requested  # only the main thread hears of signals
-        return
-
-    def request(number: int, frame: Any) -> None:
-        if requested.is_set():
-            raise KeyboardInterrupt
-        requested.set()
-
-    before = signal.signal(signal.SIGINT, request)
-    try:
-        yield requested
-    finally:
-        signal.signal(signal.SIGINT, before)
+def _goodput_of(run: Run, start_step: int) -> Goodput:
+    """The account of a run, with what its earlier processes wrote."""
+    records = read_metrics(run.workdir)
+    kept = [r for r in records if r["step"] <= start_step and "goodput/share" in r]
+    until = max((r["wall_s"] for r in records if r["step"] <= start_step), default=0.0)
+    reached = max((r["wall_s"] for r in records), default=0.0)
+    return Goodput(kept[-1] if kept else {}, lost_s=max(reached - until, 0.0))
 
 
 def run_steps(
@@ -235,26 +350,28 @@ def run_steps(
         yield number, state, metrics
 
 
-def restore_or_init(checkpointer: Checkpointer, plan: Plan) -> TrainState:
-    """The newest saved state, or a new one where there is none; replicated.
+def restore_or_init(
+    checkpointer: Checkpointer, plan: Plan
+) -> tuple[TrainState, dict[str, Any]]:
+    """The newest whole state and its health, or a new one and {}; replicated.
 
     A restored state costs no compilation of `init`.
     """
     replicated = parallel.replicated(plan.mesh)
-    latest = checkpointer.latest_step()
-    if latest is None:
-        # Runs once, and is mostly random numbers: on a CPU, optimising the program takes
-        # four times as long as compiling and running it plainly.
-        plain = {"xla_backend_optimization_level": 0}
-        options = plain if plan.platform == "cpu" else None
-        return jax.jit(plan.init, out_shardings=replicated, compiler_options=options)()
     abstract = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated),
         plan.abstract_state(),
     )
-    state = checkpointer.restore(abstract, latest)
-    logger.info("resumed at step %d", latest)
-    return state
+    found = checkpointer.restore_newest(abstract)
+    if found is None:
+        # Runs once, and is mostly random numbers: on a CPU, optimising the program takes
+        # four times as long as compiling and running it plainly.
+        plain = {"xla_backend_optimization_level": 0}
+        options = plain if plan.platform == "cpu" else None
+        init = jax.jit(plan.init, out_shardings=replicated, compiler_options=options)
+        return init(), {}
+    logger.info("resumed at step %d", int(found[0].step))
+    return found
 
 
 class _Meter:
@@ -288,39 +405,3 @@ class _Meter:
     def paused_now(self) -> float:
         """Seconds since the pause began."""
         return time.monotonic() - self._pause_start
-
-
-def _fetch(step: int, device_metrics: dict[str, jax.Array]) -> Metrics:
-    """Metrics as numbers; waits for the device."""
-    metrics = {k: float(v) for k, v in jax.device_get(device_metrics).items()}
-    if not math.isfinite(metrics["train/loss"]):
-        _diverged(f"the loss is {metrics['train/loss']} at step {step}")
-    return metrics
-
-
-@jax.jit
-def _all_finite(tree: PyTree) -> jax.Array:
-    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)]))
-
-
-def _check_finite(state: TrainState, step: int) -> None:
-    """The loss of a step is of the parameters before it; this looks at those after."""
-    if not _all_finite((state.params, state.batch_stats)):
-        _diverged(f"parameters are not finite after step {step}")
-
-
-def _diverged(what: str) -> NoReturn:
-    raise FloatingPointError(
-        f"{what}; lower --config.optimizer.learning_rate or lengthen the warm-up "
-        "(--config.optimizer.warmup_epochs); no checkpoint was harmed"
-    )
-
-
-def _evaluate(evaluate: Evaluate, state: TrainState, step: int) -> Metrics:
-    start = time.monotonic()
-    metrics = evaluate(state)
-    if metrics:
-        shown = ", ".join(on_end(metrics))
-        seconds = time.monotonic() - start
-        logger.info("step %d: %s  (evaluated in %.1f s)", step, shown, seconds)
-    return metrics

@@ -58,6 +58,15 @@ METRICS: dict[str, Metric] = {
     "train/mean_positives": Metric("positives of an anchor {:.4g}"),
     "train/num_anchors": Metric("anchors {:,.0f}"),
     "optim/learning_rate": Metric("lr {:.3g}", on_progress=True, is_result=False),
+    "optim/gradient_norm": Metric("gradient norm {:.3g}", is_result=False),
+    "optim/skipped": Metric("skipped {:.0f}", is_result=False),
+    "goodput/share": Metric("goodput {:.1%}", is_result=False),
+    "goodput/start_s": Metric("starting {:.1f} s", is_result=False),
+    "goodput/compile_s": Metric("compiling {:.1f} s", is_result=False),
+    "goodput/input_s": Metric("waiting for input {:.1f} s", is_result=False),
+    "goodput/eval_s": Metric("evaluating {:.1f} s", is_result=False),
+    "goodput/save_s": Metric("saving {:.1f} s", is_result=False),
+    "goodput/lost_s": Metric("lost to restarts {:.1f} s", is_result=False),
     "train/images_per_sec": Metric(
         "{:,.1f} images/s", on_progress=True, is_result=False
     ),

@@ -18,6 +18,7 @@ from supcon_jax.loop import Evaluate
 from supcon_jax.objectives import OBJECTIVES
 from supcon_jax.run import Run, build_predictor, build_train_batches, open_run
 from supcon_jax.steps.state import TrainState
+from supcon_jax.stop import StopRequests
 
 logger = logging.getLogger(__name__)
 PyTree = Any
@@ -37,8 +38,15 @@ def pretrain(config: ConfigDict, workdir: str | pathlib.Path) -> dict[str, Any]:
       ValueError: a config, data or workdir that cannot be used, in one line.
     """
     check_config(config)
-    run = open_run(config, workdir)
-    return loop.train(run, evaluate=build_evaluation(run), on_log=CollapseMonitor(run))
+    with StopRequests() as stop:
+        with stop.interruptible():
+            run = open_run(config, workdir)
+        return loop.train(
+            run,
+            evaluate=build_evaluation(run),
+            on_log=CollapseMonitor(run),
+            stop=stop,
+        )
 
 
 def build_evaluation(run: Run) -> Evaluate:

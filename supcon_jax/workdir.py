@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import pathlib
+import socket
 from collections.abc import Set as AbstractSet
-from typing import Any
+from typing import Any, TextIO
 
 import jax
 from ml_collections import ConfigDict
@@ -17,6 +19,8 @@ from supcon_jax.writers import read_metrics
 
 # Keys that set the length of a run, which its schedule depends on from the first step.
 LENGTH_KEYS = ("epochs", "total_steps")
+# Workdirs that this process is in.
+_LOCKS: dict[pathlib.Path, TextIO] = {}
 
 
 def read_config(workdir: str | pathlib.Path) -> dict[str, Any] | None:
@@ -82,6 +86,7 @@ def open_workdir(
     if jax.process_index() == 0:
         try:
             path.mkdir(parents=True, exist_ok=True)
+            _lock(path)
             _write_json(path / "config.json", ours)
             _write_json(path / "run.json", {"frozen": frozen, "data": data or {}})
         except OSError as error:
@@ -89,6 +94,44 @@ def open_workdir(
                 f"cannot write to workdir {path}: {error.strerror} (--workdir)"
             ) from None
     return path
+
+
+def _lock(path: pathlib.Path) -> None:
+    """Keeps a second process out of a workdir until this one unlocks it, or ends.
+
+    The operating system holds the lock, so a crash leaves none behind. Network file
+    systems pass it on to other machines where they support flock (NFS 4, Lustre with
+    -o flock); where they do not, two machines are not kept apart.
+
+    Raises:
+      ValueError: another process is in it.
+    """
+    if path in _LOCKS:
+        return
+    file = (path / "lock").open("a+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        who = file.read().strip()
+        file.close()
+        raise ValueError(
+            f"workdir {path} is in use by another run ({who}); wait for it, or use "
+            "another --workdir"
+        ) from None
+    except OSError:  # a file system without locks
+        file.close()
+        return
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}")
+    file.flush()
+    _LOCKS[path] = file
+
+
+def unlock(path: pathlib.Path) -> None:
+    """Lets the next run into a workdir."""
+    if file := _LOCKS.pop(path, None):
+        file.close()
 
 
 def finished_metrics(workdir: str | pathlib.Path) -> dict[str, Any] | None:

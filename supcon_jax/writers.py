@@ -331,14 +331,20 @@ class MetricWriter:
 
 
 def read_metrics(workdir: str | pathlib.Path) -> list[Record]:
-    """The lines of a workdir's metrics.jsonl; a half-written last line is left out."""
+    """The lines of a workdir's metrics.jsonl; damaged ones are passed over.
+
+    A process that was killed leaves half a line, a disk error may leave anything.
+    """
     path = pathlib.Path(workdir) / "metrics.jsonl"
     records = []
-    for line in path.read_text().splitlines() if path.exists() else ():
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    for line in text.split("\n"):
         try:
-            records.append(json.loads(line))
+            record = json.loads(line)
         except ValueError:
-            break
+            continue
+        if isinstance(record, dict) and isinstance(record.get("step"), int):
+            records.append({"epoch": 0.0, "wall_s": 0.0} | record)
     return records
 
 

@@ -51,7 +51,7 @@ def test_accuracy_is_that_of_the_restored_encoder_in_inference_mode(
     run = open_run(config, tmp_path)
     variables = restore_encoder(pretrained)
     checkpointer = Checkpointer(tmp_path)
-    state = checkpointer.restore(
+    state, _ = checkpointer.restore_newest(
         jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(
                 x.shape,
@@ -59,8 +59,7 @@ def test_accuracy_is_that_of_the_restored_encoder_in_inference_mode(
                 sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0]),
             ),
             run.plan.abstract_state(),
-        ),
-        12,
+        )
     )
     checkpointer.close()
     source = run.eval_source
@@ -134,8 +133,8 @@ def test_resumes(pretrained, tmp_path, monkeypatch):
     config = linear_config(pretrained, checkpoint_every=4)
     save = Checkpointer.save
 
-    def save_and_stop(self, state, step, metrics):
-        save(self, state, step, metrics)
+    def save_and_stop(self, state, step, metrics, **options):
+        save(self, state, step, metrics, **options)
         if step == 8:
             raise KeyboardInterrupt
 

@@ -35,6 +35,10 @@ FREE = {
     "next_config": "",
     "writers": ["trackio"],
     "project": "another",
+    "health.on_nonfinite": "skip",
+    "health.max_skipped": 3,
+    "health.loss_rise": 2.0,
+    "health.norm_growth": 5.0,
 }
 
 

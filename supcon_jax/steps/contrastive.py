@@ -28,7 +28,7 @@ from supcon_jax.steps.momentum import (
     update_average,
     update_encoder_average,
 )
-from supcon_jax.steps.state import TrainState
+from supcon_jax.steps.state import TrainState, keep_finite
 
 PyTree = Any
 Batch = dict[str, jax.Array]
@@ -179,18 +179,19 @@ def train_step(
         momentum = {"average": average, "queue": remember(momentum["queue"], **keys)}
     metrics = {f"train/{name}": value for name, value in metrics.items()}
     metrics["optim/learning_rate"] = schedule(state.step)
-    state = state.apply_gradients(
+    metrics["optim/gradient_norm"] = optax.global_norm(gradients)
+    after = state.apply_gradients(
         gradients, optimizer=optimizer, batch_stats=batch_stats
-    )
+    ).replace(momentum=momentum)
     if spec.average_decay:
         average = update_encoder_average(
             state.encoder_average,
-            state.encoder_variables(),
+            after.encoder_variables(),
             spec.average_decay,
-            state.step - 1,
+            state.step,
         )
-        state = state.replace(encoder_average=average)
-    return state.replace(momentum=momentum), metrics
+        after = after.replace(encoder_average=average)
+    return keep_finite(state, after, metrics)
 
 
 def loss_of_rows(

@@ -20,7 +20,7 @@ import optax
 from supcon_jax import parallel
 from supcon_jax.losses.cross_entropy import cross_entropy_of_views
 from supcon_jax.steps.contrastive import Modules
-from supcon_jax.steps.state import TrainState
+from supcon_jax.steps.state import TrainState, keep_finite
 
 PyTree = Any
 
@@ -95,8 +95,12 @@ def train_step(
     gradient = jax.value_and_grad(compute_loss, has_aux=True)
     (loss, metrics), gradients = gradient(state.params)
     metrics = {f"train/{name}": value for name, value in metrics.items()}
-    metrics |= {"train/loss": loss, "optim/learning_rate": schedule(state.step)}
-    state = state.apply_gradients(
+    metrics |= {
+        "train/loss": loss,
+        "optim/learning_rate": schedule(state.step),
+        "optim/gradient_norm": optax.global_norm(gradients),
+    }
+    after = state.apply_gradients(
         gradients, optimizer=optimizer, batch_stats=state.batch_stats
     )
-    return state, metrics
+    return keep_finite(state, after, metrics)

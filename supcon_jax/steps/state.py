@@ -6,6 +6,7 @@ from typing import Any
 
 import flax.struct
 import jax
+import jax.numpy as jnp
 import optax
 
 PyTree = Any
@@ -53,3 +54,24 @@ class TrainState(flax.struct.PyTreeNode):
             batch_stats=batch_stats,
             opt_state=opt_state,
         )
+
+
+def keep_finite(
+    before: TrainState, after: TrainState, metrics: dict[str, jax.Array]
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """The state after a step, or the one before where loss or gradient is not finite.
+
+    Decided on the device, so nobody waits; only the number of the step moves on.
+
+    Args:
+      before, after: the step.
+      metrics: with "train/loss" and "optim/gradient_norm".
+
+    Returns:
+      The state to keep, and the metrics with "optim/skipped", 1 where it is `before`.
+    """
+    finite = jnp.isfinite(metrics["train/loss"])
+    finite &= jnp.isfinite(metrics["optim/gradient_norm"])
+    kept = jax.tree.map(lambda old, new: jnp.where(finite, new, old), before, after)
+    skipped = 1.0 - finite.astype(jnp.float32)
+    return kept.replace(step=after.step), metrics | {"optim/skipped": skipped}

@@ -1,0 +1,104 @@
+"""Stopping a run: SIGTERM (a preemption) and Ctrl-C let it save and end.
+
+The first signal asks; the loop answers between two steps, or where it waits anyway
+(opening data, compiling, evaluating). In the middle of a save, whose threads share the
+interpreter, nothing is cut off. A second Ctrl-C ends the process at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shlex
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+import jax
+
+T = TypeVar("T")
+
+
+class Stopped(KeyboardInterrupt):
+    """The run ended early because it was asked to; its text says how to go on."""
+
+
+class StopRequests(contextlib.AbstractContextManager):
+    """Hears signals while it is entered, in the main thread alone."""
+
+    def __init__(self) -> None:
+        self._asked = False
+        self._interruptible = False
+        self._handlers: dict[int, Any] = {}
+
+    def __enter__(self) -> StopRequests:
+        """Takes the signals over."""
+        if threading.current_thread() is threading.main_thread():
+            # In a job of several processes JAX listens for SIGTERM, and tells the others.
+            signals = [signal.SIGINT]
+            signals += [signal.SIGTERM] if jax.process_count() == 1 else []
+            for number in signals:
+                self._handlers[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Gives them back."""
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        self._handlers = {}
+
+    def _handle(self, number: int, frame: Any) -> None:
+        if self._asked and number == signal.SIGINT:
+            raise KeyboardInterrupt("interrupted twice: nothing more was saved")
+        self._asked = True
+        if jax.process_count() > 1:
+            os.kill(os.getpid(), signal.SIGTERM)  # as if this process was preempted
+        elif self._interruptible:
+            self._interruptible = False
+            raise Stopped
+
+    def due(self, step: int) -> bool:
+        """Whether the run should stop after this step; all processes hear the same."""
+        if jax.process_count() == 1:
+            return self._asked
+        from jax.experimental import multihost_utils
+
+        return multihost_utils.reached_preemption_sync_point(step)
+
+    @contextlib.contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """Inside, a signal raises `Stopped` at once (in a job of one process)."""
+        if self._asked and jax.process_count() == 1:
+            raise Stopped
+        self._interruptible = True
+        try:
+            yield
+        finally:
+            self._interruptible = False
+
+    def wait_for(self, work: Callable[[], T]) -> T:
+        """Runs what cannot be cut off (a compilation) in a thread, and listens meanwhile."""
+        done: list[T] = []
+        failed: list[BaseException] = []
+
+        def run() -> None:
+            try:
+                done.append(work())
+            except BaseException as error:
+                failed.append(error)
+
+        thread = threading.Thread(target=run, daemon=True)
+        thread.start()
+        with self.interruptible():
+            while thread.is_alive():
+                thread.join(0.2)
+        if failed:
+            raise failed[0]
+        return done[0]
+
+
+def restart_command() -> str:
+    """The command that started this process."""
+    return shlex.join(["python", *sys.argv])
