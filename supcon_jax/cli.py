@@ -19,7 +19,7 @@ from typing import NoReturn
 
 import jax
 
-from supcon_jax.stop import Stopped, restart_command
+from supcon_jax.stop import Stopped, leave, restart_command
 
 # Errors that are raised in these folders are ours, and worded for the user.
 _OURS = pathlib.Path(__file__).resolve().parent
@@ -44,7 +44,7 @@ def one_line_errors() -> Iterator[None]:
         if not str(stopped):
             print("stopped before anything was saved; the same command starts anew:")
             print(restart_command(), flush=True)
-        sys.exit(0)
+        leave(0)
     except KeyboardInterrupt as interrupt:
         refuse(str(interrupt) or "interrupted", code=130)
     except BrokenPipeError:
@@ -82,7 +82,7 @@ def refuse(message: object, *, code: int = 2) -> NoReturn:
     line = " ".join(str(message).split())
     with contextlib.suppress(OSError):
         print(f"error: {line}", file=sys.stderr, flush=True)
-    sys.exit(code)
+    leave(code)
 
 
 def bug_report() -> str:

@@ -14,11 +14,13 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import jax
 
 T = TypeVar("T")
+# Threads whose work nobody waits for any more. The interpreter cannot end beside them.
+_left_behind: list[threading.Thread] = []
 
 
 class Stopped(KeyboardInterrupt):
@@ -91,12 +93,25 @@ class StopRequests(contextlib.AbstractContextManager):
 
         thread = threading.Thread(target=run, daemon=True)
         thread.start()
-        with self.interruptible():
-            while thread.is_alive():
-                thread.join(0.2)
+        try:
+            with self.interruptible():
+                while thread.is_alive():
+                    thread.join(0.2)
+        except KeyboardInterrupt:
+            _left_behind.append(thread)
+            raise
         if failed:
             raise failed[0]
         return done[0]
+
+
+def leave(code: int) -> NoReturn:
+    """Ends the process; at once, where a compilation goes on that cannot be cut off."""
+    if any(thread.is_alive() for thread in _left_behind):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def restart_command() -> str:

@@ -339,6 +339,10 @@ def test_wandb_itself_offline(tmp_path, messages, monkeypatch):
     writer.close()
     assert messages == []
     (record,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    # Another process of wandb writes the file.
+    until = time.monotonic() + 30
+    while b"train/loss" not in record.read_bytes() and time.monotonic() < until:
+        time.sleep(0.1)
     content = record.read_bytes()
     assert b"train/loss" in content and b"seed" in content
 

@@ -56,6 +56,16 @@ class TrainState(flax.struct.PyTreeNode):
         )
 
 
+def _choose_by_element(finite: jax.Array, before: PyTree, after: PyTree) -> PyTree:
+    """Fused with the update; no device waits for the decision."""
+    return jax.tree.map(lambda old, new: jnp.where(finite, new, old), before, after)
+
+
+def _choose_by_branch(finite: jax.Array, before: PyTree, after: PyTree) -> PyTree:
+    """A CPU rounds an update differently when it is fused with a choice."""
+    return jax.lax.cond(finite, lambda: after, lambda: before)
+
+
 def keep_finite(
     before: TrainState, after: TrainState, metrics: dict[str, jax.Array]
 ) -> tuple[TrainState, dict[str, jax.Array]]:
@@ -72,6 +82,8 @@ def keep_finite(
     """
     finite = jnp.isfinite(metrics["train/loss"])
     finite &= jnp.isfinite(metrics["optim/gradient_norm"])
-    kept = jax.tree.map(lambda old, new: jnp.where(finite, new, old), before, after)
+    kept = jax.lax.platform_dependent(
+        finite, before, after, cpu=_choose_by_branch, default=_choose_by_element
+    )
     skipped = 1.0 - finite.astype(jnp.float32)
     return kept.replace(step=after.step), metrics | {"optim/skipped": skipped}
