@@ -67,7 +67,10 @@ class Predictor:
     def embed(
         self, variables: Any, source: Source, *, label: str = "embedding"
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Embeddings `[n, D]` and labels `[n]` of all examples, in order."""
+        """Embeddings `[n, D]` and labels `[n]` of all examples, in order.
+
+        A label below 0 says that an example has none.
+        """
         embeddings, labels = [], []
         for batch in self._batches(source, label):
             part, part_labels, mask = jax.device_get(
@@ -80,7 +83,11 @@ class Predictor:
     def classify(
         self, variables: Any, source: Source, *, label: str = "evaluating"
     ) -> dict[str, float]:
-        """`eval/top1`, `eval/top5`, `eval/loss` and `eval/num_examples`."""
+        """`eval/top1`, `eval/top5`, `eval/loss` and `eval/num_examples`.
+
+        Raises:
+          ValueError: no example has a label.
+        """
         return summarize(
             self._classify(variables, batch) for batch in self._batches(source, label)
         )
