@@ -9,6 +9,7 @@ from zipfile import BadZipFile
 
 import numpy as np
 
+from supcon_jax.data.images import LFS_POINTER
 from supcon_jax.data.names import find_split, number_labels
 from supcon_jax.data.sources import ArraySource
 
@@ -17,7 +18,6 @@ from supcon_jax.data.sources import ArraySource
 IMAGE_WORDS = ("images", "image", "x", "data")
 LABEL_WORDS = ("labels", "label", "y", "targets")
 WHOLE = "train"  # the split that an array without one in its name belongs to
-LFS_POINTER = b"version https://git-lfs"
 
 
 def open_arrays(split: str, dir: str, root: str) -> ArraySource:

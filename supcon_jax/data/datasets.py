@@ -28,7 +28,7 @@ from supcon_jax.data.sources import (
 from supcon_jax.data.tfds import open_tfds
 
 logger = logging.getLogger(__name__)
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 # Of "synthetic": as many images and classes as ImageNet has.
 SYNTHETIC_EXAMPLES = {"train": 1_281_167, "test": 1_000}
 SYNTHETIC_CLASSES = 1000

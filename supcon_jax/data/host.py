@@ -259,7 +259,8 @@ def _reason(image: bytes, error: tf.errors.OpError) -> str:
 def decode(encoded: tf.Tensor, orientation: tf.Tensor) -> tf.Tensor:
     """RGB `[H, W, 3]` uint8 of a JPEG, PNG, WebP, BMP or GIF (its first frame).
 
-    Grey, palette and CMYK images become RGB, an alpha channel is dropped.
+    Grey, palette and CMYK images become RGB, an alpha channel is dropped. Where this
+    differs from what Pillow shows, `images.for_tensorflow` has seen to it before.
 
     Args:
       encoded: the bytes.

@@ -8,15 +8,15 @@ fetched without touching those before it.
 from __future__ import annotations
 
 import dataclasses
-import io
 import logging
 import os
-import struct
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, ClassVar, NamedTuple, Protocol, Self
 
 import numpy as np
+
+from supcon_jax.data.images import for_tensorflow
 
 logger = logging.getLogger(__name__)
 # The label of an image that has none.
@@ -30,8 +30,6 @@ READ_AT_START_BYTES = 2**30
 PADDING = -1
 # Threads that read files; Python's lock is free while they wait for the disk.
 READERS = 16
-# The EXIF tag that says how a camera was held.
-ORIENTATION = 0x0112
 
 
 class Encoded(NamedTuple):
@@ -195,11 +193,11 @@ class FileSource(Source):
         """An example, encoded.
 
         Raises:
-          OSError: the file cannot be read.
+          OSError: the file cannot be read, or is no image.
         """
         with open(self.paths[index], "rb") as file:
-            image = file.read()
-        return Encoded(image, int(self.labels[index]), _orientation(image))
+            image, orientation = for_tensorflow(file)
+        return Encoded(image, int(self.labels[index]), orientation)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -292,19 +290,6 @@ class SyntheticSource(Source):
     num_classes: int
     class_names: tuple[str, ...] = ()
     unreadable: Unreadable = dataclasses.field(default_factory=Unreadable)
-
-
-def _orientation(image: bytes) -> int:
-    """How a camera was held (EXIF), 1 where the file does not say."""
-    if b"Exif" not in image[:4096]:
-        return 1  # thirty times faster than asking Pillow
-    from PIL import Image
-
-    try:
-        orientation = Image.open(io.BytesIO(image)).getexif().get(ORIENTATION, 1)
-    except (OSError, SyntaxError, ValueError, struct.error):
-        return 1  # if the file is broken, decoding it will say so
-    return orientation if orientation in range(1, 9) else 1
 
 
 def take_subset(source: Source, count: int, *, seed: int = 0) -> Source:
