@@ -5,6 +5,7 @@ import dataclasses
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
 from supcon_jax.data.datasets import open_source
 from supcon_jax.data.sources import (
@@ -241,3 +242,21 @@ def test_a_source_of_ones_own_is_held_to_its_classes(labels, monkeypatch):
     )
     with pytest.raises(ValueError, match="label.*allowed"):
         open_source("own", "train")
+
+
+# --- folders, as README gives them to the digits' config ---
+
+
+def test_a_folder_with_train_and_val_needs_its_root_alone(tmp_path, messages):
+    for split, count in (("train", 12), ("val", 4)):
+        for label, name in enumerate(("red", "green")):
+            folder = tmp_path / "images" / split / name
+            folder.mkdir(parents=True)
+            for number, pixels in enumerate(pictures(np.full(count, label))):
+                Image.fromarray(pixels).save(folder / f"{number}.png")
+    (tmp_path / "images" / "train" / "red" / "raw.heic").write_text("")
+    data = {"data.name": "folder", "data.root": str(tmp_path / "images")}
+    final = pretrain(pretrain_config(**data), tmp_path / "run")
+    assert final["knn/top1"] > 0.8
+    assert "there is no split 'test': taking 'val'" in messages
+    assert any(message.endswith("train: left alone 1 .heic") for message in messages)

@@ -8,18 +8,17 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import pathlib
 from collections.abc import Callable
 
 import numpy as np
 
 from supcon_jax.data.arrays import open_arrays
+from supcon_jax.data.folders import open_folder
 from supcon_jax.data.names import pick_split
 from supcon_jax.data.sources import (
     UNLABELLED,
     UNREAD,
     ArraySource,
-    FileSource,
     Source,
     SyntheticSource,
     Unreadable,
@@ -28,7 +27,6 @@ from supcon_jax.data.sources import (
 from supcon_jax.data.tfds import open_tfds
 
 logger = logging.getLogger(__name__)
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 # Of "synthetic": as many images and classes as ImageNet has.
 SYNTHETIC_EXAMPLES = {"train": 1_281_167, "test": 1_000}
 SYNTHETIC_CLASSES = 1000
@@ -76,70 +74,6 @@ def _checked_labels(source: Source) -> np.ndarray:
     return np.where(none, UNLABELLED, labels).astype(np.int32)
 
 
-def _open_folder(split: str, dir: str, root: str) -> FileSource:
-    """`root/<split>/<class>/...` or, for the split "train" alone, `root/<class>/...`."""
-    del dir
-    path = pathlib.Path(root).expanduser()
-    if not root or not path.is_dir():
-        raise ValueError(
-            f"data.name='folder' needs a folder of images; got {root!r} "
-            "(--config.data.root)"
-        )
-    if not (path / "train").is_dir():
-        if split != "train":
-            raise ValueError(
-                f"{path} has no folder 'train', so its folders are the classes and "
-                f"there is no split {split!r}; hold a share out with "
-                "--config.data.validation_fraction=0.1"
-            )
-        return _image_folder(path, _class_names(path))
-    splits = sorted(p.name for p in path.iterdir() if p.is_dir())
-    pick_split(split, splits)
-    class_names = _class_names(path / "train")
-    foreign = sorted(set(_class_names(path / split)) - set(class_names))
-    if foreign:
-        raise ValueError(
-            f"{path / split} has the class {foreign[0]!r}, which {path / 'train'} "
-            "lacks (--config.data.root)"
-        )
-    return _image_folder(path / split, class_names)
-
-
-def _class_names(path: pathlib.Path) -> list[str]:
-    names = sorted(
-        p.name for p in path.iterdir() if p.is_dir() and not p.name.startswith(".")
-    )
-    if not names:
-        raise ValueError(
-            f"{path} holds no folders; expected one folder of images a class "
-            "(--config.data.root)"
-        )
-    return names
-
-
-def _image_folder(path: pathlib.Path, class_names: list[str]) -> FileSource:
-    paths, labels = [], []
-    for label, name in enumerate(class_names):
-        if not (path / name).is_dir():
-            continue  # a class of train of which this split has no images
-        files = sorted(
-            str(file)
-            for file in (path / name).rglob("*")
-            if file.suffix.lower() in IMAGE_SUFFIXES and not file.name.startswith(".")
-        )
-        if not files:
-            raise ValueError(
-                f"class folder {path / name} holds no images "
-                f"({', '.join(IMAGE_SUFFIXES)}); remove it or fill it "
-                "(--config.data.root)"
-            )
-        paths += files
-        labels += [label] * len(files)
-    return FileSource(
-        np.asarray(paths), np.asarray(labels, np.int32), tuple(class_names)
-    )
-
-
 def _open_digits(split: str, dir: str, root: str) -> ArraySource:
     """1,797 handwritten digits, 8x8, grey levels 0..16 scaled to 0..255.
 
@@ -180,6 +114,6 @@ def _open_synthetic(split: str, dir: str, root: str) -> SyntheticSource:
 SOURCES: dict[str, Opener] = {
     "digits": _open_digits,
     "arrays": open_arrays,
-    "folder": _open_folder,
+    "folder": open_folder,
     "synthetic": _open_synthetic,
 }

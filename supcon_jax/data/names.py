@@ -48,7 +48,8 @@ def find_split(split: str, available: Sequence[str]) -> str:
     for name in (wanted, *same, *other):
         for candidate in available:
             if candidate.lower() == name:
-                logger.info("there is no split %r: taking %r", split, candidate)
+                if candidate.lower() != wanted:
+                    logger.info("there is no split %r: taking %r", split, candidate)
                 return candidate
     return pick_split(split, available)
 
