@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from supcon_jax import loop
 from supcon_jax.config import check_config
-from supcon_jax.data.sources import take_subset
+from supcon_jax.data.sources import has_labels, take_labelled, take_subset
 from supcon_jax.evaluation.knn import knn_accuracy
 from supcon_jax.evaluation.rankme import rankme
 from supcon_jax.loop import Evaluate
@@ -52,8 +52,9 @@ def pretrain(config: ConfigDict, workdir: str | pathlib.Path) -> dict[str, Any]:
 def build_evaluation(run: Run) -> Evaluate:
     """Online evaluation: kNN and RankMe of the embeddings, and the classifier if any.
 
-    The bank is made of training images without augmentation; the queries are the whole
-    evaluation split.
+    The bank is made of labelled training images without augmentation; the queries are
+    the labelled images of the whole evaluation split. Where either has none there is no
+    kNN.
     """
     config, modules = run.config, run.plan.modules
     # Which head gives classes, and under which name its parameters are.
@@ -65,22 +66,29 @@ def build_evaluation(run: Run) -> Evaluate:
         ("", None),
     )
     predictor = build_predictor(run, modules.encoder, classifier)
-    bank = take_subset(run.train_source, config.knn.bank, seed=config.seed)
+    bank = take_subset(
+        take_labelled(run.train_source), config.knn.bank, seed=config.seed
+    )
+    with_knn = (
+        bool(config.knn.bank) and has_labels(bank) and has_labels(run.eval_source)
+    )
+    if config.knn.bank and not with_knn:
+        logger.info("no kNN: it needs labels in both splits")
 
     def embedding_metrics(encoder: PyTree, prefix: str = "") -> dict[str, float]:
-        variables = {"encoder": encoder}
-        train = predictor.embed(variables, bank, label="kNN: training images")
+        variables, metrics = {"encoder": encoder}, {}
+        if with_knn:
+            train = predictor.embed(variables, bank, label="kNN: training images")
         test = predictor.embed(variables, run.eval_source, label="kNN: test images")
-        return {
-            f"knn/{prefix}top1": knn_accuracy(
+        if with_knn:
+            metrics[f"knn/{prefix}top1"] = knn_accuracy(
                 *train,
                 *test,
                 k=config.knn.k,
                 temperature=config.knn.temperature,
                 num_classes=bank.num_classes,
-            ),
-            f"embedding/{prefix}rankme": rankme(test[0]),
-        }
+            )
+        return metrics | {f"embedding/{prefix}rankme": rankme(test[0])}
 
     def evaluate(state: TrainState) -> dict[str, float]:
         encoder, metrics = state.encoder_variables(), {}

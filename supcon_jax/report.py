@@ -35,12 +35,15 @@ def log_start(run: Run, state: TrainState) -> None:
         optimizers.path_mask(state.params, tuple(config.optimizer.exclude))
     )
     logger.info(
-        "%s on %s: %s training images, %d classes",
+        "%s on %s: %s training images, %d classes%s",
         config.loss.name if config.mode == "pretrain" else config.mode,
         config.data.name,
         f"{images:,}",
         run.train_source.num_classes,
+        _without_labels(run),
     )
+    for note in dict.fromkeys([*run.train_source.notes, *run.eval_source.notes]):
+        logger.info("%s", note)
     parts = num_microbatches(config)
     logger.info(
         "%d x %s, global batch %d images x %d views%s, %d steps (%.4g epochs)",
@@ -70,6 +73,20 @@ def log_start(run: Run, state: TrainState) -> None:
             warmup_steps,
             run.plan.total_steps,
         )
+
+
+def _without_labels(run: Run) -> str:
+    """How many images of the two splits have no label, where some have none."""
+    counts = {
+        f"of {source.num_examples:,} {name}": source.num_unlabelled
+        for name, source in (
+            ("training images", run.train_source),
+            ("evaluation images", run.eval_source),
+        )
+        if not source.synthetic
+    }
+    parts = [f"{count:,} {of}" for of, count in counts.items() if count]
+    return f"; without a label: {', '.join(parts)}" if parts else ""
 
 
 def measure_input(batches: Iterator[Batch], batch_size: int) -> Iterator[Batch]:

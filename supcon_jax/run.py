@@ -23,6 +23,7 @@ from supcon_jax.data.identity import identify
 from supcon_jax.data.pipeline import (
     Batch,
     check_image_size,
+    check_same_size,
     load_small,
     on_host,
     train_batches,
@@ -171,10 +172,12 @@ def open_sources(config: ConfigDict) -> tuple[Source, Source]:
     if data.fake:
         train, evaluation = (open_source("synthetic", s) for s in ("train", "test"))
     elif data.validation_fraction:
+        whole = open_split(data.train_split)
         train, evaluation = sources_of.hold_out(
-            open_split(data.train_split),
+            whole,
             data.validation_fraction,
             seed=data.split_seed,
+            labels=sources_of.read_labels_at_start(whole).labels,
         )
     else:
         train, evaluation = open_split(data.train_split), open_split(data.eval_split)
@@ -184,6 +187,8 @@ def open_sources(config: ConfigDict) -> tuple[Source, Source]:
             train, data.samples_per_class, seed=data.split_seed
         )
     train = sources_of.add_label_noise(train, data.label_noise, seed=data.split_seed)
+    train, evaluation = map(sources_of.read_labels_at_start, (train, evaluation))
+    check_same_size(train, evaluation)
     for source in (train, evaluation):
         check_image_size(source, data.image_size)
     for split, source in ((data.train_split, train), (data.eval_split, evaluation)):
@@ -197,6 +202,7 @@ def open_sources(config: ConfigDict) -> tuple[Source, Source]:
             f"batch size {config.batch_size} is larger than the {train.num_examples} "
             f"training images; set --config.batch_size={train.num_examples} or less"
         )
+    check_labels(config, train, evaluation)
     return train, evaluation
 
 
@@ -226,6 +232,45 @@ def check_positives(config: ConfigDict, source: Source) -> None:
             "data.views=1 (--config.data.views=2)",
             np.sum(counts == 1),
         )
+
+
+def check_labels(config: ConfigDict, train: Source, evaluation: Source) -> None:
+    """Refuses splits that lack the labels that a run cannot do without.
+
+    Contrastive training takes images without labels (each is a class of its own), and
+    there is no kNN then.
+
+    Raises:
+      ValueError: naming the split and what needs its labels.
+    """
+    data, objective = config.data, OBJECTIVES[config.loss.name]
+    needs = {
+        "mode=linear_eval": config.mode == "linear_eval",
+        f"loss.name={config.loss.name}": not objective.contrastive,
+        "probe.learning_rate": bool(config.probe.learning_rate),
+        "loss.cross_entropy_weight": bool(config.loss.cross_entropy_weight),
+    }
+    for what in [what for what, needed in needs.items() if needed][:1]:
+        for key, source in (("train_split", train), ("eval_split", evaluation)):
+            if not sources_of.has_labels(source):
+                split = data.train_split if data.validation_fraction else data[key]
+                raise ValueError(
+                    f"no image of split {split!r} of {data.name} has a label, and "
+                    f"{what} needs labels (--config.data.{key})"
+                )
+    classes = train.num_classes
+    if sources_of.UNREAD not in train.labels and np.all(train.labels >= 0):
+        classes = len(np.unique(train.labels))
+    if classes > 1 or train.num_unlabelled:
+        return
+    name = f", {train.class_names[0]!r}" if len(train.class_names) == 1 else ""
+    one = f"split {data.train_split!r} of {data.name} has one class alone{name}"
+    if objective.uses_labels or config.mode == "linear_eval":
+        raise ValueError(
+            f"{one}, which leaves nothing to tell apart; give data with several "
+            "(--config.data.root), or train without labels: --config.loss.name=simclr"
+        )
+    logger.warning("warning: %s, so kNN says nothing (--config.data.root)", one)
 
 
 def build_sampler(config: ConfigDict, source: Source) -> Sampler:

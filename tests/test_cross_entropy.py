@@ -122,3 +122,37 @@ def test_cross_entropy_of_views_against_a_loop():
             hits.append(row.argmax() == int(labels[b]))
     assert float(loss) == pytest.approx(np.mean(expected), rel=1e-6)
     assert float(metrics["top1"]) == pytest.approx(np.mean(hits))
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_images_without_a_label_do_not_count(smoothing):
+    """Loss, accuracy and gradient are those of the labelled images alone."""
+    logits = jax.random.normal(jax.random.key(0), (5, 2, 4))
+    labels, labelled = jnp.array([-1, 0, 3, -7, 1]), jnp.array([1, 2, 4])
+    loss = functools.partial(cross_entropy_of_views, label_smoothing=smoothing)
+    expected, metrics = loss(logits[labelled], labels[labelled])
+    got, found = loss(logits, labels)
+    np.testing.assert_allclose(got, expected, rtol=1e-6)
+    np.testing.assert_allclose(found["top1"], metrics["top1"], rtol=1e-6)
+    gradient = jax.grad(lambda x: loss(x, labels)[0])(logits)
+    assert np.all(gradient[jnp.array([0, 3])] == 0)
+    # As shares of the classes (Mixup): what is mixed with such an image has none either.
+    shares = jax.nn.one_hot(labels, 4).at[1].set(jnp.array([0.4, 0.0, 0.0, 0.0]))
+    expected, _ = loss(logits[2::2], labels[2::2])
+    np.testing.assert_allclose(loss(logits, shares)[0], expected, rtol=1e-6)
+
+
+def test_a_batch_without_labels_gives_zero():
+    logits = jax.random.normal(jax.random.key(0), (2, 2, 3))
+    loss, metrics = cross_entropy_of_views(logits, jnp.array([-1, -1]))
+    assert float(loss) == float(metrics["top1"]) == 0
+    gradient = jax.grad(lambda x: cross_entropy_of_views(x, jnp.array([-1, -1]))[0])
+    assert np.all(gradient(logits) == 0)
+
+
+def test_with_all_labels_the_mean_is_the_plain_one_bit_for_bit():
+    logits = jax.random.normal(jax.random.key(1), (37, 2, 10))
+    labels = jnp.arange(37) % 10
+    rows = logits.reshape(-1, 10)
+    plain = jnp.sum(cross_entropy_loss(rows, jnp.repeat(labels, 2))) / 74
+    np.testing.assert_array_equal(cross_entropy_of_views(logits, labels)[0], plain)

@@ -170,16 +170,31 @@ def test_arrays_refuses_pickles(tmp_path):
     ("changes", "part"),
     [
         ({"train_images": IMAGES / 255}, "train_images is float64"),
-        ({"train_images": IMAGES[..., 0]}, "expected uint8 [n, H, W, 3]"),
-        ({"train_images": IMAGES[..., :1]}, "expected uint8 [n, H, W, 3]"),
+        ({"train_images": IMAGES[0]}, "expected integers [4]"),
+        ({"train_images": IMAGES[0, 0]}, "expected uint8 [n, H, W, 3]"),
+        ({"train_images": IMAGES[..., :2]}, "expected uint8 [n, H, W, 3]"),
+        ({"train_images": np.moveaxis(IMAGES, -1, 1)}, "np.moveaxis(images, 1, -1)"),
+        ({"train_images": IMAGES / np.float32(255)}, "np.round(x * 255)"),
+        ({"train_images": IMAGES.astype(np.float32) - 99}, "x.max() - x.min()"),
+        ({"train_images": IMAGES.astype(np.float64)}, "np.round(x).astype(np.uint8)"),
+        ({"train_images": IMAGES.astype(np.uint16) * 257}, "0 to 65535"),
+        (
+            {"train_images": np.where(np.arange(6) == 4, np.nan, 1.0)[:, None, None]},
+            "image 4 has values that are no number",
+        ),
         ({"train_labels": LABELS[:4]}, "expected integers [6]"),
         ({"train_labels": LABELS / 2}, "expected integers [6]"),
-        ({"train_labels": LABELS - 1}, "label -1 of train image 0 is out of range"),
+        ({"train_labels": np.where(LABELS, np.nan, 1)}, "number 1 is not finite"),
+        ({"train_labels": np.eye(3)[LABELS]}, "labels.argmax(axis=1)"),
+        ({"train_labels": np.array(list("abcabc"))}, "numbers and words"),
+        ({"train_labels": np.array(LABELS, object)}, "np.asarray(words, dtype=str)"),
+        ({"train_labels": LABELS + 1j}, "expected integers [6]: or words"),
         (
-            {"test_labels": np.array([1, -2])},
-            "label -2 of test image 1 is out of range",
+            {"train_labels": None},
+            "unknown split 'train'; available: test; the arrays are train_images, "
+            "test_images, test_labels; wanted: train_images and train_labels, or x_train "
+            "and y_train",
         ),
-        ({"train_labels": None}, "unknown split 'train'; available: test"),
     ],
 )
 def test_arrays_refuses_other_contents(tmp_path, changes, part):
@@ -187,6 +202,121 @@ def test_arrays_refuses_other_contents(tmp_path, changes, part):
     message = refusal("arrays", "train", root=root)
     assert part in message
     assert root in message or "--config.data.train_split" in message
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "names"),
+    [
+        (LABELS + 1, [1, 3], ("1", "2", "3")),
+        (LABELS * 10_000_000 + 7, [7, 20_000_007], ("7", "10000007", "20000007")),
+        (
+            LABELS.astype(np.int64) * 2**40 + 2**32,
+            [2**32, 2**41 + 2**32],
+            tuple(str(2**32 + 2**40 * n) for n in range(3)),
+        ),
+        (
+            LABELS.astype(np.uint64) + np.uint64(2**63),
+            np.array([2**63, 2**63 + 2], np.uint64),
+            tuple(str(2**63 + n) for n in range(3)),
+        ),
+        (
+            np.array(["ant", "cat", "dog"])[LABELS],
+            ["ant", "dog"],
+            ("ant", "cat", "dog"),
+        ),
+        (np.array([b"ant", b"cat", b"dog"])[LABELS], [b"ant", b"dog"], None),
+        (LABELS[:, None], [[0], [2]], ()),
+        (LABELS.astype(np.uint8), [0, 2], ()),
+        (LABELS.astype(np.float32), [0.0, 2.0], ()),
+    ],
+    ids=[
+        "from one",
+        "gaps",
+        "64 bits",
+        "unsigned",
+        "words",
+        "bytes",
+        "column",
+        "8",
+        "f",
+    ],
+)
+def test_ids_of_any_kind_become_numbers_of_classes(tmp_path, train, test, names):
+    """Different ids stay different, and the source knows what they were."""
+    root = save(tmp_path / "d.npz", train_labels=train, test_labels=np.asarray(test))
+    sources = [open_source("arrays", split, root=root) for split in ("train", "test")]
+    for source, expected in zip(sources, (LABELS, [0, 2]), strict=True):
+        np.testing.assert_array_equal(source.labels, expected)
+        assert source.labels.dtype == np.int32 and source.num_classes == 3
+        assert source.class_names == (("ant", "cat", "dog") if names is None else names)
+
+
+def test_labels_below_0_and_empty_words_say_that_there_is_none(tmp_path):
+    for labels in (
+        np.where(LABELS == 1, -7, LABELS),
+        np.array(["a", "b", ""])[[0, 1, 2]],
+    ):
+        images = IMAGES[: len(labels)]
+        changes = {
+            "train_images": images,
+            "train_labels": labels,
+            "test_labels": labels[:2],
+        }
+        root = save(tmp_path / "data.npz", **changes)
+        source = open_source("arrays", "train", root=root)
+        none = np.isin(labels.astype(str), ["", "-7"])
+        assert none.any()
+        np.testing.assert_array_equal(source.labels == -1, none)
+        assert source.num_classes == 2
+
+
+def test_grey_and_transparent_arrays_become_rgb(tmp_path):
+    grey = IMAGES[..., 0]
+    repeated = np.repeat(grey[..., None], 3, axis=-1)
+    for images, expected in (
+        (grey, repeated),
+        (grey[..., None], repeated),
+        (grey.astype(np.int64), repeated),
+        (grey > 100, np.where(repeated > 100, 255, 0)),
+        (np.concatenate([IMAGES, IMAGES[..., :1]], axis=-1), IMAGES),
+    ):
+        root = save(tmp_path / "data.npz", train_images=images)
+        source = open_source("arrays", "train", root=root)
+        np.testing.assert_array_equal(source.images, expected)
+        assert source.images.dtype == np.uint8
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        ("x_train", "y_train", "x_test", "y_test"),
+        ("X_train", "Y_train", "X_val", "Y_val"),
+        ("train_images", "train_labels", "val_images", "val_labels"),
+        ("training_x", "training_y", "validation_x", "validation_y"),
+        ("Train_Images", "Train_Labels", "Test_Images", "Test_Labels"),
+    ],
+    ids=lambda keys: keys[0],
+)
+def test_names_of_keras_medmnist_and_others(tmp_path, keys):
+    arrays = dict(zip(keys, (IMAGES, LABELS, IMAGES[:2], [0, 1]), strict=True))
+    np.savez(tmp_path / "data.npz", other=np.zeros(3), **arrays)
+    root = str(tmp_path / "data.npz")
+    assert open_source("arrays", "train", root=root).num_examples == 6
+    assert open_source("arrays", "test", root=root).num_examples == 2
+
+
+def test_arrays_without_splits_are_the_training_split(tmp_path):
+    np.savez(tmp_path / "data.npz", images=IMAGES, labels=LABELS)
+    root = str(tmp_path / "data.npz")
+    assert open_source("arrays", "train", root=root).num_examples == 6
+    message = refusal("arrays", "test", root=root)
+    assert "--config.data.validation_fraction" in message
+
+
+def test_a_pointer_of_git_lfs_is_named(tmp_path):
+    path = tmp_path / "data.npz"
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\n")
+    assert "git lfs pull" in refusal("arrays", "train", root=str(path))
 
 
 # --- TFDS folders, refused before TensorFlow is imported ---
@@ -447,7 +577,9 @@ def test_folder_with_train_and_val(tmp_path):
     example = train.read(4)
     assert example.label == 1 and example.orientation == 1
     assert example.image == (tmp_path / "train" / "cat" / "0.jpg").read_bytes()
-    assert "--config.data.eval_split" in refusal("folder", "test", root=str(tmp_path))
+    assert train.notes == (f"{tmp_path / 'train'}: left alone 1 .txt",)
+    assert val.notes == ()
+    assert "--config.data.eval_split" in refusal("folder", "odd", root=str(tmp_path))
 
 
 def test_folder_without_splits(tmp_path):
@@ -469,6 +601,112 @@ def test_folder_refuses_what_it_cannot_use(tmp_path):
     (tmp_path / "train" / "empty").mkdir()
     message = refusal("folder", "train", root=str(tmp_path))
     assert f"{tmp_path / 'train' / 'empty'} holds no images" in message
+
+
+@pytest.mark.parametrize(
+    ("train", "held", "asked"),
+    [
+        ("train", "val", "test"),
+        ("train", "test", "val"),
+        ("train", "test", "validation"),
+        ("Train", "Test", "test"),
+        ("TRAIN", "Valid", "test"),
+        ("training", "validation", "val"),
+        ("Training", "testing", "test"),
+    ],
+)
+def test_splits_go_by_their_usual_names(tmp_path, messages, train, held, asked):
+    image_folder(tmp_path / train, ["ant", "cat"])
+    image_folder(tmp_path / held, ["ant", "cat"], count=2)
+    assert open_source("folder", "train", root=str(tmp_path)).num_examples == 6
+    source = open_source("folder", asked, root=str(tmp_path))
+    assert source.num_examples == 4 and held in source.name(0)
+    said = f"there is no split {asked!r}: taking {held!r}"
+    assert (said in messages) == (asked != held.lower())
+
+
+def test_a_split_that_is_there_is_not_replaced(tmp_path, messages):
+    for count, name in enumerate(("train", "val", "test", "holdout"), start=1):
+        image_folder(tmp_path / name, ["ant", "cat"], count=count)
+    for count, name in enumerate(("train", "val", "test", "holdout"), start=1):
+        source = open_source("folder", name, root=str(tmp_path))
+        assert source.num_examples == 2 * count
+    assert messages == []
+
+
+@pytest.mark.parametrize("way", ["flowers", "a/b"])
+def test_the_splits_or_classes_may_lie_further_down(tmp_path, messages, way):
+    for split in ("train", "val"):
+        image_folder(tmp_path / "splits" / way / split, ["ant", "cat"])
+    image_folder(tmp_path / "classes" / way, ["ant", "cat"])
+    (tmp_path / "classes" / "__MACOSX" / "ant").mkdir(parents=True)
+    for root in ("splits", "classes"):
+        source = open_source("folder", "train", root=str(tmp_path / root))
+        assert source.class_names == ("ant", "cat") and source.num_examples == 6
+        below = tmp_path / root / way
+        assert any(str(below) in message for message in messages)
+
+
+def test_a_class_alone_is_no_folder_to_look_into(tmp_path):
+    image_folder(tmp_path, ["ant"])
+    source = open_source("folder", "train", root=str(tmp_path))
+    assert source.class_names == ("ant",)
+
+
+def test_splits_without_training_images_are_no_classes(tmp_path):
+    for split in ("test", "val"):
+        image_folder(tmp_path / split, ["ant", "cat"])
+    message = refusal("folder", "train", root=str(tmp_path))
+    assert "has test, val and no folder 'train'" in message
+    image_folder(tmp_path / "train", ["ant", "cat"])
+    message = refusal("folder", "test", root=str(tmp_path / "train"))
+    assert f"or give {tmp_path} (--config.data.root)" in message
+
+
+@pytest.mark.parametrize("hidden", [".ipynb_checkpoints", "@eaDir", ".thumbs"])
+def test_hidden_folders_and_files_are_no_data(tmp_path, hidden):
+    image_folder(tmp_path / "train", ["ant", "cat"])
+    picture = tmp_path / "train" / "cat" / "0.jpg"
+    for place in ("", "train", "train/ant", "train/ant/deeper"):
+        folder = tmp_path / place / hidden
+        folder.mkdir(parents=True)
+        shutil.copy(picture, folder / "0.jpg")
+        for name in ("._0.jpg", "@0.jpg"):
+            shutil.copy(picture, tmp_path / place / name)
+    source = open_source("folder", "train", root=str(tmp_path))
+    assert source.class_names == ("ant", "cat")
+    assert source.num_examples == 6 and source.notes == ()
+
+
+def test_links_are_followed_and_loops_are_not(tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    image_folder(elsewhere, ["many", "cat"])
+    root = tmp_path / "root"
+    image_folder(root / "train", ["ant"])
+    (root / "train" / "cat").symlink_to(elsewhere / "cat")
+    (root / "train" / "ant" / "more").symlink_to(elsewhere / "many")
+    (root / "train" / "ant" / "up").symlink_to(root / "train")
+    (root / "train" / "ant" / "here").symlink_to(root / "train" / "ant")
+    (elsewhere / "many" / "back").symlink_to(root)
+    (elsewhere / "many" / "self").symlink_to(elsewhere / "many")
+    (root / "train" / "ant" / "link.jpg").symlink_to(elsewhere / "cat" / "0.jpg")
+    source = open_source("folder", "train", root=str(root))
+    assert np.bincount(source.labels).tolist() == [7, 3]
+    assert not any("back" in path or "up" in path for path in source.paths)
+
+
+def test_what_is_left_alone_is_counted(tmp_path):
+    image_folder(tmp_path / "train", ["ant", "cat"])
+    for name in ("ant/a.heic", "ant/b.HEIC", "cat/c.heic", "cat/README", "cat/d.txt"):
+        (tmp_path / "train" / name).write_text("")
+    shutil.copy(tmp_path / "train" / "ant" / "0.jpg", tmp_path / "train" / "stray.jpg")
+    (note,) = open_source("folder", "train", root=str(tmp_path)).notes
+    assert "left alone 3 .heic, " in note and "1 .txt" in note
+    assert "1 without a suffix" in note and "1 images beside the folders" in note
+    (tmp_path / "train" / "dog").mkdir()
+    (tmp_path / "train" / "dog" / "e.heic").write_text("")
+    message = refusal("folder", "train", root=str(tmp_path))
+    assert "dog holds no images" in message and "it has 1 .heic" in message
 
 
 def test_synthetic_needs_nothing(no_tensorflow):

@@ -230,13 +230,38 @@ def test_labels_out_of_range_are_named(tfds_dir):
         list(eval_batches(fewer, batch_size=3, image_size=32, resize=32))
 
 
-@pytest.mark.parametrize("label", [-1, 2])
-def test_a_label_out_of_range_is_never_taken_for_padding(label, tmp_path):
+def one_image(tmp_path, label):
     path = tmp_path / "image.png"
     photo().save(path)
-    source = FileSource(np.asarray([str(path)]), np.asarray([label], np.int32), ("a",))
-    with pytest.raises(ValueError, match=rf"label {label} of .*image\.png is out of"):
-        list(eval_batches(source, batch_size=2, image_size=8, resize=8))
+    return FileSource(np.asarray([str(path)]), np.asarray([label], np.int32), ("a",))
+
+
+def test_a_label_out_of_range_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"label 2 of .*image\.png is out of"):
+        list(eval_batches(one_image(tmp_path, 2), batch_size=2, image_size=8, resize=8))
+
+
+def test_an_image_without_a_label_is_never_taken_for_padding(tmp_path):
+    """It was black, and did not count."""
+    source = one_image(tmp_path, -1)
+    (batch,) = eval_batches(source, batch_size=2, image_size=8, resize=8)
+    assert batch["mask"].tolist() == [1, 0] and batch["label"].tolist() == [-1, 0]
+    labelled = one_image(tmp_path, 0)
+    (same,) = eval_batches(labelled, batch_size=2, image_size=8, resize=8)
+    np.testing.assert_array_equal(batch["image"], same["image"])
+    assert batch["image"][0].std() > 10 and batch["image"][1].sum() == 0
+    stream = train_batches(
+        source,
+        shuffled(1, 2, seed=0),
+        batch_size=2,
+        image_size=8,
+        views=2,
+        augmentation=Augmentation(),
+        seed=0,
+    )
+    batch = next(stream)
+    assert batch["label"].tolist() == [-1, -1]
+    assert (batch["image"].reshape(4, -1).std(axis=1) > 5).all()
 
 
 # --- the end of a process ---

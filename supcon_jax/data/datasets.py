@@ -8,25 +8,25 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import pathlib
-import zlib
 from collections.abc import Callable
-from zipfile import BadZipFile
 
 import numpy as np
 
+from supcon_jax.data.arrays import open_arrays
+from supcon_jax.data.folders import open_folder
+from supcon_jax.data.names import pick_split
 from supcon_jax.data.sources import (
+    UNLABELLED,
     UNREAD,
     ArraySource,
-    FileSource,
     Source,
     SyntheticSource,
     Unreadable,
+    check_label,
 )
-from supcon_jax.data.tfds import open_tfds, pick_split
+from supcon_jax.data.tfds import open_tfds
 
 logger = logging.getLogger(__name__)
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
 # Of "synthetic": as many images and classes as ImageNet has.
 SYNTHETIC_EXAMPLES = {"train": 1_281_167, "test": 1_000}
 SYNTHETIC_CLASSES = 1000
@@ -54,71 +54,24 @@ def open_source(
         source = SOURCES[name](split, dir, root)
     else:
         source = open_tfds(name, split, dir, built_in=tuple(SOURCES))
-    return dataclasses.replace(source, unreadable=Unreadable(skip=skip_errors))
-
-
-def _open_folder(split: str, dir: str, root: str) -> FileSource:
-    """`root/<split>/<class>/...` or, for the split "train" alone, `root/<class>/...`."""
-    del dir
-    path = pathlib.Path(root).expanduser()
-    if not root or not path.is_dir():
-        raise ValueError(
-            f"data.name='folder' needs a folder of images; got {root!r} "
-            "(--config.data.root)"
-        )
-    if not (path / "train").is_dir():
-        if split != "train":
-            raise ValueError(
-                f"{path} has no folder 'train', so its folders are the classes and "
-                f"there is no split {split!r}; hold a share out with "
-                "--config.data.validation_fraction=0.1"
-            )
-        return _image_folder(path, _class_names(path))
-    splits = sorted(p.name for p in path.iterdir() if p.is_dir())
-    pick_split(split, splits)
-    class_names = _class_names(path / "train")
-    foreign = sorted(set(_class_names(path / split)) - set(class_names))
-    if foreign:
-        raise ValueError(
-            f"{path / split} has the class {foreign[0]!r}, which {path / 'train'} "
-            "lacks (--config.data.root)"
-        )
-    return _image_folder(path / split, class_names)
-
-
-def _class_names(path: pathlib.Path) -> list[str]:
-    names = sorted(
-        p.name for p in path.iterdir() if p.is_dir() and not p.name.startswith(".")
+    labels = _checked_labels(source)
+    return dataclasses.replace(
+        source, labels=labels, unreadable=Unreadable(skip=skip_errors)
     )
-    if not names:
+
+
+def _checked_labels(source: Source) -> np.ndarray:
+    """The labels as int32, those below 0 as `UNLABELLED`; refuses what no class has."""
+    labels = source.labels
+    if labels.dtype.kind not in "iu" or labels.ndim != 1:
         raise ValueError(
-            f"{path} holds no folders; expected one folder of images a class "
-            "(--config.data.root)"
+            f"labels are {labels.dtype} {list(labels.shape)}; allowed: integers [n] "
+            "(--config.data.name)"
         )
-    return names
-
-
-def _image_folder(path: pathlib.Path, class_names: list[str]) -> FileSource:
-    paths, labels = [], []
-    for label, name in enumerate(class_names):
-        if not (path / name).is_dir():
-            continue  # a class of train of which this split has no images
-        files = sorted(
-            str(file)
-            for file in (path / name).rglob("*")
-            if file.suffix.lower() in IMAGE_SUFFIXES and not file.name.startswith(".")
-        )
-        if not files:
-            raise ValueError(
-                f"class folder {path / name} holds no images "
-                f"({', '.join(IMAGE_SUFFIXES)}); remove it or fill it "
-                "(--config.data.root)"
-            )
-        paths += files
-        labels += [label] * len(files)
-    return FileSource(
-        np.asarray(paths), np.asarray(labels, np.int32), tuple(class_names)
-    )
+    for index in np.flatnonzero(labels >= source.num_classes)[:1]:
+        check_label(source, int(index), int(labels[index]))
+    none = (labels < 0) & (labels != UNREAD)
+    return np.where(none, UNLABELLED, labels).astype(np.int32)
 
 
 def _open_digits(split: str, dir: str, root: str) -> ArraySource:
@@ -150,51 +103,6 @@ def _open_digits(split: str, dir: str, root: str) -> ArraySource:
     return ArraySource(images, digits.target[rows].astype(np.int32), num_classes=10)
 
 
-def _open_arrays(split: str, dir: str, root: str) -> ArraySource:
-    """`<split>_images` uint8 `[n, H, W, 3]` and `<split>_labels` `[n]` of an .npz file."""
-    del dir
-    path = pathlib.Path(root).expanduser()
-    if not root or not path.is_file():
-        raise ValueError(
-            f"data.name='arrays' needs an .npz file with train_images, train_labels, "
-            f"...; got {root!r} (--config.data.root)"
-        )
-    try:
-        # Loading a pickled object may run code, and arrays of numbers need no pickling.
-        with np.load(path, allow_pickle=False) as file:
-            keys = list(file)
-            wanted = {f"{split}_images", *(k for k in keys if k.endswith("_labels"))}
-            arrays = {key: file[key] for key in keys if key in wanted}
-    except (ValueError, TypeError, OSError, EOFError, BadZipFile, zlib.error) as error:
-        raise ValueError(
-            f"cannot read {path} as .npz: {error} (--config.data.root)"
-        ) from None
-    splits = sorted(k.removesuffix("_images") for k in keys if k.endswith("_images"))
-    pick_split(split, [s for s in splits if f"{s}_labels" in keys])
-    images, labels = arrays[f"{split}_images"], arrays[f"{split}_labels"]
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
-        raise ValueError(
-            f"{path}: {split}_images is {images.dtype} {images.shape}; "
-            "expected uint8 [n, H, W, 3]"
-        )
-    if labels.shape != images.shape[:1] or not np.issubdtype(labels.dtype, np.integer):
-        raise ValueError(
-            f"{path}: {split}_labels is {labels.dtype} {labels.shape}; "
-            f"expected integers [{len(images)}]"
-        )
-    # Of all splits, so that train and test agree on the number of classes.
-    every = {s: arrays[f"{s}_labels"] for s in splits if f"{s}_labels" in keys}
-    num_classes = 1 + int(max(part.max(initial=0) for part in every.values()))
-    for name, part in every.items():
-        wrong = np.flatnonzero(part < 0)
-        if len(wrong):
-            raise ValueError(
-                f"{path}: label {part[wrong[0]]} of {name} image {wrong[0]} is out of "
-                "range; allowed: 0 and above (--config.data.root)"
-            )
-    return ArraySource(images, labels.astype(np.int32), num_classes)
-
-
 def _open_synthetic(split: str, dir: str, root: str) -> SyntheticSource:
     del dir, root
     pick_split(split, list(SYNTHETIC_EXAMPLES))
@@ -205,7 +113,7 @@ def _open_synthetic(split: str, dir: str, root: str) -> SyntheticSource:
 # data.name -> what opens it. All other names are TFDS's.
 SOURCES: dict[str, Opener] = {
     "digits": _open_digits,
-    "arrays": _open_arrays,
-    "folder": _open_folder,
+    "arrays": open_arrays,
+    "folder": open_folder,
     "synthetic": _open_synthetic,
 }

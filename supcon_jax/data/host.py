@@ -20,7 +20,14 @@ import numpy as np
 import tensorflow as tf
 
 from supcon_jax.data import autoaugment
-from supcon_jax.data.sources import PADDING, READERS, Encoded, Source
+from supcon_jax.data.sources import (
+    PADDING,
+    READERS,
+    UNLABELLED,
+    Encoded,
+    Source,
+    check_label,
+)
 from supcon_jax.data.views import TENSORFLOW_CROP, Augmentation
 
 Batch = dict[str, np.ndarray]
@@ -60,7 +67,8 @@ def batches(
 
     Yields:
       `{"image": uint8 [rows, *shape], "label": int32 [rows], "id": int32 [rows, 2],
-      "mask": float32 [rows]}`; of padding, image and label are zero.
+      "mask": float32 [rows]}`; of padding, image and label are zero. The label of an
+      image that has none is `UNLABELLED`.
 
     Raises:
       ValueError: an example cannot be decoded and the source does not skip such
@@ -207,7 +215,8 @@ def _read_encoded(source: Source, rows, steps) -> Iterator[tuple]:
             )
             yield (
                 np.asarray(images, object),
-                np.asarray(labels, np.int32),
+                # A number that int32 cannot hold is refused below, as it was read.
+                np.clip(labels, UNLABELLED, np.iinfo(np.int32).max).astype(np.int32),
                 np.asarray(orientations, np.int32),
                 index != PADDING,
                 ids,
@@ -215,15 +224,13 @@ def _read_encoded(source: Source, rows, steps) -> Iterator[tuple]:
 
 
 def _check_labels(source: Source, batch: Batch) -> None:
-    """Refuses labels outside `[0, num_classes)`, naming the first such example."""
+    """Refuses labels that no class has, naming the first such example."""
     labels = batch["label"]
-    wrong = np.flatnonzero((labels < 0) | (labels >= source.num_classes))
-    if len(wrong):
-        name = source.name(batch["id"][wrong[0], 1])
-        raise ValueError(
-            f"label {labels[wrong[0]]} of {name} is out of range; allowed: 0 to "
-            f"{source.num_classes - 1} (--config.data.name)"
-        )
+    for row in np.flatnonzero(labels >= source.num_classes)[:1]:
+        index = int(batch["id"][row, 1])
+        known = source.images is not None
+        label = labels[row] if known else source.read(index).label
+        check_label(source, index, int(label))
 
 
 def _diagnose(source: Source, rows: tuple[np.ndarray, np.ndarray]) -> dict[int, str]:
@@ -252,7 +259,8 @@ def _reason(image: bytes, error: tf.errors.OpError) -> str:
 def decode(encoded: tf.Tensor, orientation: tf.Tensor) -> tf.Tensor:
     """RGB `[H, W, 3]` uint8 of a JPEG, PNG, WebP, BMP or GIF (its first frame).
 
-    Grey, palette and CMYK images become RGB, an alpha channel is dropped.
+    Grey, palette and CMYK images become RGB, an alpha channel is dropped. Where this
+    differs from what Pillow shows, `images.for_tensorflow` has seen to it before.
 
     Args:
       encoded: the bytes.

@@ -112,7 +112,7 @@ def eval_batches(
 
     Yields:
       This process's rows of `{"image": uint8 [B, 1, S, S, 3], "label": int32 [B],
-      "mask": float32 [B]}`; the mask is 1 exactly once for every example that can be
+      "mask": float32 [B]}`; the label is below 0 where there is none, the mask is 1 exactly once for every example that can be
       decoded.
 
     Raises:
@@ -203,7 +203,23 @@ def load_small(source: Source, image_size: int) -> Source:
         source.num_classes,
         source.class_names,
         source.unreadable,
+        source.notes,
     )
+
+
+def check_same_size(train: Source, evaluation: Source) -> None:
+    """Refuses two splits in memory whose images have different sizes."""
+    if train.images is not None and evaluation.images is not None:
+        one, other = (
+            "x".join(map(str, source.images.shape[1:3]))
+            for source in (train, evaluation)
+            if source.images is not None
+        )
+        if one != other:
+            raise ValueError(
+                f"the training images are {one} and those of evaluation {other}; bring "
+                "them to one size (--config.data.root, --config.data.eval_split)"
+            )
 
 
 def check_image_size(source: Source, image_size: int) -> None:
@@ -211,9 +227,12 @@ def check_image_size(source: Source, image_size: int) -> None:
     if source.images is not None:
         height, width = source.images.shape[1:3]
         if (height, width) != (image_size, image_size):
+            fix = f"set --config.data.image_size={height}"
+            if height != width:
+                fix = "images in memory must be square: crop or pad them first"
             raise ValueError(
                 f"data.image_size is {image_size} but the images are {height}x{width}; "
-                f"set --config.data.image_size={height}"
+                f"{fix}"
             )
 
 

@@ -8,30 +8,35 @@ fetched without touching those before it.
 from __future__ import annotations
 
 import dataclasses
-import io
 import logging
 import os
-import struct
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import ClassVar, NamedTuple, Protocol, Self
+from typing import Any, ClassVar, NamedTuple, Protocol, Self
 
 import numpy as np
 
+from supcon_jax.data.images import for_tensorflow
+
 logger = logging.getLogger(__name__)
+# The label of an image that has none.
+UNLABELLED = -1
 # The label of an example whose record has not been read yet.
-UNREAD = -1
+UNREAD = np.iinfo(np.int32).min
+# Labels that only the records know are read at the start up to this size of a split.
+READ_AT_START_BYTES = 2**30
 # The index of a row in which no example stands: it pads a batch, or its image cannot be
 # decoded.
 PADDING = -1
 # Threads that read files; Python's lock is free while they wait for the disk.
 READERS = 16
-# The EXIF tag that says how a camera was held.
-ORIENTATION = 0x0112
 
 
 class Encoded(NamedTuple):
-    """An encoded image, its label, and how to turn it upright (EXIF, 1..8)."""
+    """An encoded image, its label, and how to turn it upright (EXIF, 1..8).
+
+    A label below 0 says that the image has none.
+    """
 
     image: bytes
     label: int
@@ -77,15 +82,18 @@ class Source(Protocol):
     an example. Images in memory need no new kind: they are an `ArraySource`.
 
     Attributes:
-      labels: `[n]` int32 in `[0, num_classes)`; `UNREAD` where only `read` knows it.
+      labels: `[n]` int32 in `[0, num_classes)`; `UNLABELLED` where an image has none,
+        `UNREAD` where only `read` knows it.
       num_classes: number of classes C.
-      class_names: names of the classes, where the dataset has some.
+      class_names: names of the classes, where the dataset has some; where its own ids
+        are not 0 to C - 1, those ids.
       images: `[n, H, W, 3]` uint8 of a source held in memory; None where `read` has
         each image encoded.
       image_shape: `(H, W, 3)` of encoded images, with None where they differ.
       synthetic: the source has no examples at all. Noise stands for images and labels,
         and nothing is read.
       unreadable: the images that cannot be decoded.
+      notes: what a run should say of it at its start.
     """
 
     __dataclass_fields__: ClassVar[dict[str, dataclasses.Field]]
@@ -96,11 +104,24 @@ class Source(Protocol):
     image_shape: tuple[int | None, ...] = (None, None, 3)
     synthetic: bool = False
     unreadable: Unreadable
+    notes: tuple[str, ...] = ()
 
     @property
     def num_examples(self) -> int:
         """Examples in the split."""
         return len(self.labels)
+
+    @property
+    def num_unlabelled(self) -> int | None:
+        """Examples without a label; None where not all labels are known."""
+        if UNREAD in self.labels:
+            return None
+        return int(np.sum(self.labels < 0))
+
+    @property
+    def num_bytes(self) -> int | None:
+        """What reading all encoded examples reads; None where that is not known."""
+        return None
 
     def take_rows(self, rows: np.ndarray) -> Self:
         """The examples with these indices, in this order."""
@@ -130,8 +151,7 @@ class ArraySource(Source):
 
     Attributes:
       images: `[n, H, W, 3]` uint8.
-      labels: `[n]` int32, in `[0, num_classes)`.
-      num_classes, class_names, unreadable: see `Source`.
+      labels, num_classes, class_names, unreadable, notes: see `Source`.
     """
 
     images: np.ndarray
@@ -139,6 +159,7 @@ class ArraySource(Source):
     num_classes: int
     class_names: tuple[str, ...] = ()
     unreadable: Unreadable = dataclasses.field(default_factory=Unreadable)
+    notes: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,7 +170,7 @@ class FileSource(Source):
       paths: `[n]` strings.
       labels: `[n]` int32.
       class_names: folder names, in the order of the labels.
-      unreadable: see `Source`.
+      unreadable, notes: see `Source`.
     """
 
     images = None
@@ -157,6 +178,7 @@ class FileSource(Source):
     labels: np.ndarray
     class_names: tuple[str, ...]
     unreadable: Unreadable = dataclasses.field(default_factory=Unreadable)
+    notes: tuple[str, ...] = ()
 
     @property
     def num_classes(self) -> int:  # type: ignore[override]
@@ -171,11 +193,11 @@ class FileSource(Source):
         """An example, encoded.
 
         Raises:
-          OSError: the file cannot be read.
+          OSError: the file cannot be read, or is no image.
         """
         with open(self.paths[index], "rb") as file:
-            image = file.read()
-        return Encoded(image, int(self.labels[index]), _orientation(image))
+            image, orientation = for_tensorflow(file)
+        return Encoded(image, int(self.labels[index]), orientation)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,6 +210,7 @@ class RecordSource(Source):
       offset, length: `[n]` where its record's data begin in the file, and bytes.
       labels: `[n]` int32; `UNREAD` where only the record says it.
       num_classes, class_names, image_shape, unreadable: see `Source`.
+      image_key, label_key: names of the two in a record.
     """
 
     images = None
@@ -200,6 +223,13 @@ class RecordSource(Source):
     class_names: tuple[str, ...] = ()
     image_shape: tuple[int | None, ...] = (None, None, 3)
     unreadable: Unreadable = dataclasses.field(default_factory=Unreadable)
+    image_key: str = "image"
+    label_key: str = "label"
+
+    @property
+    def num_bytes(self) -> int:
+        """Length of all records."""
+        return int(self.length.sum())
 
     def name(self, index: int) -> str:
         """The file of an example and its place there."""
@@ -207,6 +237,25 @@ class RecordSource(Source):
 
     def read(self, index: int) -> Encoded:
         """An example, encoded; TFDS images stay as the camera held them.
+
+        Raises:
+          OSError: the file cannot be read, or the record is no such example.
+        """
+        features = self.features(index)
+        if not features[self.image_key].bytes_list.value:
+            raise OSError(f"the record has no {self.image_key!r}")
+        image, label = (
+            features[self.image_key].bytes_list.value[0],
+            int(self.labels[index]),
+        )
+        # An image without a label has none under label noise either.
+        own = features[self.label_key].int64_list.value
+        if label == UNREAD or (own and own[0] < 0):
+            label = int(own[0]) if own else UNLABELLED
+        return Encoded(image, label)
+
+    def features(self, index: int) -> Any:
+        """What the record of an example holds, by name.
 
         Raises:
           OSError: the file cannot be read, or the record is no example.
@@ -219,15 +268,11 @@ class RecordSource(Source):
                 file.fileno(), int(self.length[index]), int(self.offset[index])
             )
         try:
-            features = tf.train.Example.FromString(record).features.feature
+            return tf.train.Example.FromString(record).features.feature
         except (
             Exception
         ) as error:  # the class of protobuf's error depends on its version
             raise OSError(f"not a tf.train.Example: {error}") from None
-        label = int(self.labels[index])
-        if label == UNREAD:
-            label = int(features["label"].int64_list.value[0])
-        return Encoded(features["image"].bytes_list.value[0], label)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -247,19 +292,6 @@ class SyntheticSource(Source):
     unreadable: Unreadable = dataclasses.field(default_factory=Unreadable)
 
 
-def _orientation(image: bytes) -> int:
-    """How a camera was held (EXIF), 1 where the file does not say."""
-    if b"Exif" not in image[:4096]:
-        return 1  # thirty times faster than asking Pillow
-    from PIL import Image
-
-    try:
-        orientation = Image.open(io.BytesIO(image)).getexif().get(ORIENTATION, 1)
-    except (OSError, SyntaxError, ValueError, struct.error):
-        return 1  # if the file is broken, decoding it will say so
-    return orientation if orientation in range(1, 9) else 1
-
-
 def take_subset(source: Source, count: int, *, seed: int = 0) -> Source:
     """At most `count` examples, drawn at random, always the same ones for a seed."""
     if count >= source.num_examples:
@@ -269,14 +301,73 @@ def take_subset(source: Source, count: int, *, seed: int = 0) -> Source:
 
 
 def read_labels(source: Source) -> Source:
-    """The same source with all labels known; reads through it once where they are not."""
-    if UNREAD not in source.labels:
+    """The same source with all labels known; reads through it once where they are not.
+
+    Raises:
+      ValueError: an example cannot be read and the source does not skip such ones, or
+        its label is out of range.
+    """
+    if source.synthetic or UNREAD not in source.labels:
         return source
     logger.info("reading the labels of %s examples", f"{source.num_examples:,}")
+
+    def read(index: int) -> int | str:
+        try:
+            return source.read(index).label
+        except OSError as error:
+            return error.strerror or str(error)
+
+    labels = np.full(source.num_examples, UNLABELLED, np.int32)
     with ThreadPoolExecutor(READERS) as pool:
-        examples = pool.map(source.read, range(source.num_examples))
-        labels = np.fromiter((example.label for example in examples), np.int32)
+        for index, label in enumerate(pool.map(read, range(source.num_examples))):
+            if isinstance(label, str):
+                source.unreadable.add({source.name(index): label})
+            else:
+                check_label(source, index, label)
+                labels[index] = max(label, UNLABELLED)
     return dataclasses.replace(source, labels=labels)
+
+
+def read_labels_at_start(source: Source) -> Source:
+    """`read_labels` of a split that is read in seconds; a larger one is left as it is."""
+    size = source.num_bytes
+    if size is None or size > READ_AT_START_BYTES:
+        return source
+    return read_labels(source)
+
+
+def check_label(source: Source, index: int, label: int) -> None:
+    """Refuses a label that no class has; one below 0 says that there is none.
+
+    Raises:
+      ValueError: naming the example.
+    """
+    if label >= source.num_classes:
+        raise ValueError(
+            f"label {label} of {source.name(index)} is out of range; allowed: 0 to "
+            f"{source.num_classes - 1}, below 0 for none (--config.data.name)"
+        )
+
+
+def has_labels(source: Source) -> bool:
+    """Whether any example has a label; unread records are read up to the first that has."""
+    if source.synthetic or np.any(source.labels >= 0):
+        return True
+    if UNREAD not in source.labels:
+        return False
+    for index in range(source.num_examples):
+        try:
+            if source.read(index).label >= 0:
+                return True
+        except OSError:
+            continue  # whoever needs the image says so
+    return False
+
+
+def take_labelled(source: Source) -> Source:
+    """The examples that have a label, and those of which that is not known yet."""
+    rows = np.flatnonzero((source.labels >= 0) | (source.labels == UNREAD))
+    return source if len(rows) == source.num_examples else source.take_rows(rows)
 
 
 def take_fraction(source: Source, fraction: float, *, seed: int) -> Source:
@@ -297,7 +388,7 @@ def take_fraction(source: Source, fraction: float, *, seed: int) -> Source:
 
 
 def take_per_class(source: Source, count: int, *, seed: int) -> Source:
-    """`count` examples of every class, at random.
+    """`count` examples of every class, at random; none that have no label.
 
     Raises:
       ValueError: a class has fewer.
@@ -306,28 +397,51 @@ def take_per_class(source: Source, count: int, *, seed: int) -> Source:
     rows = []
     for label, members in enumerate(_rows_by_class(source)):
         if len(members) < count:
+            names = source.class_names
+            name = f" ({names[label]})" if label < len(names) else ""
             raise ValueError(
-                f"data.samples_per_class={count} but class {label} has "
+                f"data.samples_per_class={count} but class {label}{name} has "
                 f"{len(members)} examples (--config.data.samples_per_class)"
             )
         rows.append(np.random.default_rng((seed, label)).permutation(members)[:count])
     return source.take_rows(np.sort(np.concatenate(rows)))
 
 
-def hold_out(source: Source, fraction: float, *, seed: int) -> tuple[Source, Source]:
+def hold_out(
+    source: Source, fraction: float, *, seed: int, labels: np.ndarray | None = None
+) -> tuple[Source, Source]:
     """A training split without a random share of it, and that share.
 
     Of every class the same share is taken where labels are known without reading the
-    files; a TFDS split is divided at random.
+    files; a TFDS split is divided at random. A class that would have no training image
+    left keeps one.
+
+    Args:
+      source: a training split.
+      fraction: share to hold out.
+      seed: of the choice.
+      labels: `[n]`, what is known of them beside `source.labels`.
 
     Raises:
       ValueError: one of the two would be empty.
     """
     kept, held = _split_rows(source, fraction, seed=seed)
+    labels = source.labels if labels is None else labels
+    left = np.setdiff1d(labels[held], labels[kept])
+    back = [held[labels[held] == label][0] for label in left if label >= 0]
+    if back:
+        logger.info(
+            "data.validation_fraction: %d of %d classes would have no training image "
+            "left; each keeps one",
+            len(back),
+            source.num_classes,
+        )
+        kept, held = np.union1d(kept, back), np.setdiff1d(held, back)
     if not len(kept) or not len(held):
+        why = "; a class keeps at least one training image" if back else ""
         raise ValueError(
             f"data.validation_fraction={fraction} of {source.num_examples} examples "
-            f"leaves {len(kept)} to train on and {len(held)} to evaluate "
+            f"leaves {len(kept)} to train on and {len(held)} to evaluate{why} "
             "(--config.data.validation_fraction)"
         )
     return source.take_rows(kept), source.take_rows(held)
@@ -336,13 +450,15 @@ def hold_out(source: Source, fraction: float, *, seed: int) -> tuple[Source, Sou
 def add_label_noise(source: Source, share: float, *, seed: int) -> Source:
     """Gives a share of the examples a class drawn at random from all of them.
 
-    One in C of those draws is the right class again, as in the official code.
+    One in C of those draws is the right class again, as in the official code. An image
+    without a label stays so.
     """
     if share == 0:
         return source
     rng = np.random.default_rng((seed, 1))
     chosen = rng.random(source.num_examples) < share
     drawn = rng.integers(0, source.num_classes, source.num_examples, dtype=np.int32)
+    chosen &= (source.labels >= 0) | (source.labels == UNREAD)
     return dataclasses.replace(source, labels=np.where(chosen, drawn, source.labels))
 
 
@@ -358,7 +474,7 @@ def _split_rows(
     if UNREAD in source.labels:
         groups: Iterable[np.ndarray] = [np.arange(count)]
     else:
-        groups = _rows_by_class(source)
+        groups = [*_rows_by_class(source), np.flatnonzero(source.labels < 0)]
     taken = np.zeros(count, bool)
     # How many examples are still to be taken. What rounding leaves of one class is carried
     # on to the next, so that classes with few examples count too.

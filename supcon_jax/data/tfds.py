@@ -17,21 +17,12 @@ from typing import Any
 
 import numpy as np
 
+from supcon_jax.data.names import pick_split
 from supcon_jax.data.sources import READERS, UNREAD, RecordSource
 
 logger = logging.getLogger(__name__)
 TFDS_HOME = "~/tensorflow_datasets"
 NO_DATA_NEEDED = "configs/digits.py runs without any data"
-
-
-def pick_split(split: str, available: Sequence[str]) -> str:
-    """Refuses a split that a dataset does not have."""
-    if split not in available:
-        raise ValueError(
-            f"unknown split {split!r}; available: {', '.join(available)} "
-            "(--config.data.train_split, --config.data.eval_split)"
-        )
-    return split
 
 
 def import_tensorflow() -> Any:

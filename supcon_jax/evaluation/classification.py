@@ -14,19 +14,20 @@ from supcon_jax.losses.cross_entropy import cross_entropy_loss
 def classification_sums(
     logits: jax.Array, labels: jax.Array, mask: jax.Array
 ) -> dict[str, jax.Array]:
-    """Sums over one batch: hits at 1 and 5, cross-entropy, and examples.
+    """Sums over one batch: hits at 1 and 5, cross-entropy, and labelled examples.
 
     An example is a hit at k when fewer than k classes have a logit above its label's;
     equal logits share the place, each of n classes tied for it counting 1/n of a hit.
 
     Args:
       logits: `[B, C]`.
-      labels: `[B]` integers.
+      labels: `[B]` integers; an example with one below 0 has none and does not count.
       mask: `[B]`, 1 for examples and 0 for padding.
 
     Returns:
       Scalars "top1", "top5", "loss" and "num_examples".
     """
+    mask = jnp.where(labels >= 0, mask, 0)
     own = jnp.take_along_axis(logits, labels[:, None], axis=-1)
     # Not `logits > own`: logits that are not numbers must count as misses.
     above = jnp.sum(~(logits <= own), axis=-1)
@@ -40,11 +41,19 @@ def classification_sums(
 
 
 def summarize(sums: Iterable[dict[str, jax.Array]]) -> dict[str, float]:
-    """Means over a split from the sums of its batches, as `eval/*` metrics."""
+    """Means over a split from the sums of its batches, as `eval/*` metrics.
+
+    Raises:
+      ValueError: no example has a label and could be read.
+    """
     total: dict[str, float] = {}
     for batch in sums:
         for name, value in batch.items():
             total[name] = total.get(name, 0.0) + float(np.asarray(value, np.float64))
-    count = total.pop("num_examples")
+    count = total.pop("num_examples", 0.0)
+    if not count:
+        raise ValueError(
+            "no image of the evaluation split has a label (--config.data.eval_split)"
+        )
     means = {f"eval/{name}": value / count for name, value in total.items()}
     return means | {"eval/num_examples": round(count)}

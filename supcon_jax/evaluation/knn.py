@@ -31,6 +31,13 @@ def _predict(
     return jnp.argmax(jnp.einsum("qk,qkc->qc", weights, votes), axis=-1)
 
 
+def _labelled(
+    embeddings: np.ndarray, labels: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    embeddings, labels = np.asarray(embeddings), np.asarray(labels)
+    return embeddings[labels >= 0], labels[labels >= 0]
+
+
 def knn_accuracy(
     bank: np.ndarray,
     bank_labels: np.ndarray,
@@ -47,17 +54,21 @@ def knn_accuracy(
     The k nearest bank embeddings by cosine vote with weight `exp(cos / temperature)`.
 
     Args:
-      bank: `[n, D]` embeddings of labelled examples.
-      bank_labels: `[n]` integers.
+      bank: `[n, D]` embeddings to compare with.
+      bank_labels: `[n]` integers. Here and among the queries, examples with a label
+        below 0 have none and are left out.
       queries: `[q, D]` embeddings to classify.
       query_labels: `[q]` integers.
-      k: neighbours; at most n are used.
+      k: neighbours; at most those that there are.
       temperature: of the weights.
       num_classes: number of classes C.
       chunk: queries that are compared with the bank at a time.
 
     Returns:
       Accuracy in [0, 1].
+
+    Raises:
+      ValueError: no example of the bank, or no query, has a label.
 
     Example:
       >>> import numpy as np
@@ -67,6 +78,14 @@ def knn_accuracy(
 
     Source: Wu et al., arXiv 1805.01978, section 3.4.
     """
+    bank, bank_labels = _labelled(bank, bank_labels)
+    queries, query_labels = _labelled(queries, query_labels)
+    if not len(bank) or not len(queries):
+        raise ValueError(
+            f"kNN has {len(bank)} labelled images to compare with and {len(queries)} to "
+            "classify (--config.data.train_split, --config.data.eval_split, or no kNN: "
+            "--config.knn.bank=0)"
+        )
     unit_bank, labels_of_bank = (
         l2_normalize(jnp.asarray(bank)),
         jnp.asarray(bank_labels),

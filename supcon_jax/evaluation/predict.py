@@ -72,7 +72,10 @@ class Predictor:
     def embed(
         self, variables: Any, source: Source, *, label: str = "embedding"
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Embeddings `[n, D]` and labels `[n]` of all examples, in order."""
+        """Embeddings `[n, D]` and labels `[n]` of all examples, in order.
+
+        A label below 0 says that an example has none.
+        """
         embeddings, labels = [], []
         for batch in self._batches(source, label):
             part, part_labels, mask = jax.device_get(
@@ -88,7 +91,7 @@ class Predictor:
         """`eval/top1`, `eval/top5`, `eval/loss` and `eval/num_examples`.
 
         Raises:
-          ValueError: there is no head.
+          ValueError: there is no head, or no example has a label.
         """
         step = self._classify
         if step is None:

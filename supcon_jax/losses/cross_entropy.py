@@ -57,24 +57,33 @@ def cross_entropy_of_views(
     label_smoothing: float = 0.0,
     axis_name: str | tuple[str, ...] | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Mean cross-entropy over images and views, and top-1 accuracy.
+    """Mean cross-entropy over labelled images and their views, and top-1 accuracy.
 
     Args:
       logits: `[B, V, C]`.
-      labels: `[B]` integers, or `[B, C]` shares of the classes in each image.
+      labels: `[B]` integers, or `[B, C]` shares of the classes in each image. Images
+        with a label below 0, or whose shares do not sum to 1 (mixed with one), have no
+        label and do not count.
       label_smoothing: see `cross_entropy_loss`.
       axis_name: inside `jax.shard_map`, the mesh axis over which the batch is split.
 
     Returns:
-      A scalar and `{"top1": scalar}`, over the whole batch, the same on every device.
+      A scalar and `{"top1": scalar}`, over the whole batch, the same on every device; 0
+      where no image has a label.
     """
     views = logits.shape[1]
     logits = logits.reshape(-1, logits.shape[-1])
     labels = jnp.repeat(labels, views, axis=0)
     losses = cross_entropy_loss(logits, labels, label_smoothing=label_smoothing)
     if labels.ndim == 2:
+        labelled = jnp.sum(labels, axis=-1) > 1 - 1e-4
         labels = jnp.argmax(labels, axis=-1)  # of a mixture, the larger part
-    hits = jnp.argmax(logits, axis=-1) == labels
-    count = psum(jnp.float32(len(losses)), axis_name)
-    loss, top1 = (psum(jnp.sum(x), axis_name) / count for x in (losses, hits))
+    else:
+        labelled = labels >= 0
+    hits = labelled & (jnp.argmax(logits, axis=-1) == labels)
+    losses = jnp.where(labelled, losses, 0.0)
+    count = psum(jnp.sum(labelled.astype(jnp.float32)), axis_name)
+    loss, top1 = (
+        psum(jnp.sum(x), axis_name) / jnp.maximum(count, 1) for x in (losses, hits)
+    )
     return loss, {"top1": top1}

@@ -91,6 +91,8 @@ def draw(config: ConfigDict, out: pathlib.Path, *, rows: int) -> None:
     for row in range(rows):
         label = int(labels[row])
         name = names[label] if label < len(names) else str(label)
+        if label < 0:
+            name = "no label"
         for column, image in enumerate([whole[row], *views[row]]):
             axis = axes[row, column]
             axis.imshow(image, interpolation="nearest")

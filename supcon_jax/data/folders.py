@@ -1,0 +1,184 @@
+"""Folders of image files, one folder a class."""
+
+from __future__ import annotations
+
+import collections
+import logging
+import os
+import pathlib
+
+import numpy as np
+
+from supcon_jax.data.names import TRAIN, find_split, is_split
+from supcon_jax.data.sources import FileSource
+
+logger = logging.getLogger(__name__)
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+# What notebooks, file managers and network disks leave behind is no data.
+HIDDEN_PREFIXES = (".", "@")
+HIDDEN_NAMES = ("__MACOSX",)
+
+
+def open_folder(split: str, dir: str, root: str) -> FileSource:
+    """`root/<split>/<class>/...` or, for the split "train" alone, `root/<class>/...`.
+
+    Splits go by any of their usual names (`names.find_split`), and both may lie one
+    folder further down. Links are followed, but not in circles.
+
+    Raises:
+      ValueError: one line that says what is missing there.
+    """
+    del dir
+    path = pathlib.Path(root).expanduser()
+    if not root or not path.is_dir():
+        raise ValueError(
+            f"data.name='folder' needs a folder of images; got {root!r} "
+            "(--config.data.root)"
+        )
+    path = _find_root(path)
+    folders = _folders(path)
+    if not _has_train(folders):
+        if folders and all(map(is_split, folders)):
+            raise ValueError(
+                f"{path} has {', '.join(folders)} and no folder 'train' "
+                "(--config.data.root)"
+            )
+        if split.lower() not in TRAIN:
+            parent = ""
+            if is_split(path.name) and _has_train(_folders(path.parent)):
+                parent = f", or give {path.parent} (--config.data.root)"
+            raise ValueError(
+                f"{path} has no folder 'train', so its folders are the classes and "
+                f"there is no split {split!r}; hold a share out with "
+                f"--config.data.validation_fraction=0.1{parent}"
+            )
+        return _image_folder(path, _class_names(path))
+    train, path = path / find_split("train", folders), path / find_split(split, folders)
+    class_names = _class_names(train)
+    foreign = sorted(set(_class_names(path)) - set(class_names))
+    if foreign:
+        raise ValueError(
+            f"{path} has the class {foreign[0]!r}, which {train} "
+            "lacks (--config.data.root)"
+        )
+    return _image_folder(path, class_names)
+
+
+def _find_root(path: pathlib.Path) -> pathlib.Path:
+    """Where the splits or classes are: there, or in the only folder that there is."""
+    found, folders = path, _folders(path)
+    while len(folders) == 1 and not is_split(folders[0]) and not _images_in(found):
+        inner = found / folders[0]
+        below = _folders(inner)
+        if _images_in(inner) or not below:
+            break  # a class
+        found, folders = inner, below
+    if found == path or (len(folders) == 1 and not _has_train(folders)):
+        return path
+    logger.info("taking the images of %s, the only folder in %s", found, path)
+    return found
+
+
+def _has_train(folders: list[str]) -> bool:
+    return any(name.lower() in TRAIN for name in folders)
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith(HIDDEN_PREFIXES) or name in HIDDEN_NAMES
+
+
+def _is_image(name: str) -> bool:
+    return name.lower().endswith(IMAGE_SUFFIXES) and not _is_hidden(name)
+
+
+def _entries(path: pathlib.Path) -> list[pathlib.Path]:
+    try:
+        return sorted(p for p in path.iterdir() if not _is_hidden(p.name))
+    except OSError as error:
+        raise _unreadable(error) from None
+
+
+def _folders(path: pathlib.Path) -> list[str]:
+    return [entry.name for entry in _entries(path) if entry.is_dir()]
+
+
+def _images_in(path: pathlib.Path) -> int:
+    return sum(_is_image(p.name) and not p.is_dir() for p in _entries(path))
+
+
+def _unreadable(error: OSError) -> ValueError:
+    return ValueError(
+        f"cannot read {error.filename}: {error.strerror} (--config.data.root)"
+    )
+
+
+def _class_names(path: pathlib.Path) -> list[str]:
+    names = _folders(path)
+    if not names:
+        raise ValueError(
+            f"{path} holds no folders; expected one folder of images a class "
+            "(--config.data.root)"
+        )
+    return names
+
+
+def _image_folder(path: pathlib.Path, class_names: list[str]) -> FileSource:
+    paths, labels = [], []
+    left_alone: collections.Counter[str] = collections.Counter()
+    for label, name in enumerate(class_names):
+        if not (path / name).is_dir():
+            continue  # a class of train of which this split has no images
+        files, others = _files(path / name)
+        if not files:
+            raise ValueError(
+                f"class folder {path / name} holds no images "
+                f"({', '.join(IMAGE_SUFFIXES)}){_listed('; it has ', others)}; remove it "
+                "or fill it (--config.data.root)"
+            )
+        left_alone += others
+        paths += files
+        labels += [label] * len(files)
+    if beside := _images_in(path):
+        left_alone["images beside the folders of the classes"] += beside
+    return FileSource(
+        np.asarray(paths),
+        np.asarray(labels, np.int32),
+        tuple(class_names),
+        notes=(f"{path}{_listed(': left alone ', left_alone)}",) if left_alone else (),
+    )
+
+
+def _listed(words: str, counts: collections.Counter[str]) -> str:
+    """`3 .heic, 1 .txt` after some words; nothing where there are none."""
+    parts = [f"{count:,} {what}" for what, count in counts.most_common()]
+    return words + ", ".join(parts) if parts else ""
+
+
+def _files(folder: pathlib.Path) -> tuple[list[str], collections.Counter[str]]:
+    """The images below a folder, in order, and what else is there by its suffix."""
+    images: list[str] = []
+    others: collections.Counter[str] = collections.Counter()
+
+    def identity(path: str | pathlib.Path) -> tuple[int, int]:
+        found = os.stat(path)
+        return found.st_dev, found.st_ino
+
+    def refuse(error: OSError) -> None:
+        raise _unreadable(error)
+
+    # A link to a folder that is above or was seen would go in circles.
+    seen = {identity(above) for above in (folder, *folder.absolute().parents)}
+    for where, folders, files in os.walk(folder, followlinks=True, onerror=refuse):
+        visible = sorted(name for name in folders if not _is_hidden(name))
+        folders.clear()
+        for name in visible:
+            this = identity(os.path.join(where, name))
+            if this not in seen:
+                seen.add(this)
+                folders.append(name)
+        for name in files:
+            if _is_image(name):
+                images.append(os.path.join(where, name))
+            elif not _is_hidden(name):
+                others[pathlib.PurePath(name).suffix.lower() or "without a suffix"] += 1
+    return sorted(images), others
