@@ -24,7 +24,7 @@ _WORKDIR = flags.DEFINE_string(
 def main(_: list[str]) -> None:
     """Runs the mode that the config names; a refusal is one line and exit code 2."""
     # Imported here, so that --help and mistakes in flags answer at once.
-    from supcon_jax import parallel
+    from supcon_jax import hosts
     from supcon_jax.cli import one_line_errors
     from supcon_jax.linear_eval import linear_eval
     from supcon_jax.logs import setup_logging
@@ -38,7 +38,7 @@ def main(_: list[str]) -> None:
             raise ValueError(
                 f"got mode={mode!r}; allowed: {', '.join(modes)} (--config.mode)"
             )
-        parallel.initialize()
+        hosts.initialize()
         setup_logging()
         modes[mode](config, _WORKDIR.value or default_workdir())
 

@@ -1,4 +1,4 @@
-"""One mesh over all devices, global batches, and what processes need.
+"""One mesh over all devices, and global batches.
 
 Every array is global: the batch is split over the mesh axis "data", everything else
 is replicated. `jax.jit` inserts the collectives, so the same step runs on one CPU and
@@ -8,7 +8,6 @@ on a pod.
 from __future__ import annotations
 
 import collections
-import importlib.util
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -23,32 +22,6 @@ DATA_AXIS = "data"
 GROUP_AXIS = "group"  # beside it, where neighbouring devices form groups
 
 PyTree = Any
-
-
-def initialize() -> None:
-    """Joins the processes of a multi-host job; does nothing on a single machine.
-
-    On Cloud TPU (libtpu is installed) JAX finds the other hosts by itself. Elsewhere a
-    job is multi-host when `JAX_COORDINATOR_ADDRESS`, `JAX_NUM_PROCESSES` and
-    `JAX_PROCESS_ID` are set. Must run before the first JAX computation.
-    """
-    names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-    given = [name for name in names if name in os.environ]
-    if len(given) == len(names):
-        address, num_processes, process_id = (os.environ[name] for name in names)
-        jax.distributed.initialize(
-            address, num_processes=int(num_processes), process_id=int(process_id)
-        )
-    elif given:
-        missing = [name for name in names if name not in given]
-        raise ValueError(
-            f"got the environment variable {given[0]} without {', '.join(missing)}; "
-            "a multi-host job needs all three, a single host none"
-        )
-    elif importlib.util.find_spec("libtpu") and "cpu" not in (
-        jax.config.jax_platforms or ""  # type: ignore[attr-defined]  # set at run time
-    ):
-        jax.distributed.initialize()
 
 
 def create_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:

@@ -20,6 +20,7 @@ LAYERS = {
     "supcon_jax.metrics": 0,
     "supcon_jax.data": 1,
     "supcon_jax.parallel": 1,
+    "supcon_jax.hosts": 1,
     "supcon_jax.logs": 1,
     "supcon_jax.cli": 1,
     "supcon_jax.stop": 1,

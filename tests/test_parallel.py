@@ -1,6 +1,4 @@
-"""The mesh, global arrays, and what several processes need."""
-
-import importlib.util
+"""The mesh and global arrays."""
 
 import jax
 import numpy as np
@@ -77,56 +75,3 @@ def test_prefetch_reads_ahead_by_its_size():
     assert taken == [0, 1, 2]
     next(out)
     assert taken == [0, 1, 2, 3]
-
-
-# --- initialize ---
-
-NAMES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-
-
-@pytest.fixture
-def joined(monkeypatch):
-    """Calls of jax.distributed.initialize, which does nothing here."""
-    calls = []
-    monkeypatch.setattr(
-        jax.distributed, "initialize", lambda *a, **k: calls.append((a, k))
-    )
-    for name in NAMES:
-        monkeypatch.delenv(name, raising=False)
-    return calls
-
-
-def test_a_single_machine_joins_nothing(joined):
-    parallel.initialize()
-    assert joined == []
-
-
-def test_three_variables_join_a_job(joined, monkeypatch):
-    for name, value in zip(NAMES, ("host:1234", "4", "2"), strict=True):
-        monkeypatch.setenv(name, value)
-    parallel.initialize()
-    assert joined == [(("host:1234",), {"num_processes": 4, "process_id": 2})]
-
-
-def test_incomplete_variables_are_refused(joined, monkeypatch):
-    monkeypatch.setenv("JAX_NUM_PROCESSES", "2")
-    with pytest.raises(ValueError, match="JAX_COORDINATOR_ADDRESS, JAX_PROCESS_ID"):
-        parallel.initialize()
-    assert joined == []
-
-
-@pytest.mark.parametrize(
-    ("platforms", "libtpu", "joins"),
-    [(None, True, True), ("cpu", True, False), (None, False, False)],
-)
-def test_cloud_tpu_is_found_by_libtpu(joined, monkeypatch, platforms, libtpu, joins):
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name: name if libtpu else None
-    )
-
-    class Config:
-        jax_platforms = platforms
-
-    monkeypatch.setattr(jax, "config", Config())
-    parallel.initialize()
-    assert joined == ([((), {})] if joins else [])
