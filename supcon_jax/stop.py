@@ -39,8 +39,8 @@ class StopRequests(contextlib.AbstractContextManager):
         """Takes the signals over."""
         if threading.current_thread() is threading.main_thread():
             # In a job of several processes JAX listens for SIGTERM, and tells the others.
-            signals = [signal.SIGINT]
-            signals += [signal.SIGTERM] if jax.process_count() == 1 else []
+            joined = jax.distributed.is_initialized()
+            signals = [signal.SIGINT] if joined else [signal.SIGINT, signal.SIGTERM]
             for number in signals:
                 self._handlers[number] = signal.signal(number, self._handle)
         return self
@@ -55,7 +55,7 @@ class StopRequests(contextlib.AbstractContextManager):
         if self._asked and number == signal.SIGINT:
             raise KeyboardInterrupt("interrupted twice: nothing more was saved")
         self._asked = True
-        if jax.process_count() > 1:
+        if jax.distributed.is_initialized():
             os.kill(os.getpid(), signal.SIGTERM)  # as if this process was preempted
         elif self._interruptible:
             self._interruptible = False
@@ -63,7 +63,7 @@ class StopRequests(contextlib.AbstractContextManager):
 
     def due(self, step: int) -> bool:
         """Whether the run should stop after this step; all processes hear the same."""
-        if jax.process_count() == 1:
+        if not jax.distributed.is_initialized():
             return self._asked
         from jax.experimental import multihost_utils
 
@@ -72,7 +72,7 @@ class StopRequests(contextlib.AbstractContextManager):
     @contextlib.contextmanager
     def interruptible(self) -> Iterator[None]:
         """Inside, a signal raises `Stopped` at once (in a job of one process)."""
-        if self._asked and jax.process_count() == 1:
+        if self._asked and not jax.distributed.is_initialized():
             raise Stopped
         self._interruptible = True
         try:
