@@ -339,6 +339,7 @@ def apply_policy(
             fold_in(seed, 0),
             strength=augmentation.jitter_strength,
             probability=augmentation.jitter_probability,
+            kind=augmentation.jitter_kind,
         )
     if augmentation.policy == "auto_augment":
         return autoaugment.auto_augment(view, fold_in(seed, 1))
