@@ -149,7 +149,7 @@ def get_config() -> ConfigDict:
 
     config.knn = ConfigDict()  # online evaluation of the embeddings
     config.knn.bank = 50_000  # training images to compare with; 0: no kNN
-    config.knn.k = 20  # neighbours
+    config.knn.k = 20  # neighbours; ours, the cited paper has 200 (evaluation/knn.py)
     config.knn.temperature = 0.07  # of their weights
 
     return config.lock()
