@@ -56,11 +56,14 @@ def get_config() -> ConfigDict:
     # What follows happens in this order, after crop and flip.
     config.augment.jitter_strength = 0.5  # s of colour jitter; 0: none
     config.augment.jitter_probability = 0.8  # share of views that are jittered
+    # "torchvision": brightness is scaled | "tensorflow": it is added to (docs/data.md)
+    config.augment.jitter_kind = "torchvision"
     config.augment.policy = "none"  # "none" | "auto_augment" | "rand_augment"
     config.augment.rand_augment_layers = 2  # operations a view
     config.augment.rand_augment_magnitude = 10.0  # of each, 0 to 10
     config.augment.grayscale_probability = 0.2  # share of views without colour
     config.augment.blur_probability = 0.0  # share of views that are blurred
+    config.augment.blur_border = "grey"  # outside the image: "grey" | "edge", repeated
     config.augment.extra = ()  # in the step, last: "cutout"
     config.augment.mixup_alpha = 0.0  # cross-entropy: of Beta(alpha, alpha); 0: none
     config.augment.cutmix_alpha = 0.0  # likewise; both: each image draws one of them
@@ -146,7 +149,7 @@ def get_config() -> ConfigDict:
 
     config.knn = ConfigDict()  # online evaluation of the embeddings
     config.knn.bank = 50_000  # training images to compare with; 0: no kNN
-    config.knn.k = 20  # neighbours
+    config.knn.k = 20  # neighbours; ours, the cited paper has 200 (evaluation/knn.py)
     config.knn.temperature = 0.07  # of their weights
 
     return config.lock()
@@ -185,6 +188,9 @@ def set_augmentation(config, name: str, *, strength: float = 1.0, blur: bool = T
 def set_imagenet(config, encoder: str, augmentation: str, *, batch_size: int):
     """Data, encoder and batch of the ImageNet configs.
 
+    Where the augmentation jitters colours, it does so as TensorFlow does: the official
+    code asks for torchvision's jitter on CIFAR-10 alone.
+
     Args:
       config: the config to change.
       encoder: a ResNet's name.
@@ -199,6 +205,7 @@ def set_imagenet(config, encoder: str, augmentation: str, *, batch_size: int):
     config.data.eval_resize = 256
     config.augment.crop_area = (0.08, 1.0)
     set_augmentation(config, augmentation)
+    config.augment.jitter_kind = "tensorflow"
     config.encoder.name = encoder
     config.encoder.dtype = "auto"
 
@@ -248,9 +255,13 @@ def set_official_linear(config):
 def set_moco(config, *, batch_size: int):
     """ImageNet and SGD as MoCo v2 has them, with crops and flips, both stages.
 
+    Jitter and blur, where a config turns them on, are torchvision's and Pillow's.
+
     Source: github.com/facebookresearch/moco, main_moco.py and main_lincls.py.
     """
     set_imagenet(config, "resnet50", "identity", batch_size=batch_size)
+    config.augment.jitter_kind = "torchvision"
+    config.augment.blur_border = "edge"
     config.data.mean = (0.485, 0.456, 0.406)
     config.data.std = (0.229, 0.224, 0.225)
     config.optimizer.name = "momentum"

@@ -8,7 +8,8 @@ Hardware: 8 V100 in MoCo.
 Time: not measured here. Expected: 79.1 % top-1 (section 4.1) if the assumptions hold,
 not measured here.
 Source: github.com/facebookresearch/moco, main_lincls.py.
-Known difference: the classifier starts from Glorot's initialiser, not N(0, 0.01).
+Known differences: the classifier starts from Glorot's initialiser, not N(0, 0.01); those
+of the encoder are in docs/recipes.md.
 """
 
 from configs import common

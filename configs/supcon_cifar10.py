@@ -15,8 +15,10 @@ own account. Not measured here.
 
 Source: github.com/HobbitLong/SupContrast, README and main_supcon.py at 66a8fe5;
 google-research/supcon, scripts/supcon_cifar10_resnet50.sh.
-Known differences: docs/recipes.md. BatchNorm sees the images of one device, 128 x 2
-views in both sources: on one GPU `--config.microbatch_size=128` does the same.
+Known differences: docs/recipes.md. BatchNorm sees what one device has. In the TensorFlow
+code that is both views of 128 images, so on one GPU `--config.microbatch_size=128` does
+the same. In the PyTorch code each of 8 GPUs has one view of 256 images, which `:pytorch`
+does not reproduce.
 """
 
 from configs import common

@@ -13,6 +13,8 @@ this is a reconstruction:
 - unknown: the length (200 epochs is MoCo v2's, our assumption), the scale of the loss
   (1 here), BatchNorm (here over the global batch, where MoCo shuffles the keys between
   GPUs), the linear stage (see linear_queue_r50.py).
+The resizing, the max-pool and the initialisers are this program's, not MoCo's:
+docs/recipes.md.
 
 Hardware: 8 V100 in the paper.
 Time: not measured here. Expected: 79.1 % linear top-1 if the assumptions hold, not

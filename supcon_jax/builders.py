@@ -87,11 +87,13 @@ def build_view_augmentation(config: ConfigDict) -> Augmentation:
         flip=options.flip,
         jitter_strength=options.jitter_strength,
         jitter_probability=options.jitter_probability,
+        jitter_kind=options.jitter_kind,
         policy=options.policy,
         layers=options.rand_augment_layers,
         magnitude=options.rand_augment_magnitude,
         grayscale_probability=options.grayscale_probability,
         blur_probability=options.blur_probability,
+        blur_border=options.blur_border,
         extra=tuple(options.extra),
     )
 

@@ -1,6 +1,5 @@
-"""Augmentations against colorsys, Pillow and loops; their randomness by statistics."""
+"""Augmentations against loops; their randomness by statistics."""
 
-import colorsys
 import dataclasses
 import functools
 import itertools
@@ -10,10 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from PIL import Image, ImageEnhance
+from PIL import Image, ImageFilter
 
-from supcon_jax.data import augment
+from supcon_jax.data import augment, color
 from supcon_jax.data.views import Augmentation
+from tests.photos import photo
 
 RNG = np.random.default_rng(0)
 IMAGE = RNG.uniform(size=(6, 5, 3)).astype(np.float32)
@@ -129,130 +129,6 @@ def test_flip_mirrors_left_to_right_half_of_the_time():
     mirrored = np.all(out == IMAGE[:, ::-1], axis=(1, 2, 3))
     assert np.all(mirrored | np.all(out == IMAGE, axis=(1, 2, 3)))
     assert_share(mirrored, 0.5)
-
-
-# --- colour ---
-
-
-def test_grayscale_is_the_luma():
-    expected = IMAGE @ np.array([0.299, 0.587, 0.114])
-    out = augment.to_grayscale(IMAGE)
-    np.testing.assert_allclose(out, np.repeat(expected[..., None], 3, -1), rtol=1e-6)
-
-
-@pytest.mark.parametrize("factor", [0.0, 0.3, 1.7])
-@pytest.mark.parametrize(
-    ("adjust", "enhancer"),
-    [
-        (augment.adjust_brightness, ImageEnhance.Brightness),
-        (augment.adjust_contrast, ImageEnhance.Contrast),
-        (augment.adjust_saturation, ImageEnhance.Color),
-    ],
-)
-def test_factors_equal_pillow(adjust, enhancer, factor):
-    """Pillow rounds the grey it blends with, and the result, to integers."""
-    pixels = RNG.integers(0, 256, size=(7, 9, 3), dtype=np.uint8)
-    expected = np.asarray(enhancer(Image.fromarray(pixels)).enhance(factor), float)
-    out = adjust(pixels.astype(np.float32) / 255, factor)
-    np.testing.assert_allclose(out, expected / 255, atol=2.01 / 255)
-    assert out.min() >= 0 and out.max() <= 1
-
-
-@pytest.mark.parametrize("factor", [0.0, 0.4, 1.8])
-def test_factors_equal_their_formulas(factor):
-    luma = IMAGE.astype(np.float64) @ np.array([0.299, 0.587, 0.114])
-    for adjust, other in [
-        (augment.adjust_brightness, 0.0),
-        (augment.adjust_contrast, luma.mean()),
-        (augment.adjust_saturation, luma[..., None]),
-    ]:
-        expected = np.clip(factor * IMAGE + (1 - factor) * other, 0, 1)
-        np.testing.assert_allclose(adjust(IMAGE, factor), expected, atol=1e-6)
-
-
-@pytest.mark.parametrize("shift", [-0.5, -0.1, 0.07, 1 / 3, 0.9])
-def test_hue_equals_colorsys(shift):
-    corners = np.array(list(itertools.product([0.0, 0.5, 1.0], repeat=3)))
-    pixels = np.concatenate([corners, RNG.uniform(size=(200, 3))])
-    expected = []
-    for rgb in pixels:
-        hue, saturation, value = colorsys.rgb_to_hsv(*rgb)
-        expected.append(colorsys.hsv_to_rgb((hue + shift) % 1.0, saturation, value))
-    out = augment.adjust_hue(jnp.asarray(pixels, jnp.float32)[None], shift)[0]
-    np.testing.assert_allclose(out, expected, atol=2e-6)
-
-
-def test_identities():
-    for adjust in (
-        augment.adjust_brightness,
-        augment.adjust_contrast,
-        augment.adjust_saturation,
-    ):
-        np.testing.assert_allclose(adjust(IMAGE, 1.0), IMAGE, atol=1e-6)
-    np.testing.assert_allclose(augment.adjust_hue(IMAGE, 0.0), IMAGE, atol=1e-6)
-    np.testing.assert_allclose(augment.adjust_hue(IMAGE, 1.0), IMAGE, atol=2e-6)
-
-
-def drawn_jitter(strength):
-    """Factors `[n, 4]` (the last is the hue's shift) and places `[n, 4]`."""
-    draw = functools.partial(augment.draw_jitter, strength=strength)
-    factors, shift, place = jax.jit(jax.vmap(draw))(KEYS)
-    return np.concatenate([factors, shift[:, None]], axis=1), np.asarray(place)
-
-
-def test_jitter_factors_and_order():
-    factors, places = drawn_jitter(strength=0.5)
-    for position in range(3):
-        assert_uniform(factors[:, position], 0.6, 1.4)
-    assert_uniform(factors[:, 3], -0.1, 0.1)
-    correlation = np.corrcoef(factors.T) - np.eye(4)
-    assert np.abs(correlation).max() < 0.1  # drawn apart
-    found, counts = np.unique(places, axis=0, return_counts=True)
-    assert {tuple(p) for p in found} == set(itertools.permutations(range(4)))
-    assert counts.min() > len(KEYS) / 24 / 2
-
-
-def test_jitter_factors_are_never_negative():
-    factors, _ = drawn_jitter(strength=2.0)
-    for position in range(3):
-        assert_uniform(factors[:, position], 0.0, 2.6)
-
-
-def test_jitter_is_its_operations_one_after_the_other():
-    """In each of the 24 orders, the four functions called in that order."""
-    operations = (
-        augment.adjust_brightness,
-        augment.adjust_contrast,
-        augment.adjust_saturation,
-        augment.adjust_hue,
-    )
-    apply = jax.jit(augment.apply_jitter)
-    outcomes = set()
-    for place in itertools.permutations(range(4)):
-        factors, shift = np.array([1.3, 0.5, 1.4], np.float32), np.float32(0.13)
-        expected = jnp.asarray(IMAGE)
-        for turn in range(4):
-            which = place.index(turn)
-            expected = operations[which](expected, [*factors, shift][which])
-        got = apply(IMAGE, augment.Jitter(factors, shift, np.asarray(place)))
-        np.testing.assert_allclose(got, expected, atol=2e-6)
-        outcomes.add(np.round(np.asarray(got), 4).tobytes())
-    assert len(outcomes) >= 12  # the order matters
-
-
-def test_jitter_applies_the_operations():
-    """A grey image knows brightness only; the rest must leave it alone."""
-    grey = jnp.full((2, 2, 3), 0.3)
-    jitter = functools.partial(augment.color_jitter, strength=0.5)
-    out = np.asarray(jax.jit(jax.vmap(jitter, in_axes=(0, None)))(KEYS, grey))
-    np.testing.assert_allclose(out, out[:, :1, :1, :1] + 0 * out, atol=1e-6)
-    assert_uniform(out[:, 0, 0, 0] / 0.3, 0.6, 1.4)
-    # The hue of one flat colour is turned by the shift, whatever else happens.
-    color = jnp.broadcast_to(jnp.array([0.4, 0.3, 0.25]), (2, 2, 3))
-    out = np.asarray(jax.jit(jax.vmap(jitter, in_axes=(0, None)))(KEYS, color))
-    hue = np.array([colorsys.rgb_to_hsv(*pixel)[0] for pixel in out[:, 0, 0]])
-    before = colorsys.rgb_to_hsv(0.4, 0.3, 0.25)[0]
-    assert_uniform((hue - before + 0.5) % 1.0 - 0.5, -0.1, 0.1)
 
 
 # --- batches ---
@@ -380,9 +256,9 @@ def test_blur_probability(probability):
 def test_the_choices_of_a_view_are_drawn_apart(monkeypatch):
     """Flipped views are not those that are jittered, nor those without colour."""
     monkeypatch.setattr(
-        augment,
+        color,
         "apply_jitter",
-        lambda image, jitter: jnp.where(jitter.factors[0] == 1, image, 1 - image),
+        lambda image, jitter, kind: jnp.where(jitter.factors[0] == 1, image, 1 - image),
     )
     compiled.cache_clear()
     pixels = np.zeros((500, 1, 1, 2, 3), np.uint8)
@@ -428,27 +304,89 @@ def test_normalize():
 # --- blur ---
 
 
+@pytest.mark.parametrize("border", ["grey", "edge"])
 @pytest.mark.parametrize("sigma", [0.1, 0.7, 2.0])
-@pytest.mark.parametrize("shape", [(32, 32), (21, 40), (1, 1), (9, 3)])
-def test_blur_equals_a_convolution_loop(shape, sigma):
-    """Zeros outside; the side of the kernel is a tenth of the height, made odd."""
+@pytest.mark.parametrize("shape", [(32, 32), (21, 40), (1, 1), (9, 3), (64, 2)])
+def test_blur_equals_a_convolution_loop(shape, sigma, border):
+    """The side of the kernel is a tenth of the height, made odd."""
     image = RNG.uniform(size=(*shape, 3))
     radius = shape[0] // 10 // 2
     weights = np.exp(-0.5 * (np.arange(-radius, radius + 1) / sigma) ** 2)
     weights /= weights.sum()
-    padded = np.pad(image, ((radius, radius), (radius, radius), (0, 0)))
+    around = ((radius, radius), (radius, radius), (0, 0))
+    if border == "grey":
+        padded = np.pad(image, around, constant_values=0.5)
+    else:
+        padded = np.pad(image, around, mode="edge")
     expected = np.zeros_like(image)
     for i, j in itertools.product(range(2 * radius + 1), repeat=2):
         part = padded[i : i + shape[0], j : j + shape[1]]
         expected += weights[i] * weights[j] * part
-    got = augment.gaussian_blur(jnp.asarray(image, jnp.float32), jnp.float32(sigma))
+    got = augment.gaussian_blur(
+        jnp.asarray(image, jnp.float32), jnp.float32(sigma), border=border
+    )
     np.testing.assert_allclose(got, expected, atol=1e-6)
+
+
+def test_blur_does_not_darken_the_border():
+    """The outermost row at 224 px and sigma 2, as the official code blurs it.
+
+    Its mean goes from 0.903 to 0.740 there; with black outside it would be 0.537.
+    """
+    image = jnp.full((224, 224, 3), 0.903)
+    blur = jax.jit(augment.gaussian_blur, static_argnames="border")
+    grey = np.asarray(blur(image, jnp.float32(2.0), border="grey"))
+    edge = np.asarray(blur(image, jnp.float32(2.0), border="edge"))
+    assert abs(grey[0].mean() - 0.740) < 1e-3
+    black = grey[0].mean() - 0.5 * (0.903 - grey[0].mean()) / (0.903 - 0.5)
+    assert abs(black - 0.537) < 1e-3
+    np.testing.assert_allclose(edge, 0.903, atol=1e-6)
+    # Away from the border nothing depends on what lies outside.
+    noise = jnp.asarray(RNG.uniform(size=(224, 224, 3)), jnp.float32)
+    inner = (slice(11, -11), slice(11, -11))
+    one, two = (
+        np.asarray(blur(noise, jnp.float32(2.0), border=border))[inner]
+        for border in ("grey", "edge")
+    )
+    np.testing.assert_allclose(one, two, atol=1e-6)
+
+
+def test_an_edge_blur_is_nearly_pillows():
+    """Pillow's kernel is three boxes, which is why the two are not equal."""
+    image = photo(side=224)
+    picture = Image.fromarray((255 * image).round().astype(np.uint8))
+    blur = jax.jit(augment.gaussian_blur, static_argnames="border")
+    for sigma in (0.5, 1.0, 1.9):
+        theirs = np.asarray(picture.filter(ImageFilter.GaussianBlur(sigma)), np.float32)
+        ours = 255 * np.asarray(blur(image, jnp.float32(sigma), border="edge"))
+        change = np.abs(ours - theirs)
+        assert change.mean() < 1 and change[[0, -1]].mean() < 1, (sigma, change.mean())
+        grey = 255 * np.asarray(blur(image, jnp.float32(sigma), border="grey"))
+        assert np.abs(grey - theirs)[[0, -1]].mean() > 5
+
+
+def test_an_unknown_border_is_refused():
+    with pytest.raises(ValueError, match="border='black'; allowed: grey, edge"):
+        augment.gaussian_blur(IMAGE, jnp.float32(1.0), border="black")
+
+
+@pytest.mark.parametrize("option", ["jitter_kind", "blur_border"])
+def test_kind_and_border_arrive_at_the_view(option):
+    values = {
+        "jitter_kind": ("torchvision", "tensorflow"),
+        "blur_border": ("grey", "edge"),
+    }[option]
+    images = RNG.integers(0, 256, size=(4, 1, 30, 30, 3), dtype=np.uint8)
+    switches = {"jitter_strength": 1.0, "blur_probability": 1.0}
+    one, two = (augmented(images, IDS, **switches, **{option: v}) for v in values)
+    assert np.abs(one - two).max() > 0.01
 
 
 def test_blur_at_imagenet_size_has_a_kernel_of_23():
     image = np.zeros((224, 224, 3), np.float32)
     image[112, 100] = 1
-    out = np.asarray(augment.gaussian_blur(image, jnp.float32(2.0)))[..., 0]
+    blurred = augment.gaussian_blur(image, jnp.float32(2.0), border="edge")
+    out = np.asarray(blurred)[..., 0]
     rows, columns = np.nonzero(out)
     assert (rows.min(), rows.max(), columns.min(), columns.max()) == (101, 123, 89, 111)
     np.testing.assert_allclose(out.sum(), 1, rtol=1e-6)

@@ -222,8 +222,10 @@ IN_STEP = {
     "augment.flip": (True, {}),
     "augment.jitter_strength": (0.25, JITTER),
     "augment.jitter_probability": (0.3, JITTER),
+    "augment.jitter_kind": ("tensorflow", JITTER),
     "augment.grayscale_probability": (0.2, {}),
     "augment.blur_probability": (0.5, {}),
+    "augment.blur_border": ("edge", {"augment.blur_probability": 0.5}),
     "augment.extra": (("cutout",), {}),
     "augment.mixup_alpha": (0.2, CROSS_ENTROPY),
     "augment.cutmix_alpha": (1.0, CROSS_ENTROPY),
@@ -461,6 +463,8 @@ def test_host_augmentation_keys(tmp_path):
     # Jitter comes before a policy, so it moves to the host with it.
     jitter = first(**{"augment.policy": "rand_augment"}, **JITTER)
     assert not np.array_equal(jitter, rand)
+    tensorflow = {"augment.policy": "rand_augment", "augment.jitter_kind": "tensorflow"}
+    assert not np.array_equal(first(**tensorflow, **JITTER), jitter)
     np.testing.assert_array_equal(first(**JITTER), none)
 
 

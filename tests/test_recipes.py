@@ -62,6 +62,8 @@ def has_effect(key, flat):
         "loss.label_smoothing": not contrastive,
         "augment.jitter_strength": flat["augment.jitter_probability"] > 0,
         "augment.jitter_probability": flat["augment.jitter_probability"] > 0,
+        "augment.jitter_kind": flat["augment.jitter_probability"] > 0,
+        "augment.blur_border": flat["augment.blur_probability"] > 0,
         "augment.grayscale_probability": flat["augment.grayscale_probability"] > 0,
         "augment.rand_augment_layers": flat["augment.policy"] == "rand_augment",
         "augment.rand_augment_magnitude": flat["augment.policy"] == "rand_augment",
@@ -353,6 +355,57 @@ def test_the_default_is_a_variant_with_a_name(stem):
     if stem.endswith(("r50", "r101", "r200")):
         first = "batch_256" if "queue" in stem else "official_2022"
         assert recipe(f"{stem}:{first}") == recipe(stem)
+
+
+# Which jitter, and what lies outside a blurred image, wherever a recipe has them.
+JITTER_AND_BLUR = {
+    "supcon_r200": ("tensorflow", "grey"),
+    "linear_r200": ("tensorflow", "grey"),
+    "simclr_r50": ("tensorflow", "grey"),
+    "linear_r50:simclr": ("tensorflow", "grey"),
+    "cross_entropy_r200": ("tensorflow", "grey"),
+    "supcon_r101:paper": ("tensorflow", "grey"),
+    "linear_r101:paper": ("tensorflow", "grey"),
+    "supcon_queue_r50": ("torchvision", "edge"),
+    "supcon_cifar10:official_2022": ("torchvision", None),
+    "cross_entropy_cifar10:official_2022": ("torchvision", None),
+    "supcon_cifar10:pytorch": ("torchvision", None),
+    "supcon_r50": (None, None),
+    "supcon_r101": (None, None),
+    "linear_queue_r50": (None, None),
+}
+
+
+@pytest.mark.parametrize("name", JITTER_AND_BLUR)
+def test_jitter_and_blur_are_those_of_the_source(name):
+    found = recipe(name)
+    kind, border = JITTER_AND_BLUR[name]
+    assert found.get("augment.jitter_kind") == kind
+    assert found.get("augment.blur_border") == border
+
+
+@pytest.mark.parametrize("stem, variant", RECIPES)
+def test_a_source_has_one_jitter_on_imagenet(stem, variant):
+    """Also where a recipe without jitter is given one by an override."""
+    options = load(stem, variant)
+    official = options.data.name == "imagenet2012" and "queue" not in stem
+    assert (options.augment.jitter_kind == "tensorflow") == official
+    assert (options.augment.blur_border == "edge") == ("queue" in stem)
+
+
+def test_the_papers_first_version():
+    """Batch 8192, 700 epochs, temperature 0.07; all else is the default variant's."""
+    first = load("supcon_r50", "paper_v1")
+    assert (first.batch_size, first.epochs) == (8192, 700)
+    assert first.loss.temperature == 0.07
+    assert scaled_learning_rate(first) == pytest.approx(12.8)
+    assert int(steps(first)) == 109_474
+    assert first.eval_every == first.checkpoint_every == 1563  # ten epochs
+    stated = {"batch_size": 8192, "epochs": 700.0, "loss.temperature": 0.07}
+    assert recipe("supcon_r50:paper_v1") == recipe("supcon_r50") | stated
+    linear = load_named(first.next_config)
+    assert linear.pretrained == "runs/supcon_r50_paper_v1"
+    assert recipe("linear_r50:paper_v1") == recipe("linear_r50") | {"batch_size": 8192}
 
 
 @pytest.mark.parametrize("name", ["supcon_r50", "supcon_r50:official_2020"])

@@ -76,11 +76,13 @@ def test_every_key_of_the_config_is_an_option():
         "flip": False,
         "jitter_strength": 0.35,
         "jitter_probability": 0.45,
+        "jitter_kind": "tensorflow",
         "policy": "rand_augment",
         "rand_augment_layers": 3,
         "rand_augment_magnitude": 7.0,
         "grayscale_probability": 0.15,
         "blur_probability": 0.25,
+        "blur_border": "edge",
         "extra": ("cutout",),
     }
     mixing = {"mixup_alpha", "cutmix_alpha"}

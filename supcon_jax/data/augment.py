@@ -9,16 +9,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from supcon_jax.data.views import TORCHVISION_CROP, Augmentation
+from supcon_jax.data.color import color_jitter, to_grayscale
+from supcon_jax.data.views import BLUR_BORDERS, TORCHVISION_CROP, Augmentation
 
-# Weights of red, green and blue in the luma (ITU-R BT.601).
-LUMA = (0.299, 0.587, 0.114)
 # The number of the random stream of Mixup and CutMix. A view's own augmentation uses
 # other keys, so that the two are drawn apart.
 MIXING_STREAM = 1000
@@ -104,176 +102,68 @@ def random_flip(key: jax.Array, image: jax.Array) -> jax.Array:
     return jnp.where(jax.random.bernoulli(key), image[:, ::-1], image)
 
 
-def luma(image: jax.Array, axis: int = -1) -> jax.Array:
-    """The luma of images, with a last axis of length 1 (or a first one: axis=0)."""
-    red, green, blue = jnp.split(image, 3, axis=axis)
-    return LUMA[0] * red + LUMA[1] * green + LUMA[2] * blue
-
-
-def to_grayscale(image: jax.Array) -> jax.Array:
-    """The luma of an image `[H, W, 3]`, in all three channels."""
-    return jnp.broadcast_to(luma(image), image.shape)
-
-
-def _blend(image: jax.Array, other: jax.Array, factor: jax.Array) -> jax.Array:
-    return jnp.clip(other + factor * (image - other), 0.0, 1.0)
-
-
-def adjust_brightness(image: jax.Array, factor: jax.Array) -> jax.Array:
-    """Scales all values: `clip(factor x)`."""
-    return _blend(image, jnp.zeros((), image.dtype), factor)
-
-
-def adjust_contrast(image: jax.Array, factor: jax.Array) -> jax.Array:
-    """Scales the distance to the mean luma: `clip(m + factor (x - m))`."""
-    return _blend(image, jnp.mean(luma(image)), factor)
-
-
-def adjust_saturation(image: jax.Array, factor: jax.Array) -> jax.Array:
-    """Scales the distance to the pixel's luma: `clip(l + factor (x - l))`."""
-    return _blend(image, luma(image), factor)
-
-
-def adjust_hue(image: jax.Array, shift: jax.Array, axis: int = -1) -> jax.Array:
-    """Turns the hue of the HSV colour by `shift` (1 is the whole circle)."""
-    red, green, blue = jnp.split(image, 3, axis=axis)
-    largest = jnp.maximum(jnp.maximum(red, green), blue)
-    smallest = jnp.minimum(jnp.minimum(red, green), blue)
-    chroma = largest - smallest
-    per_chroma = 1.0 / jnp.where(chroma > 0, chroma, 1.0)
-    sixth = jnp.where(
-        largest == red,
-        (green - blue) * per_chroma,
-        jnp.where(
-            largest == green,
-            2 + (blue - red) * per_chroma,
-            4 + (red - green) * per_chroma,
-        ),
-    )
-    # Colour n of (5, 3, 1) at hue h: V - C max(0, min(k, 4 - k, 1)), k = (n + h) mod 6.
-    turned = sixth + 6 * shift
-    channels = []
-    for number in (5.0, 3.0, 1.0):
-        k = turned + number
-        k = k - 6.0 * jnp.floor(k / 6.0)
-        falloff = jnp.clip(jnp.minimum(k, 4 - k), 0.0, 1.0)
-        channels.append(largest - chroma * falloff)
-    return jnp.concatenate(channels, axis=axis)
-
-
-class Jitter(NamedTuple):
-    """What a colour jitter does to one view.
-
-    Attributes:
-      factors: `[3]`, of brightness, contrast and saturation.
-      shift: of the hue.
-      place: `[4]`: the position (0..3) in the order of brightness, contrast, saturation
-        and hue.
-    """
-
-    factors: jax.Array
-    shift: jax.Array
-    place: jax.Array
-
-
-def draw_jitter(key: jax.Array, *, strength: float) -> Jitter:
-    """Draws factors in `[max(0, 1 - 0.8 s), 1 + 0.8 s]`, a hue in +-0.2 s, an order."""
-    draws = jax.random.uniform(key, (8,))
-    low, high = max(0.0, 1 - 0.8 * strength), 1 + 0.8 * strength
-    order = draws[4:]
-    place = jnp.sum(order[:, None] > order, axis=1)
-    return Jitter(
-        low + (high - low) * draws[:3], 0.2 * strength * (2 * draws[3] - 1), place
-    )
-
-
-def apply_jitter(image: jax.Array, jitter: Jitter) -> jax.Array:
-    """The four operations in the jitter's order, clipped to [0, 1] after each.
-
-    There are no branches, since under vmap all of them would run at all four positions
-    (ten times the work). Brightness, contrast and saturation are one blend,
-    `clip(o + f (x - o))` with o zero, the mean luma or the luma. Three blends come before
-    the hue and three after it. The factor of a blend is 1, which changes nothing, if the
-    order has its operation on the other side of the hue.
-    """
-    factors, shift, place = jitter
-    hue_place = place[3]
-    # The operation (0, 1, 2) that is j-th among the three blends.
-    rank = place[:3] - (place[:3] > hue_place)
-    chosen = jnp.argsort(rank)
-
-    def blends(image: jax.Array, before: bool) -> jax.Array:
-        for position in range(3):
-            here = (position < hue_place) == before
-            which = chosen[position]
-            factor = jnp.where(here, factors[which], 1.0)
-            grey = luma(image, axis=0)
-            other = jnp.where(which == 2, grey, 0.0)
-            other = other + jnp.where(which == 1, jnp.mean(grey), 0.0)
-            image = _blend(image, other, factor)
-        return image
-
-    # Channels first takes half the time on a CPU.
-    image = jnp.moveaxis(image, -1, 0)
-    image = blends(adjust_hue(blends(image, True), shift, axis=0), False)
-    return jnp.moveaxis(image, 0, -1)
-
-
-def color_jitter(
-    key: jax.Array, image: jax.Array, *, strength: float, probability: float = 1.0
+def gaussian_blur(
+    image: jax.Array, sigma: jax.Array, *, border: str = "grey"
 ) -> jax.Array:
-    """Changes brightness, contrast, saturation and hue in random order.
-
-    With s the strength: factors uniform in `[max(0, 1 - 0.8 s), 1 + 0.8 s]`, the hue
-    shift in `[-0.2 s, 0.2 s]`; values are clipped to [0, 1] after each operation. With
-    probability 1 - p nothing changes.
-
-    Source: Chen et al., arXiv 2002.05709, appendix A.
-    """
-    jitter_key, chance_key = jax.random.split(key)
-    jitter = draw_jitter(jitter_key, strength=strength)
-    if probability < 1:
-        # Factors that change nothing cost less than choosing between two images.
-        some = jax.random.bernoulli(chance_key, probability)
-        factors = jnp.where(some, jitter.factors, 1.0)
-        jitter = jitter._replace(factors=factors, shift=jitter.shift * some)
-    return apply_jitter(image, jitter)
-
-
-def gaussian_blur(image: jax.Array, sigma: jax.Array) -> jax.Array:
     """Blurs an image `[H, W, 3]` with a Gaussian of standard deviation `sigma` pixels.
 
-    The kernel is cut off at a side of H // 10, made odd (23 at 224 pixels), and outside
-    the image there are zeros, as in the official code. The blur is two products with
-    banded matrices: accelerators are fastest at these, and a CPU takes a seventh of the
-    time of a convolution channel by channel.
+    The kernel is cut off at a side of H // 10, made odd (23 at 224 pixels). The blur is two
+    products with banded matrices: accelerators are fastest at these, and a CPU takes a
+    seventh of the time of a convolution channel by channel.
 
-    Source: Chen et al., arXiv 2002.05709, appendix A; google-research/simclr, data_util.
+    Args:
+      image: `[H, W, 3]` in [0, 1].
+      sigma: standard deviation in pixels.
+      border: what lies outside the image. "grey": 0.5 everywhere, as in the official code,
+        which blurs pixels in [-1, 1] and fills with zeros. "edge": the nearest pixel of
+        the image, as in Pillow's blur. (Pillow makes its kernel of three boxes, which
+        differs a little from a Gaussian.)
+
+    Raises:
+      ValueError: there is no such border.
+
+    Source: Chen et al., arXiv 2002.05709, appendix A; google-research/supcon,
+    preprocessing.py; facebookresearch/moco, moco/loader.py.
     """
+    if border not in BLUR_BORDERS:
+        raise ValueError(f"got border={border!r}; allowed: {', '.join(BLUR_BORDERS)}")
+    outside = 0.5 if border == "grey" else 0.0
     radius = (image.shape[0] // 10) // 2
     offsets = jnp.arange(-radius, radius + 1)
-    total = jnp.sum(jnp.exp(-0.5 * (offsets / sigma) ** 2))
+    kernel = jnp.exp(-0.5 * (offsets / sigma) ** 2)
+    total = jnp.sum(kernel)
 
     def band(size: int) -> jax.Array:
-        distance = jnp.arange(size)[:, None] - jnp.arange(size)
+        pixels = jnp.arange(size)
+        distance = pixels[:, None] - pixels
         weights = jnp.exp(-0.5 * (distance / sigma) ** 2) / total
-        return jnp.where(jnp.abs(distance) <= radius, weights, 0.0)
+        weights = jnp.where(jnp.abs(distance) <= radius, weights, 0.0)
+        if border == "grey":
+            return weights
+        # The weights of all pixels before the first count for the first, likewise the last.
+        reached = pixels[:, None] + offsets
+        before = jnp.sum(jnp.where(reached < 0, kernel, 0.0), axis=1) / total
+        after = jnp.sum(jnp.where(reached >= size, kernel, 0.0), axis=1) / total
+        weights = weights + before[:, None] * (pixels == 0)
+        return weights + after[:, None] * (pixels == size - 1)
 
-    return jnp.einsum(
+    blurred = jnp.einsum(
         "yi,ijc,xj->yxc",
         band(image.shape[0]).astype(image.dtype),
-        image,
+        image - outside,
         band(image.shape[1]).astype(image.dtype),
         precision=jax.lax.Precision.HIGHEST,
     )
+    return blurred + outside
 
 
-def random_blur(key: jax.Array, image: jax.Array) -> jax.Array:
+def random_blur(key: jax.Array, image: jax.Array, *, border: str = "grey") -> jax.Array:
     """`gaussian_blur` with sigma uniform in [0.1, 2].
 
     Drawn for every view; the official code on TPU drew one sigma for a core's batch.
     """
-    return gaussian_blur(image, jax.random.uniform(key, (), minval=0.1, maxval=2.0))
+    sigma = jax.random.uniform(key, (), minval=0.1, maxval=2.0)
+    return gaussian_blur(image, sigma, border=border)
 
 
 def _maybe(key: jax.Array, probability: float, new: jax.Array, old: jax.Array):
@@ -318,12 +208,13 @@ def augment_view(
             image,
             strength=options.jitter_strength,
             probability=options.jitter_probability,
+            kind=options.jitter_kind,
         )
     if options.grayscale_probability > 0:
         grey = to_grayscale(image)
         image = _maybe(gray_key, options.grayscale_probability, grey, image)
     if options.blur_probability > 0:
-        blurred = random_blur(blur_key, image)
+        blurred = random_blur(blur_key, image, border=options.blur_border)
         image = _maybe(some_key, options.blur_probability, blurred, image)
     for number, name in enumerate(options.extra):
         extra_key = jax.random.fold_in(key, EXTRA_STREAM + number)

@@ -301,8 +301,9 @@ def crop_and_augment(
     """V random views `[V, S, S, 3]` of one decoded image `[H, W, 3]`, all uint8.
 
     Every choice is a function of (seed, epoch, index, view). The crop is drawn as
-    `views.TENSORFLOW_CROP` says and resized bilinearly, without antialiasing, as in the
-    official code. Then comes the flip and the policy, with the jitter before it.
+    `views.TENSORFLOW_CROP` says and resized bilinearly, without antialiasing. Unlike the
+    official code, pixel centres lie at halves and values are rounded (docs/data.md). Then
+    comes the flip and the policy, with the jitter before it.
 
     Args:
       image: `[H, W, 3]`.
@@ -347,6 +348,7 @@ def apply_policy(
             fold_in(seed, 0),
             strength=augmentation.jitter_strength,
             probability=augmentation.jitter_probability,
+            kind=augmentation.jitter_kind,
         )
     if augmentation.policy == "auto_augment":
         return autoaugment.auto_augment(view, fold_in(seed, 1))
@@ -363,7 +365,11 @@ def apply_policy(
 def central_crop(
     image: tf.Tensor, identity: tf.Tensor, *, image_size: int, resize: int
 ) -> tf.Tensor:
-    """The evaluation crop `[1, S, S, 3]`: short side to `resize`, then the centre."""
+    """The evaluation crop `[1, S, S, 3]`: short side to `resize`, then the centre.
+
+    The official code truncates where this rounds, and its centre is half a pixel further
+    if the rest is odd (docs/data.md).
+    """
     del identity
     shape = tf.cast(tf.shape(image)[:2], tf.float32)
     target = tf.cast(tf.round(shape * resize / tf.reduce_min(shape)), tf.int32)

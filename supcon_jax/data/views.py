@@ -45,6 +45,15 @@ TORCHVISION_CROP = CropSpec(attempts=10)
 TENSORFLOW_CROP = CropSpec(attempts=100, least_covered=0.1)
 
 
+# How brightness, contrast and saturation are jittered; `color.apply_jitter` has the
+# formulas. torchvision's is that of the authors' PyTorch code, of MoCo and of the authors'
+# TensorFlow code on CIFAR-10; on ImageNet the latter has TensorFlow's.
+JITTER_KINDS = ("torchvision", "tensorflow")
+# What a blur takes for the pixels outside the image: mid-grey as in the authors' TensorFlow
+# code, or the nearest pixel of the image as in Pillow, which MoCo uses.
+BLUR_BORDERS = ("grey", "edge")
+
+
 @dataclasses.dataclass(frozen=True)
 class Augmentation:
     """What is done at random to a view; the defaults are crop and flip alone.
@@ -54,10 +63,12 @@ class Augmentation:
       flip: mirror with probability 1/2.
       jitter_strength: s of the colour jitter; 0: none.
       jitter_probability: share of the views that are jittered.
+      jitter_kind: a name in `JITTER_KINDS`.
       policy: "none", "auto_augment" or "rand_augment".
       layers, magnitude: of RandAugment.
       grayscale_probability: share of the views that lose their colour.
       blur_probability: share of the views that are blurred.
+      blur_border: a name in `BLUR_BORDERS`.
       extra: names in `augment.TRANSFORMS`, applied last and in this order.
     """
 
@@ -65,11 +76,13 @@ class Augmentation:
     flip: bool = True
     jitter_strength: float = 0.0
     jitter_probability: float = 0.8
+    jitter_kind: str = "torchvision"
     policy: str = "none"
     layers: int = 2
     magnitude: float = 10.0
     grayscale_probability: float = 0.0
     blur_probability: float = 0.0
+    blur_border: str = "grey"
     extra: tuple[str, ...] = ()
 
     @property

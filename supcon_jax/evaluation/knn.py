@@ -76,7 +76,9 @@ def knn_accuracy(
       >>> knn_accuracy(x, np.arange(3), x, np.arange(3), k=1, num_classes=3)
       1.0
 
-    Source: Wu et al., arXiv 1805.01978, section 3.4.
+    Source: Wu et al., arXiv 1805.01978, section 3.4: the weights and their temperature.
+    There k is 200, with all of ImageNet in the bank. 20 is our choice: a small bank has
+    fewer than 200 images of a class, and the other neighbours could only vote wrongly.
     """
     bank, bank_labels = _labelled(bank, bank_labels)
     queries, query_labels = _labelled(queries, query_labels)
