@@ -30,10 +30,12 @@ def get_config() -> ConfigDict:
     config.project = "supcon_jax"  # where a tracker files the run
 
     config.data = ConfigDict()
-    # "digits" | "arrays" | "folder" | "synthetic" | a TFDS name, "cifar10:3.0.2"
+    # "digits" | "arrays" | "folder" | "synthetic" | a TFDS name, "cifar10:3.0.2", "a/config"
     config.data.name = "digits"
     config.data.dir = ""  # TFDS data directory; "": TFDS's default, downloading
     config.data.root = ""  # "arrays": path of the .npz file; "folder": of the folder
+    config.data.image_key = "image"  # TFDS: name of the feature that is the image
+    config.data.label_key = "label"  # TFDS: of the one that is the class; "": no labels
     config.data.train_split = "train"
     config.data.eval_split = "test"
     config.data.validation_fraction = 0.0  # evaluate on this share of train instead

@@ -125,6 +125,7 @@ def _is_scale(value: str) -> bool:
 
 
 _TEXT = Rule(lambda value: True, "any text")
+_NAME = Rule(lambda value: bool(value), "any name")
 _FLAG = Rule(lambda value: isinstance(value, bool), "True, False")
 
 # Every key with its default and the values it may take. Registries check names of their
@@ -149,6 +150,8 @@ KEYS: dict[str, Key] = {
     "data.name": Key("digits", _TEXT),
     "data.dir": Key("", _TEXT, free=True),
     "data.root": Key("", _TEXT, free=True),
+    "data.image_key": Key("image", _NAME),
+    "data.label_key": Key("label", _TEXT),
     "data.train_split": Key("train", _TEXT),
     "data.eval_split": Key("test", _TEXT),
     "data.validation_fraction": Key(0.0, _number(0, 0.99)),

@@ -165,6 +165,8 @@ def open_sources(config: ConfigDict) -> tuple[Source, Source]:
             split,
             dir=data.dir,
             root=data.root,
+            image_key=data.image_key,
+            label_key=data.label_key,
             skip_errors=data.skip_errors,
         )
         return load_small(source, data.image_size)

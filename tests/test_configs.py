@@ -307,6 +307,8 @@ ELSEWHERE = {
     "data.name": "test_configs.py::test_data_keys",
     "data.dir": "test_configs.py::test_data_keys",
     "data.root": "test_configs.py::test_data_keys",
+    "data.image_key": "test_tfds.py::test_features_go_by_the_names_given",
+    "data.label_key": "test_tfds.py::test_features_go_by_the_names_given",
     "data.train_split": "test_configs.py::test_data_keys",
     "data.eval_split": "test_configs.py::test_data_keys",
     "data.image_size": "test_configs.py::test_data_keys",

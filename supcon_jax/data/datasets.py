@@ -35,15 +35,24 @@ Opener = Callable[[str, str, str], Source]
 
 
 def open_source(
-    name: str, split: str, *, dir: str = "", root: str = "", skip_errors: bool = False
+    name: str,
+    split: str,
+    *,
+    dir: str = "",
+    root: str = "",
+    image_key: str = "image",
+    label_key: str = "label",
+    skip_errors: bool = False,
 ) -> Source:
     """Opens one split of a dataset.
 
     Args:
       name: a key of `SOURCES`, or a TFDS name.
-      split: "train", "test", ...; TFDS slices such as "train[:90%]".
+      split: "train", "test", ...; of TFDS also slices and sums, "train[:90%]+test".
       dir: TFDS data directory; "" is TFDS's own default, downloading what it can.
       root: path of the .npz file for "arrays", of the image folder for "folder".
+      image_key, label_key: names of the two features of a TFDS dataset; "" for one
+        without labels.
       skip_errors: whether to go on without images that cannot be decoded, which the
         source then lists (`Source.unreadable`); if not, the first one is an error.
 
@@ -53,7 +62,8 @@ def open_source(
     if name in SOURCES:
         source = SOURCES[name](split, dir, root)
     else:
-        source = open_tfds(name, split, dir, built_in=tuple(SOURCES))
+        keys = {"image_key": image_key, "label_key": label_key}
+        source = open_tfds(name, split, dir, **keys, built_in=tuple(SOURCES))
     labels = _checked_labels(source)
     return dataclasses.replace(
         source, labels=labels, unreadable=Unreadable(skip=skip_errors)

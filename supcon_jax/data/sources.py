@@ -251,7 +251,7 @@ class RecordSource(Source):
         # An image without a label has none under label noise either.
         own = features[self.label_key].int64_list.value
         if label == UNREAD or (own and own[0] < 0):
-            label = int(own[0]) if own else UNLABELLED
+            label = max(int(own[0]), UNLABELLED) if own else UNLABELLED
         return Encoded(image, label)
 
     def features(self, index: int) -> Any:

@@ -6,7 +6,9 @@ index, so that any order costs the same and a resumed run starts at once.
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
+import functools
 import logging
 import os
 import pathlib
@@ -17,8 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from supcon_jax.data.names import pick_split
-from supcon_jax.data.sources import READERS, UNREAD, RecordSource
+from supcon_jax.data.names import number_labels, pick_split
+from supcon_jax.data.sources import READERS, UNLABELLED, UNREAD, RecordSource
 
 logger = logging.getLogger(__name__)
 TFDS_HOME = "~/tensorflow_datasets"
@@ -64,43 +66,80 @@ def _needs(package: str, error: ImportError) -> ValueError:
     )
 
 
+def _prepared_configs(
+    directory: pathlib.Path, name: str
+) -> dict[str, dict[str, pathlib.Path]]:
+    """Config -> its prepared versions below a TFDS directory, newest first.
+
+    A dataset without configs has one with the name "".
+    """
+    found: dict[str, dict[str, pathlib.Path]] = {}
+    for pattern in ("*/dataset_info.json", "*/*/dataset_info.json"):
+        for info in directory.joinpath(name).glob(pattern):
+            version, config = info.parent.name, ""
+            if pattern.startswith("*/*"):
+                config = info.parent.parent.name
+            if re.fullmatch(r"\d+(\.\d+)*", version):
+                found.setdefault(config, {})[version] = info.parent
+
+    def newest_first(versions: dict[str, pathlib.Path]) -> dict[str, pathlib.Path]:
+        def number(version: str) -> tuple[int, ...]:
+            return tuple(int(x) for x in version.split("."))
+
+        return {v: versions[v] for v in sorted(versions, key=number, reverse=True)}
+
+    return {config: newest_first(found[config]) for config in sorted(found)}
+
+
 def _prepared_versions(directory: pathlib.Path, name: str) -> dict[str, pathlib.Path]:
-    """The prepared versions of a dataset below a TFDS directory, newest first."""
-    infos = [
-        *directory.joinpath(name).glob("*/dataset_info.json"),
-        *directory.joinpath(name).glob("*/*/dataset_info.json"),
-    ]
-    versions = {
-        info.parent.name: info.parent
-        for info in infos
-        if re.fullmatch(r"[\d.]+", info.parent.name)
-    }
-    newest_first = sorted(
-        versions, key=lambda v: tuple(int(x) for x in v.split(".")), reverse=True
-    )
-    return {version: versions[version] for version in newest_first}
+    """The prepared versions of a dataset, "name" or "name/config", newest first.
+
+    Raises:
+      ValueError: another config is prepared, or several and none was named.
+    """
+    name, _, config = name.partition("/")
+    configs = _prepared_configs(directory, name)
+    if not configs or config in configs:
+        return configs.get(config, {})
+    choices = [f"{name}/{known}" if known else name for known in configs]
+    if config or len(configs) > 1:
+        got = f"not {name}/{config}" if config else "and none was chosen"
+        raise ValueError(
+            f"{directory} has {', '.join(choices)}, {got} "
+            f"(--config.data.name={choices[0]}, --config.data.dir)"
+        )
+    logger.info("taking %s, the only config of %s in %s", choices[0], name, directory)
+    return configs[next(iter(configs))]
 
 
 def open_tfds(
-    name: str, split: str, dir: str, *, built_in: Sequence[str] = ()
+    name: str,
+    split: str,
+    dir: str,
+    *,
+    image_key: str = "image",
+    label_key: str = "label",
+    built_in: Sequence[str] = (),
 ) -> RecordSource:
     """Opens one split of a prepared TFDS dataset, downloading it where that is allowed.
 
     Args:
-      name: as TFDS writes it, "cifar10" or "cifar10:3.0.2"; without a version the
-        newest prepared one is taken.
-      split: a split or a slice of it, "train[:90%]".
+      name: as TFDS writes it, "cifar10", "cifar10:3.0.2" or "name/config"; without a
+        version the newest prepared one is taken.
+      split: a split, a slice of it, or several, "train[:90%]+test".
       dir: TFDS data directory; "" is TFDS's own default.
+      image_key, label_key: names of the two features; without a `label_key` ("") no
+        image has a label.
       built_in: names that mean something else, for messages about unknown ones.
 
     Raises:
       ValueError: one line that says what is missing and which flag to change.
     """
-    match = re.fullmatch(r"([a-zA-Z][\w/]*)(?::(\d+\.\d+\.\d+))?", name)
+    match = re.fullmatch(r"([a-zA-Z]\w*(?:/[\w.+-]*\w)?)(?::(\d+\.\d+\.\d+))?", name)
     if not match:
         raise ValueError(
-            f"unknown dataset {name!r}; allowed: {', '.join(built_in)}, or a TFDS name "
-            "(--config.data.name)"
+            f"unknown dataset {name!r}; allowed: {', '.join(built_in)}, or a TFDS name, "
+            "NAME, NAME/CONFIG or NAME:VERSION (--config.data.name)"
         )
     name, version = match.groups()
     directory = pathlib.Path(
@@ -120,7 +159,9 @@ def open_tfds(
         )
     if prepared is None and dir:
         others = sorted(
-            p.parent.parent.name for p in directory.glob("*/*/dataset_info.json")
+            entry.name
+            for entry in directory.iterdir()
+            if _prepared_configs(directory, entry.name)
         )
         holds = f"it holds {', '.join(others)}" if others else "it holds no dataset"
         raise ValueError(
@@ -133,26 +174,105 @@ def open_tfds(
         builder = tfds.builder_from_directory(prepared)
     else:
         builder = _download(tfds, name, directory, built_in)
-    features = builder.info.features
-    if not {"image", "label"} <= set(features) or not hasattr(
-        features["label"], "num_classes"
-    ):
-        raise ValueError(
-            f"dataset {name} has features {', '.join(features)}; image classification "
-            "needs image and label (--config.data.name)"
-        )
+    image = _image_feature(tfds, name, builder.info.features, image_key)
+    label = _label_feature(tfds, name, builder.info.features, label_key)
     if builder.info.file_format.value != "tfrecord":
         raise ValueError(
             f"{name} in {directory} is prepared as {builder.info.file_format.value}; "
             "this program reads tfrecord (--config.data.dir)"
         )
-    pick_split(split.split("[")[0], list(builder.info.splits))
-    labels = features["label"]
+    for part in split.split("+"):
+        pick_split(part.split("[")[0].strip(), [*builder.info.splits, "all"])
+    source = _open_records(builder, split, image_key, label_key)
+    source = dataclasses.replace(source, image_shape=image.shape)
+    if label is None:
+        return dataclasses.replace(
+            source, labels=np.full(source.num_examples, UNLABELLED, np.int32)
+        )
+    if isinstance(label, tfds.features.ClassLabel) and label.num_classes:
+        return dataclasses.replace(
+            source,
+            num_classes=label.num_classes,
+            class_names=tuple(label.names or ()),
+        )
+    return _number_records(builder, source)
+
+
+def _image_feature(tfds: Any, name: str, features: Any, key: str) -> Any:
+    """The feature that holds the image.
+
+    Raises:
+      ValueError: there is none of that name, or it is no image of 8 bits.
+    """
+    feature = _find_feature(tfds, features, key)
+    # Its subclass LabeledImage is a mask, whose pixels are classes.
+    if type(feature) is tfds.features.Image and feature.np_dtype == np.uint8:
+        return feature
+    raise ValueError(
+        f"dataset {name} has {_described(features)}; data.image_key={key!r} must name an "
+        "Image of uint8 (--config.data.image_key, --config.data.name)"
+    )
+
+
+def _label_feature(tfds: Any, name: str, features: Any, key: str) -> Any:
+    """The feature that holds the class; None where no name is given.
+
+    Raises:
+      ValueError: there is none of that name, or it is not one class an image.
+    """
+    if not key:
+        return None
+    feature = _find_feature(tfds, features, key)
+    # A sequence of labels looks like a label, so the type has to be looked at.
+    if isinstance(feature, tfds.features.Tensor) and feature.shape == ():
+        kind = np.dtype(feature.np_dtype).kind
+        if kind in "biu" or isinstance(feature, tfds.features.Text):
+            return feature
+    raise ValueError(
+        f"dataset {name} has {_described(features)}; data.label_key={key!r} must name one "
+        "class an image: a ClassLabel, or a single integer or text "
+        "(--config.data.label_key, --config.data.name; '' for a dataset without labels)"
+    )
+
+
+def _find_feature(tfds: Any, features: Any, key: str) -> Any:
+    """The feature of a name, "part/inner" of one inside another; None without one."""
+    for name in key.split("/"):
+        inside = isinstance(features, tfds.features.FeaturesDict)
+        if not inside or name not in features:
+            return None
+        features = features[name]
+    return features
+
+
+def _described(features: Any) -> str:
+    """`image: Image uint8 [None, None, 3], label: ClassLabel int64 []`, and so on."""
+
+    def one(feature: Any) -> str:
+        kind = type(feature).__name__
+        if isinstance(feature.shape, dict):
+            return kind
+        inner = getattr(feature, "feature", None)  # of a Sequence
+        of = f" of {type(inner).__name__}" if inner is not None else ""
+        return f"{kind}{of} {np.dtype(feature.np_dtype).name} {list(feature.shape)}"
+
+    return ", ".join(f"{key}: {one(feature)}" for key, feature in features.items())
+
+
+def _open_records(
+    builder: Any, split: str, image_key: str, label_key: str
+) -> RecordSource:
+    """The records of a split, their labels unread.
+
+    Raises:
+      ValueError: there is no such split, or a file is missing or damaged.
+    """
     try:
         parts = builder.info.splits[split].file_instructions
     except Exception as error:
         raise ValueError(
-            f"cannot read split {split!r} of {name}: {str(error).splitlines()[0]} "
+            f"cannot read split {split!r} of {builder.name}: "
+            f"{str(error).splitlines()[0]} "
             "(--config.data.train_split, --config.data.eval_split)"
         ) from None
     with ThreadPoolExecutor(READERS) as pool:
@@ -167,10 +287,63 @@ def open_tfds(
         offset=offset,
         length=length,
         labels=np.full(len(offset), UNREAD, np.int32),
-        num_classes=labels.num_classes,
-        class_names=tuple(labels.names or ()),
-        image_shape=features["image"].shape,
+        num_classes=1,
+        image_key=image_key,
+        label_key=label_key,
     )
+
+
+def _number_records(builder: Any, source: RecordSource) -> RecordSource:
+    """The source with numbers 0 to C - 1 for ids or words that are no ClassLabel.
+
+    The ids of all splits are read, so that the splits agree on the numbers.
+
+    Raises:
+      ValueError: a record cannot be read.
+    """
+    logger.info(
+        "reading all labels of %s, since the dataset does not say how many classes "
+        "there are",
+        builder.name,
+    )
+    places: list[tuple[str, int]] = []
+    ids: list[int | str] = []
+    for split in builder.info.splits:
+        records = _open_records(builder, split, source.image_key, source.label_key)
+        places += _places(records)
+        with ThreadPoolExecutor(READERS) as pool:
+            ids += pool.map(
+                functools.partial(_read_id, records), range(records.num_examples)
+            )
+    if any(isinstance(id, str) for id in ids):
+        ids = [id if isinstance(id, str) else "" for id in ids]
+    numbers, num_classes, names = number_labels({"labels": np.asarray(ids)})
+    known = dict(zip(places, numbers["labels"].tolist(), strict=True))
+    return dataclasses.replace(
+        source,
+        labels=np.asarray([known[place] for place in _places(source)], np.int32),
+        num_classes=num_classes,
+        class_names=names,
+    )
+
+
+def _places(source: RecordSource) -> list[tuple[str, int]]:
+    """File and offset of every record."""
+    files = [source.files[number] for number in source.file]
+    return list(zip(files, source.offset.tolist(), strict=True))
+
+
+def _read_id(source: RecordSource, index: int) -> int | str:
+    """What a record has as its label; "" or -1 where it has none."""
+    try:
+        feature = source.features(index)[source.label_key]
+    except OSError as error:
+        raise ValueError(
+            f"cannot read {source.name(index)}: {error} (--config.data.dir)"
+        ) from None
+    if feature.bytes_list.value:
+        return feature.bytes_list.value[0].decode(errors="replace")
+    return int(feature.int64_list.value[0]) if feature.int64_list.value else UNLABELLED
 
 
 def _index_records(part: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -230,6 +403,13 @@ def _download(
         nearest = difflib.get_close_matches(name, [*known, *built_in], n=3)
         hint = f"; nearest: {', '.join(nearest)}" if nearest else ""
         raise ValueError(f"unknown dataset {name!r}{hint} (--config.data.name)")
+    configs = [config.name for config in tfds.builder_cls(name).BUILDER_CONFIGS]
+    if "/" not in name and len(configs) > 1:
+        raise ValueError(
+            f"{name} has the configs {', '.join(configs[:20])}"
+            f"{', ...' if len(configs) > 20 else ''}; choose one: "
+            f"--config.data.name={name}/{configs[0]}"
+        )
     if jax.process_count() > 1:
         # Several hosts that download at once destroy each other's files.
         raise ValueError(
