@@ -37,9 +37,9 @@ from supcon_jax.losses.options import AxisName, LossOptions, Temperature
 # (N = 2048 on a CPU).
 KEPT_BYTES = 16 * 2**20
 
-# From this size on, the matrix is cut into two by two blocks at least, so that there is
-# a tile that stands for its mirror image.
-_SPLIT_FROM = 512
+# A matrix of one tile is cut from `_HALVE_FROM` views on, into four by four tiles or
+# more from `_QUARTER_FROM` on; measured on CPU cores.
+_HALVE_FROM, _QUARTER_FROM = 512, 1024
 
 _MAXIMA = ("hardest", "hardest_positive", "hardest_negative")
 
@@ -173,7 +173,7 @@ def _backward(plan, residuals, cotangents):
             mirrored = _update(mirrored, j, jnp.add, matmul(tile.rows_t, w))
         return (gradient, mirrored), None
 
-    start = jnp.zeros_like(_block(rows.embedding, _block_length(plan, rows)))
+    start = jnp.zeros_like(_block(rows.embedding, _grid(plan, rows, columns).rows))
     (gradient, mirrored), _ = _sweep(
         plan, rows, columns, (start, start.swapaxes(1, 2)), step, kept
     )
@@ -255,7 +255,8 @@ def _measure(plan, rows, columns, temperature, names, row_tops):
                 measured[name] = _update(measured[name], j, combine, by_column)
         return measured, tile.exponentials if keep else None
 
-    zero = jnp.zeros_like(_block(rows.embedding[:, 0], _block_length(plan, rows)))
+    grid = _grid(plan, rows, columns)
+    zero = jnp.zeros_like(_block(rows.embedding[:, 0], grid.rows))
     start = {n: zero - jnp.inf if n in _MAXIMA else zero for n in sorted(names)}
     measured, kept = _sweep(plan, rows, columns, start, step)
     measured = {k: x.reshape(-1)[: rows.group.shape[0]] for k, x in measured.items()}
@@ -268,12 +269,12 @@ def _sweep(plan, rows, columns, start, step, kept=None):
     `both` says that the tile stands for its mirror image too. `kept` are tiles of
     exponentials, as an earlier sweep returned them.
     """
-    row_length, column_length = (_block_length(plan, x) for x in (rows, columns))
-    row_blocks = _block(rows, row_length)
-    column_blocks = _block(columns, column_length)
+    grid = _grid(plan, rows, columns)
+    row_blocks = _block(rows, grid.rows)
+    column_blocks = _block(columns, grid.columns)
     num_rows, num_columns = row_blocks.group.shape[0], column_blocks.group.shape[0]
     rows_t = row_blocks.embedding.swapaxes(1, 2)
-    padded = rows.group.shape[0] % row_length or columns.group.shape[0] % column_length
+    padded = rows.group.shape[0] % grid.rows or columns.group.shape[0] % grid.columns
 
     def fold(carry, pair_and_kept, *, masked, both):
         (i, j), exponentials = pair_and_kept
@@ -301,45 +302,63 @@ def _sweep(plan, rows, columns, start, step, kept=None):
         )
         return step(carry, tile, i, j, both)
 
-    if plan.options.axis_name is not None:
-        pairs = np.indices((num_rows, num_columns), np.int32).reshape(2, -1)
-        sweeps = [(pairs, True, False)]
-    else:
+    if grid.symmetric:
         # Only tiles on the diagonal hold pairs of a view with itself.
         diagonal = np.tile(np.arange(num_rows, dtype=np.int32), (2, 1))
         above = np.stack(np.triu_indices(num_rows, 1)).astype(np.int32)
         sweeps = [(diagonal, True, False), (above, bool(padded), True)]
+    else:
+        pairs = np.indices((num_rows, num_columns), np.int32).reshape(2, -1)
+        sweeps = [(pairs, True, False)]
     outputs = []
     for (pairs, masked, both), tiles in zip(
         sweeps, kept or [None] * len(sweeps), strict=True
     ):
         body = functools.partial(fold, masked=masked, both=both)
-        output = None
-        if pairs.size:
-            over = (tuple(jnp.asarray(pairs)), tiles)
-            start, output = lax.scan(body, start, over)
+        start, output = lax.scan(body, start, (tuple(jnp.asarray(pairs)), tiles))
         outputs.append(output)
     return start, outputs
 
 
+class _Grid(NamedTuple):
+    """How the matrix is cut: sides of a tile, and whether tiles stand for mirror images."""
+
+    rows: int
+    columns: int
+    symmetric: bool
+
+
+def _grid(plan, rows, columns):
+    """Equal blocks, none longer than `block_size`, with least padding."""
+    num_rows, num_columns = rows.group.shape[0], columns.group.shape[0]
+    row_blocks, column_blocks = (
+        math.ceil(size / plan.options.block_size) for size in (num_rows, num_columns)
+    )
+    alone = plan.options.axis_name is None
+    if alone and num_rows >= _QUARTER_FROM:
+        row_blocks = column_blocks = max(row_blocks, 4)
+    symmetric = alone and row_blocks > 1
+    if row_blocks * column_blocks == 1 and num_rows >= _HALVE_FROM:
+        # XLA makes straight code of a loop with one turn, and then computes what belongs
+        # to an anchor again for each of its pairs.
+        row_blocks = 2
+    return _Grid(
+        rows=math.ceil(num_rows / row_blocks),
+        columns=math.ceil(num_columns / column_blocks),
+        symmetric=symmetric,
+    )
+
+
 def _keeps(plan, rows, columns):
     """Whether the tiles of exponentials are kept between the passes."""
-    size = rows.group.shape[0] * columns.group.shape[0]
-    if plan.options.axis_name is None:
-        num_blocks = math.ceil(rows.group.shape[0] / _block_length(plan, rows))
-        size = size * (num_blocks + 1) // (2 * num_blocks)
+    grid = _grid(plan, rows, columns)
+    num_rows, num_columns = rows.group.shape[0], columns.group.shape[0]
+    size = num_rows * num_columns
+    if grid.symmetric:
+        size = num_rows * (num_columns + grid.columns) // 2
     fits = size * rows.embedding.dtype.itemsize <= KEPT_BYTES
     # Without a bound, rows and columns shift a logit differently: nothing to share.
     return fits and plan.bound is not None
-
-
-def _block_length(plan, views):
-    """The length of equal blocks, none longer than asked for, with least padding."""
-    size = views.group.shape[0]
-    num_blocks = -(-size // plan.options.block_size)
-    if plan.options.axis_name is None and size >= _SPLIT_FROM:
-        num_blocks = max(num_blocks, 2)
-    return -(-size // num_blocks)
 
 
 def _block(tree, length):
@@ -356,10 +375,8 @@ def _block(tree, length):
 
 def _blocked_pair(plan, rows, columns, tree):
     """What belongs to each anchor, in blocks: for the rows, and gathered for columns."""
-    return (
-        _block(tree, _block_length(plan, rows)),
-        _block(_for_columns(tree, plan), _block_length(plan, columns)),
-    )
+    grid = _grid(plan, rows, columns)
+    return _block(tree, grid.rows), _block(_for_columns(tree, plan), grid.columns)
 
 
 def _for_columns(tree, plan):
