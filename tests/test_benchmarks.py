@@ -40,9 +40,10 @@ def test_convolutions_count_each_output_by_its_window():
 
 def test_the_formula_of_the_loss_is_what_the_program_does():
     """With one block a tile is the whole matrix; the diagonal is no saving yet."""
-    x, labels = jnp.zeros((512, 2, 16)), jnp.zeros((512,), jnp.int32)
-    gradient = jax.grad(lambda x: supcon_loss(x, labels, block_size=64))
-    assert count_flops(gradient, x) == pytest.approx(loss_flops(1024, 16), rel=0.1)
+    # So many views that no tile is kept: the backward makes them again.
+    x, labels = jnp.zeros((2048, 2, 16)), jnp.zeros((2048,), jnp.int32)
+    gradient = jax.grad(lambda x: supcon_loss(x, labels, block_size=256))
+    assert count_flops(gradient, x) == pytest.approx(loss_flops(4096, 16), rel=0.1)
     assert loss_flops(1024, 16, devices=8) == 6 * 1024**2 * 16
 
 

@@ -1,7 +1,7 @@
 """The loss of anchors against keys that another encoder made, now or in earlier steps."""
 
 import math
-from typing import Any
+from typing import Literal, overload
 
 import jax
 import jax.numpy as jnp
@@ -9,12 +9,64 @@ import numpy as np
 from jax import lax
 
 from supcon_jax.losses.diagnostics import summarize
-from supcon_jax.losses.rows import rowwise_losses
+from supcon_jax.losses.options import AxisName, LossOptions, default_block_size
+from supcon_jax.losses.rows import Columns, rowwise_losses
 from supcon_jax.losses.streaming import Views
-from supcon_jax.losses.supcon import default_block_size, mean_over_anchors, unit
+from supcon_jax.losses.supcon import Diagnostics, l2_normalize, mean_over_anchors
 
 # The group of a place in the queue that no key has taken yet.
 EMPTY = np.iinfo(np.int32).min
+
+
+@overload
+def momentum_contrast_loss(
+    queries: jax.Array,
+    groups: jax.Array,
+    keys: jax.Array,
+    key_groups: jax.Array,
+    *,
+    temperature: float = 0.1,
+    summation: str = "outside",
+    denominator: str = "all",
+    scale: str | float = "none",
+    axis_name: AxisName = None,
+    block_size: int | None = None,
+    with_diagnostics: Literal[False] = False,
+) -> jax.Array: ...
+
+
+@overload
+def momentum_contrast_loss(
+    queries: jax.Array,
+    groups: jax.Array,
+    keys: jax.Array,
+    key_groups: jax.Array,
+    *,
+    temperature: float = 0.1,
+    summation: str = "outside",
+    denominator: str = "all",
+    scale: str | float = "none",
+    axis_name: AxisName = None,
+    block_size: int | None = None,
+    with_diagnostics: Literal[True],
+) -> tuple[jax.Array, Diagnostics]: ...
+
+
+@overload
+def momentum_contrast_loss(
+    queries: jax.Array,
+    groups: jax.Array,
+    keys: jax.Array,
+    key_groups: jax.Array,
+    *,
+    temperature: float = 0.1,
+    summation: str = "outside",
+    denominator: str = "all",
+    scale: str | float = "none",
+    axis_name: AxisName = None,
+    block_size: int | None = None,
+    with_diagnostics: bool,
+) -> jax.Array | tuple[jax.Array, Diagnostics]: ...
 
 
 def momentum_contrast_loss(
@@ -27,10 +79,10 @@ def momentum_contrast_loss(
     summation: str = "outside",
     denominator: str = "all",
     scale: str | float = "none",
-    axis_name: str | tuple[str, ...] | None = None,
+    axis_name: AxisName = None,
     block_size: int | None = None,
     with_diagnostics: bool = False,
-) -> Any:
+) -> jax.Array | tuple[jax.Array, Diagnostics]:
     r"""Supervised Contrastive loss of queries against keys (MoCo with labels).
 
     With s_ij the cosine of query i and key j over the temperature, and P(i) the keys of
@@ -85,37 +137,34 @@ def momentum_contrast_loss(
             f"key_groups {key_groups.shape}; expected [B, D], [B], [K, D] and [K]"
         )
 
-    def embed(x: jax.Array) -> jax.Array:
-        # With the temperature inside the vectors, their products are the logits.
-        return unit(x.astype(jnp.float32)) / math.sqrt(temperature)
-
-    places = jnp.arange(len(keys), dtype=jnp.int32)
-    losses, counted, statistics = rowwise_losses(
-        # A query is none of the keys, so its index is none of theirs.
-        Views(embed(queries), groups, jnp.full_like(groups, len(keys))),
-        Views(
-            embed(lax.stop_gradient(keys)),
-            key_groups,
-            jnp.where(key_groups == EMPTY, -1, places),
-        ),
-        temperature=temperature,
+    options = LossOptions(
         summation=summation,
         denominator=denominator,
-        positives_cap=None,
-        cap_order=None,
-        num_views=1,
+        scale=scale,
+        axis_name=axis_name,
         block_size=min(block_size or default_block_size(), len(queries)),
-        with_statistics=with_diagnostics,
+        with_diagnostics=with_diagnostics,
     )
-    factor = {"none": 1.0, "temperature": temperature}.get(scale, scale)
-    loss = mean_over_anchors(factor * losses, counted, axis_name)
-    if not with_diagnostics:
+
+    def embed(x: jax.Array) -> jax.Array:
+        # With the temperature inside the vectors, their products are the logits.
+        return l2_normalize(x.astype(jnp.float32)) / math.sqrt(temperature)
+
+    places = jnp.arange(len(keys), dtype=jnp.int32)
+    # A query is none of the keys, so its position is none of theirs.
+    rows = Views(embed(queries), groups, jnp.full_like(groups, len(keys)))
+    key_views = Views(
+        embed(lax.stop_gradient(keys)),
+        key_groups,
+        jnp.where(key_groups == EMPTY, -1, places),
+    )
+    losses, counted, statistics = rowwise_losses(
+        options, rows, Columns(key_views, temperature)
+    )
+    losses = options.factor(temperature) * losses
+    loss = mean_over_anchors(losses, counted, axis_name)
+    if statistics is None:
         return loss
     return loss, summarize(
-        statistics,
-        counted,
-        temperature=temperature,
-        scale=factor,
-        denominator=denominator,
-        axis_name=axis_name,
+        statistics, counted, temperature=temperature, options=options
     )

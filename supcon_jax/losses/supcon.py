@@ -1,36 +1,40 @@
 """The Supervised Contrastive loss: its options, checks and reduction."""
 
-import math
-import numbers
-from typing import Any
+from typing import Literal, NamedTuple, overload
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from jax.typing import ArrayLike
 
 from supcon_jax.losses.diagnostics import psum, summarize
-from supcon_jax.losses.rows import rowwise_losses
+from supcon_jax.losses.options import (
+    AxisName,
+    LossOptions,
+    Temperature,
+    check_choices,
+    check_numbers,
+    default_block_size,
+    is_integer,
+)
+from supcon_jax.losses.rows import Columns, rowwise_losses
 from supcon_jax.losses.streaming import Plan, Views, gather, streaming_losses
-
-_CHOICES = {
-    "contrast_mode": ("all", "one"),
-    "summation": ("outside", "inside"),
-    "denominator": ("all", "one_positive", "only_negatives"),
-    "reduction": ("mean", "none"),
-}
 
 # Below it exp(-2 / temperature), the smallest term of a sum shifted by the largest
 # possible logit, leaves the range of float32.
 _LOWEST_BOUNDED_TEMPERATURE = 0.025
 
+Diagnostics = dict[str, jax.Array]
 
+
+@overload
 def supcon_loss(
-    projections: jax.Array,
-    labels: jax.Array | None = None,
+    projections: ArrayLike,
+    labels: ArrayLike | None = None,
     *,
-    temperature: float | jax.Array = 0.1,
+    temperature: Temperature = 0.1,
     contrast_mode: str = "all",
     summation: str = "outside",
     denominator: str = "all",
@@ -39,10 +43,69 @@ def supcon_loss(
     scale: str | float = "none",
     normalize: bool = True,
     reduction: str = "mean",
-    axis_name: str | tuple[str, ...] | None = None,
+    axis_name: AxisName = None,
+    block_size: int | None = None,
+    with_diagnostics: Literal[False] = False,
+) -> jax.Array: ...
+
+
+@overload
+def supcon_loss(
+    projections: ArrayLike,
+    labels: ArrayLike | None = None,
+    *,
+    temperature: Temperature = 0.1,
+    contrast_mode: str = "all",
+    summation: str = "outside",
+    denominator: str = "all",
+    positives_cap: int | None = None,
+    positives_key: jax.Array | None = None,
+    scale: str | float = "none",
+    normalize: bool = True,
+    reduction: str = "mean",
+    axis_name: AxisName = None,
+    block_size: int | None = None,
+    with_diagnostics: Literal[True],
+) -> tuple[jax.Array, Diagnostics]: ...
+
+
+@overload
+def supcon_loss(
+    projections: ArrayLike,
+    labels: ArrayLike | None = None,
+    *,
+    temperature: Temperature = 0.1,
+    contrast_mode: str = "all",
+    summation: str = "outside",
+    denominator: str = "all",
+    positives_cap: int | None = None,
+    positives_key: jax.Array | None = None,
+    scale: str | float = "none",
+    normalize: bool = True,
+    reduction: str = "mean",
+    axis_name: AxisName = None,
+    block_size: int | None = None,
+    with_diagnostics: bool,
+) -> jax.Array | tuple[jax.Array, Diagnostics]: ...
+
+
+def supcon_loss(
+    projections: ArrayLike,
+    labels: ArrayLike | None = None,
+    *,
+    temperature: Temperature = 0.1,
+    contrast_mode: str = "all",
+    summation: str = "outside",
+    denominator: str = "all",
+    positives_cap: int | None = None,
+    positives_key: jax.Array | None = None,
+    scale: str | float = "none",
+    normalize: bool = True,
+    reduction: str = "mean",
+    axis_name: AxisName = None,
     block_size: int | None = None,
     with_diagnostics: bool = False,
-) -> Any:
+) -> jax.Array | tuple[jax.Array, Diagnostics]:
     r"""Supervised Contrastive loss: pulls views of one class together.
 
     For an anchor i with positives P(i) (views of the same class) among all other views
@@ -78,7 +141,7 @@ def supcon_loss(
       axis_name: inside `jax.shard_map`, the mesh axis (or axes) over which the batch is
         split; every device contrasts its images with the whole batch. The mean is over
         the whole batch too, the same on every device.
-      block_size: side of the tiles that are held at a time; None chooses.
+      block_size: largest side of the tiles that are held at a time; None chooses.
       with_diagnostics: whether to return the diagnostics too.
 
     Returns:
@@ -114,131 +177,103 @@ def supcon_loss(
     Source: Khosla et al., Supervised Contrastive Learning, 2020, Eq. 2 and 3
     (https://arxiv.org/abs/2004.11362). The gradient is derived in docs/losses.md.
     """
-    _check_choices(
+    check_choices(
         contrast_mode=contrast_mode,
         summation=summation,
         denominator=denominator,
         reduction=reduction,
     )
-    _check_numbers(temperature, scale, block_size)
-    projections, labels = _check_arrays(projections, labels)
-    _check_cap(positives_cap, positives_key, projections.shape[1])
+    check_numbers(temperature, scale, block_size)
+    checked_projections, checked_labels = _check_arrays(projections, labels)
+    num_views = checked_projections.shape[1]
+    _check_cap(positives_cap, positives_key, num_views)
+    inputs = _Inputs(checked_projections, checked_labels, temperature, positives_key)
+    options = LossOptions(
+        summation=summation,
+        denominator=denominator,
+        scale=scale,
+        axis_name=axis_name,
+        block_size=block_size or default_block_size(),
+        with_diagnostics=with_diagnostics,
+        contrast_mode=contrast_mode,
+        positives_cap=positives_cap,
+        normalize=normalize,
+        reduction=reduction,
+        num_views=num_views,
+    )
+    mesh = jax.typeof(checked_projections).sharding.mesh
+    if not mesh.explicit_axes:
+        return _compute(options, inputs)
 
-    inputs = {"projections": projections, "labels": labels}
-    options = {
-        "contrast_mode": contrast_mode,
-        "summation": summation,
-        "denominator": denominator,
-        "positives_cap": positives_cap,
-        "scale": scale,
-        "normalize": normalize,
-        "reduction": reduction,
-        "axis_name": axis_name,
-        "block_size": block_size or default_block_size(),
-        "with_diagnostics": with_diagnostics,
-    }
-    for name, value in (("temperature", temperature), ("positives_key", positives_key)):
-        (inputs if isinstance(value, jax.Array) else options)[name] = value
+    # On a mesh with explicit axes too, the compiler places the collectives. A number
+    # stays a number: what is known of it chooses the path.
+    arrays = {k: v for k, v in inputs._asdict().items() if isinstance(v, jax.Array)}
 
-    def compute(inputs: dict[str, Any]) -> Any:
-        return _compute(**inputs, **options)
+    def compute(
+        arrays: dict[str, jax.Array],
+    ) -> jax.Array | tuple[jax.Array, Diagnostics]:
+        return _compute(options, inputs._replace(**arrays))
 
-    mesh = jax.typeof(projections).sharding.mesh
-    if mesh.explicit_axes:
-        # On a mesh with explicit axes too, the compiler places the collectives.
-        compute = jax.sharding.auto_axes(
-            compute, axes=mesh.explicit_axes, out_sharding=NamedSharding(mesh, P())
-        )
-    return compute(inputs)
+    return jax.sharding.auto_axes(
+        compute, axes=mesh.explicit_axes, out_sharding=NamedSharding(mesh, P())
+    )(arrays)
+
+
+class _Inputs(NamedTuple):
+    """The arrays of `supcon_loss`, checked."""
+
+    projections: jax.Array
+    labels: jax.Array | None
+    temperature: Temperature
+    positives_key: jax.Array | None
 
 
 def _compute(
-    projections: jax.Array,
-    labels: jax.Array | None,
-    temperature: float | jax.Array,
-    positives_key: jax.Array | None,
-    *,
-    contrast_mode: str,
-    summation: str,
-    denominator: str,
-    positives_cap: int | None,
-    scale: str | float,
-    normalize: bool,
-    reduction: str,
-    axis_name: str | tuple[str, ...] | None,
-    block_size: int,
-    with_diagnostics: bool,
-) -> Any:
-    """`supcon_loss` of checked arguments."""
-    num_images, num_views, _ = projections.shape
-    dtype = jnp.promote_types(projections.dtype, jnp.float32)
-    embeddings = projections.reshape(num_images * num_views, -1).astype(dtype)
-    if normalize:
-        embeddings = unit(embeddings)
-    # With the temperature inside the vectors, their products are the logits, and its
-    # gradient needs no formula of its own.
-    embeddings *= lax.rsqrt(jnp.asarray(temperature, dtype))
-    views = _label_views(embeddings, labels, num_images, num_views, axis_name)
-    if denominator == "all" and positives_cap is None:
-        plan = Plan(
-            summation=summation,
-            bound=_logit_bound(temperature) if normalize else None,
-            block_size=block_size,
-            axis_name=axis_name,
-            with_statistics=with_diagnostics,
+    options: LossOptions, inputs: _Inputs
+) -> jax.Array | tuple[jax.Array, Diagnostics]:
+    num_images, num_views, _ = inputs.projections.shape
+    temperature = inputs.temperature
+    views = _label_views(options, inputs)
+    if options.denominator == "all" and options.positives_cap is None:
+        bound = _logit_bound(temperature) if options.normalize else None
+        losses, counted, statistics = streaming_losses(
+            Plan(options, bound), views, temperature
         )
-        losses, counted, statistics = streaming_losses(plan, views, temperature)
     else:
-        columns = gather(views, axis_name)
-        order = None
-        if positives_key is not None:
-            num_all_images = columns.index.shape[0] // num_views
-            order = jax.random.permutation(positives_key, num_all_images)
-        losses, counted, statistics = rowwise_losses(
-            views,
-            columns,
-            temperature=temperature,
-            summation=summation,
-            denominator=denominator,
-            positives_cap=positives_cap,
-            cap_order=order,
-            num_views=num_views,
-            block_size=block_size,
-            with_statistics=with_diagnostics,
-        )
+        columns = Columns(gather(views, options.axis_name), temperature)
+        if inputs.positives_key is not None:
+            num_all_images = columns.views.position.shape[0] // num_views
+            order = jax.random.permutation(inputs.positives_key, num_all_images)
+            columns = columns._replace(cap_order=order)
+        losses, counted, statistics = rowwise_losses(options, views, columns)
 
-    num_anchor_views = num_views if contrast_mode == "all" else 1
+    num_anchor_views = num_views if options.contrast_mode == "all" else 1
 
     def anchors(x: jax.Array) -> jax.Array:
         return x.reshape(num_images, num_views)[:, :num_anchor_views]
 
-    scale = {"none": 1.0, "temperature": temperature}.get(scale, scale)
-    losses, counted = scale * anchors(losses), anchors(counted)
-    if reduction == "mean":
-        loss = mean_over_anchors(losses, counted, axis_name)
+    losses, counted = options.factor(temperature) * anchors(losses), anchors(counted)
+    if options.reduction == "mean":
+        loss = mean_over_anchors(losses, counted, options.axis_name)
     else:
         loss = jnp.mean(losses, axis=1)
-    if not with_diagnostics:
+    if statistics is None:
         return loss
+    statistics = jax.tree.map(anchors, statistics)
     return loss, summarize(
-        jax.tree.map(anchors, statistics),
-        counted,
-        temperature=temperature,
-        scale=scale,
-        denominator=denominator,
-        axis_name=axis_name,
+        statistics, counted, temperature=temperature, options=options
     )
 
 
 def mean_over_anchors(
-    losses: jax.Array, counted: jax.Array, axis_name: str | tuple[str, ...] | None
+    losses: jax.Array, counted: jax.Array, axis_name: AxisName
 ) -> jax.Array:
     """The sum of all losses over the number of anchors that count, on all devices."""
     num_anchors = psum(jnp.sum(counted.astype(losses.dtype)), axis_name)
     return psum(jnp.sum(losses), axis_name) / jnp.maximum(num_anchors, 1)
 
 
-def unit(x: jax.Array) -> jax.Array:
+def l2_normalize(x: jax.Array) -> jax.Array:
     """Rows of unit length; a zero row stays zero, with a zero gradient."""
     # The result does not depend on this factor, so neither does the gradient; without
     # it the squares of small or large entries leave the range of float32.
@@ -248,28 +283,31 @@ def unit(x: jax.Array) -> jax.Array:
     return jnp.where(zero, 0, x / jnp.sqrt(jnp.sum(x**2, axis=1, keepdims=True)))
 
 
-def _label_views(
-    embeddings: jax.Array,
-    labels: jax.Array | None,
-    num_images: int,
-    num_views: int,
-    axis_name: str | tuple[str, ...] | None,
-) -> Views:
-    device = 0 if axis_name is None else lax.axis_index(axis_name)
+def _label_views(options: LossOptions, inputs: _Inputs) -> Views:
+    """This device's views, with what `Views` says of them."""
+    num_images, num_views, _ = inputs.projections.shape
     num_rows = num_images * num_views
+    dtype = jnp.promote_types(inputs.projections.dtype, jnp.float32)
+    embeddings = inputs.projections.reshape(num_rows, -1).astype(dtype)
+    if options.normalize:
+        embeddings = l2_normalize(embeddings)
+    # With the temperature inside the vectors, their products are the logits, and its
+    # gradient needs no formula of its own.
+    embeddings *= lax.rsqrt(jnp.asarray(inputs.temperature, dtype))
+    device = 0 if options.axis_name is None else lax.axis_index(options.axis_name)
     image = device * num_images + jnp.arange(num_images, dtype=jnp.int32)
     # An unlabelled image is a group of its own, named by a number that no label has.
     group = -1 - image
-    if labels is not None:
-        group = jnp.where(labels < 0, group, labels)
+    if inputs.labels is not None:
+        group = jnp.where(inputs.labels < 0, group, inputs.labels)
     return Views(
         embedding=embeddings,
         group=jnp.repeat(group, num_views),
-        index=device * num_rows + jnp.arange(num_rows, dtype=jnp.int32),
+        position=device * num_rows + jnp.arange(num_rows, dtype=jnp.int32),
     )
 
 
-def _logit_bound(temperature: float | jax.Array) -> float | None:
+def _logit_bound(temperature: Temperature) -> float | None:
     """1 / temperature, which bounds the logits of unit vectors, if that is of use."""
     if isinstance(temperature, jax.core.Tracer):
         return None
@@ -278,43 +316,9 @@ def _logit_bound(temperature: float | jax.Array) -> float | None:
     return 1 / float(temperature)
 
 
-def default_block_size(platform: str | None = None) -> int:
-    """Side of the tiles of logits that are held at a time.
-
-    Args:
-      platform: of the devices that will run it; None: JAX's default.
-    """
-    # Measured on CPU cores, where a tile should stay in the cache; an accelerator wants
-    # fewer and larger tiles.
-    return 1024 if (platform or jax.default_backend()) == "cpu" else 2048
-
-
-def _check_choices(**options: str) -> None:
-    for name, value in options.items():
-        if value not in _CHOICES[name]:
-            allowed = " or ".join(map(repr, _CHOICES[name]))
-            raise ValueError(f"{name} must be {allowed}; got {value!r}.")
-
-
-def _check_numbers(temperature: Any, scale: Any, block_size: Any) -> None:
-    if isinstance(temperature, str) or jnp.ndim(temperature) != 0:
-        raise ValueError(f"temperature must be a scalar; got {temperature!r}.")
-    traced = isinstance(temperature, jax.core.Tracer)
-    if not traced and not 0 < float(temperature) < math.inf:
-        raise ValueError(f"temperature must be positive; got {temperature}.")
-    named = scale in ("none", "temperature") if isinstance(scale, str) else False
-    number = isinstance(scale, numbers.Real) and 0 < scale < math.inf
-    if not named and not number:
-        raise ValueError(
-            f"scale must be 'none', 'temperature' or a positive number; got {scale!r}."
-        )
-    if block_size is not None and not _is_integer(block_size, at_least=1):
-        raise ValueError(
-            f"block_size must be None or a positive integer; got {block_size!r}."
-        )
-
-
-def _check_arrays(projections: Any, labels: Any) -> tuple[jax.Array, jax.Array | None]:
+def _check_arrays(
+    projections: ArrayLike, labels: ArrayLike | None
+) -> tuple[jax.Array, jax.Array | None]:
     projections = jnp.asarray(projections)
     if projections.ndim != 3 or 0 in projections.shape:
         raise ValueError(
@@ -339,18 +343,16 @@ def _check_arrays(projections: Any, labels: Any) -> tuple[jax.Array, jax.Array |
     return projections, labels.astype(jnp.promote_types(labels.dtype, jnp.int32))
 
 
-def _check_cap(positives_cap: Any, positives_key: Any, num_views: int) -> None:
+def _check_cap(
+    positives_cap: int | None, positives_key: jax.Array | None, num_views: int
+) -> None:
     if positives_cap is None:
         if positives_key is not None:
             raise ValueError(
                 "positives_key chooses under a positives_cap; got positives_cap=None."
             )
-    elif not _is_integer(positives_cap, at_least=0) or positives_cap % num_views:
+    elif not is_integer(positives_cap, at_least=0) or positives_cap % num_views:
         raise ValueError(
             f"positives_cap must be None or a multiple of the {num_views} views, 0 "
             f"included; got {positives_cap!r}."
         )
-
-
-def _is_integer(x: Any, *, at_least: int) -> bool:
-    return isinstance(x, numbers.Integral) and x >= at_least

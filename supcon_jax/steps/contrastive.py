@@ -20,7 +20,7 @@ from jax.sharding import Mesh, PartitionSpec
 from supcon_jax import parallel
 from supcon_jax.losses.cross_entropy import cross_entropy_of_views
 from supcon_jax.losses.streaming import gather
-from supcon_jax.losses.supcon import unit
+from supcon_jax.losses.supcon import l2_normalize
 from supcon_jax.steps.momentum import (
     enqueue,
     init_momentum,
@@ -247,7 +247,7 @@ def loss_of_rows(
             targets if spec.supervised else jnp.full_like(targets, -1), axes
         )
         keys = {
-            "keys": unit(projected.reshape(-1, projected.shape[-1])),
+            "keys": l2_normalize(projected.reshape(-1, projected.shape[-1])),
             "groups": jnp.repeat(groups, projected.shape[1]),
         }
         queue = enqueue(constants["queue"], **gather(keys, axes))

@@ -1,0 +1,99 @@
+"""The options that the contrastive losses share, and the checks of their values."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+AxisName = str | tuple[str, ...] | None
+Temperature = float | jax.Array
+
+_CHOICES = {
+    "contrast_mode": ("all", "one"),
+    "summation": ("outside", "inside"),
+    "denominator": ("all", "one_positive", "only_negatives"),
+    "reduction": ("mean", "none"),
+}
+
+
+class LossOptions(NamedTuple):
+    """What is fixed when a loss is traced; `supcon_loss` explains every option.
+
+    Attributes:
+      summation: "outside" or "inside".
+      denominator: "all", "one_positive" or "only_negatives".
+      scale: "none", "temperature" or a positive number.
+      axis_name: the mesh axis (or axes) over which the batch is split, or None.
+      block_size: the largest side of a tile.
+      with_diagnostics: whether to measure what the diagnostics need.
+      contrast_mode: "all" or "one".
+      positives_cap: positives kept besides the anchor's own views, None for all.
+      normalize: whether projections are scaled to unit length.
+      reduction: "mean" or "none".
+      num_views: V; the views of an image lie side by side.
+    """
+
+    summation: str
+    denominator: str
+    scale: str | float
+    axis_name: AxisName
+    block_size: int
+    with_diagnostics: bool
+    contrast_mode: str = "all"
+    positives_cap: int | None = None
+    normalize: bool = True
+    reduction: str = "mean"
+    num_views: int = 1
+
+    def factor(self, temperature: Temperature) -> Temperature:
+        """The number that multiplies the loss."""
+        if isinstance(self.scale, str):
+            return temperature if self.scale == "temperature" else 1.0
+        return self.scale
+
+
+def default_block_size(platform: str | None = None) -> int:
+    """The largest side of a tile of logits, where the caller names none.
+
+    Args:
+      platform: of the devices that will run the loss; None: JAX's default.
+    """
+    # Measured on CPU cores, where a tile (1 MiB) should stay in a core's cache; an
+    # accelerator needs fewer and larger tiles to be busy.
+    return 512 if (platform or jax.default_backend()) == "cpu" else 2048
+
+
+def check_choices(**options: str) -> None:
+    """Raises ValueError for an option with a value that it does not have."""
+    for name, value in options.items():
+        if value not in _CHOICES[name]:
+            allowed = " or ".join(map(repr, _CHOICES[name]))
+            raise ValueError(f"{name} must be {allowed}; got {value!r}.")
+
+
+def check_numbers(temperature: Any, scale: Any, block_size: Any) -> None:
+    """Raises ValueError for a temperature, scale or block size out of its range."""
+    if isinstance(temperature, str) or jnp.ndim(temperature) != 0:
+        raise ValueError(f"temperature must be a scalar; got {temperature!r}.")
+    traced = isinstance(temperature, jax.core.Tracer)
+    if not traced and not 0 < float(temperature) < math.inf:
+        raise ValueError(f"temperature must be positive; got {temperature}.")
+    named = scale in ("none", "temperature") if isinstance(scale, str) else False
+    number = isinstance(scale, numbers.Real) and 0 < float(scale) < math.inf
+    if not named and not number:
+        raise ValueError(
+            f"scale must be 'none', 'temperature' or a positive number; got {scale!r}."
+        )
+    if block_size is not None and not is_integer(block_size, at_least=1):
+        raise ValueError(
+            f"block_size must be None or a positive integer; got {block_size!r}."
+        )
+
+
+def is_integer(x: Any, *, at_least: int) -> bool:
+    """Whether x is a whole number, and large enough."""
+    return isinstance(x, numbers.Integral) and int(x) >= at_least
