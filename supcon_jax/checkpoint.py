@@ -26,7 +26,7 @@ from orbax.checkpoint.checkpoint_managers import (
     LatestN,
 )
 
-from supcon_jax.metrics import BEST_METRIC
+from supcon_jax.metrics import best_metric
 from supcon_jax.steps.state import TrainState
 
 logger = logging.getLogger(__name__)
@@ -65,15 +65,16 @@ class Checkpointer:
     """Saves and restores the TrainStates of one workdir, asynchronously.
 
     Keeps the newest `keep` steps, and beside them the one that is best by
-    `metrics.BEST_METRIC`.
+    `metrics.best_metric`.
     """
 
     def __init__(self, workdir: str | pathlib.Path, *, keep: int = 2):
+        self._best = best_metric()
         policy = AnyPreservationPolicy(
             [
                 LatestN(keep),
                 BestN(
-                    get_metric_fn=lambda metrics: metrics[BEST_METRIC],
+                    get_metric_fn=lambda metrics: metrics[self._best],
                     n=1,
                     keep_checkpoints_without_metrics=False,
                 ),
@@ -107,7 +108,7 @@ class Checkpointer:
           metrics: of its evaluation, if there was one; the best step is kept.
           health: what the next save is judged against, see health.py.
         """
-        known = {BEST_METRIC: metrics[BEST_METRIC]} if BEST_METRIC in metrics else None
+        known = {self._best: metrics[self._best]} if self._best in metrics else None
         trees = _split(state)
         items: dict[str, Any] = {n: ocp.args.StandardSave(t) for n, t in trees.items()}
         record = {"digests": _digests(trees), "health": health or {}}

@@ -346,7 +346,7 @@ def _check_momentum(config: ConfigDict) -> None:
         "mode": (config.mode, ("pretrain",)),
         "loss.name": (
             config.loss.name,
-            tuple(name for name, known in OBJECTIVES.items() if known.contrastive),
+            tuple(name for name, known in OBJECTIVES.items() if known.takes_keys),
         ),
         "loss.contrast_mode": (config.loss.contrast_mode, ("one",)),
         "loss.positives_cap": (config.loss.positives_cap, (-1,)),

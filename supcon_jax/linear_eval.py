@@ -105,6 +105,22 @@ def load_encoder(plan: Plan) -> PyTree:
     if config.pretrained == RANDOM:
         init = functools.partial(init_encoder, plan)
         return jax.jit(init, out_shardings=replicated)()
-    return restore_encoder(
+    variables = restore_encoder(
         config.pretrained, average=config.encoder_average.use, sharding=replicated
     )
+    (expected,) = plan.abstract_frozen()
+    shapes = [
+        {
+            jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape
+            for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+        }
+        for tree in (variables, expected)
+    ]
+    for name in sorted(shapes[0].keys() | shapes[1].keys()):
+        theirs, ours = (known.get(name) for known in shapes)
+        if theirs != ours:
+            raise ValueError(
+                f"the encoder of {config.pretrained} has {name} {theirs}, this config's "
+                f"{ours}; set --config.data.image_size or --config.encoder.* as there"
+            )
+    return variables

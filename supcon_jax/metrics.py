@@ -84,7 +84,10 @@ METRICS: dict[str, Metric] = {
     "eval/num_examples": Metric("on {:,.0f} images", on_end=True),
 }
 
-(BEST_METRIC,) = (name for name, metric in METRICS.items() if metric.is_best_by)
+
+def best_metric() -> str:
+    """The metric by which the best checkpoint is kept: the last with `is_best_by`."""
+    return [name for name, metric in METRICS.items() if metric.is_best_by][-1]
 
 
 def is_share(name: str) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
@@ -32,12 +32,15 @@ class Objective:
       uses_labels: whether the loss looks at labels.
       contrastive: whether it compares views; its head is a projection then, and
         otherwise a classifier.
+      takes_keys: whether the loss can compare queries with the keys of a momentum
+        encoder, `(queries [b, D], groups [b], keys [K, D], key groups [K])`.
     """
 
     build_head: Callable[..., nn.Module]
     build_loss: Callable[[ConfigDict, Mesh], LossFunction]
     uses_labels: bool
     contrastive: bool
+    takes_keys: bool = False
 
 
 def build_cross_entropy(config: ConfigDict, mesh: Mesh) -> LossFunction:
@@ -59,7 +62,7 @@ def build_contrastive(
     """
     options, axes = config.loss, mesh.axis_names
     named_scale = options.scale in ("none", "temperature")
-    shared = {
+    shared: dict[str, Any] = {
         "temperature": options.temperature,
         "summation": options.summation,
         "denominator": options.denominator,
@@ -68,10 +71,13 @@ def build_contrastive(
         "with_diagnostics": True,
     }
     if config.momentum_encoder.decay:
-        return functools.partial(momentum_contrast_loss, axis_name=axes, **shared)
+        return cast(
+            LossFunction,
+            functools.partial(momentum_contrast_loss, axis_name=axes, **shared),
+        )
     # On one device the matrix is symmetric: compute half of the tiles.
     single = mesh.size == 1
-    loss: LossFunction = functools.partial(
+    loss: Any = functools.partial(
         supcon_loss,
         contrast_mode=options.contrast_mode,
         positives_cap=None if options.positives_cap < 0 else options.positives_cap,
@@ -92,12 +98,14 @@ OBJECTIVES: dict[str, Objective] = {
         build_loss=functools.partial(build_contrastive, supervised=True),
         uses_labels=True,
         contrastive=True,
+        takes_keys=True,
     ),
     "simclr": Objective(
         build_head=builders.build_projection,
         build_loss=functools.partial(build_contrastive, supervised=False),
         uses_labels=False,
         contrastive=True,
+        takes_keys=True,
     ),
     "cross_entropy": Objective(
         build_head=builders.build_classifier,

@@ -65,6 +65,12 @@ def log_start(run: Run, state: TrainState) -> None:
         sum(mask) if config.optimizer.weight_decay else 0,
         len(mask),
     )
+    if all(mask) and config.optimizer.exclude and config.optimizer.weight_decay:
+        logger.warning(
+            "warning: optimizer.exclude=%s matches no parameter, so all of them decay "
+            "(--config.optimizer.exclude)",
+            tuple(config.optimizer.exclude),
+        )
     warmup_steps = config.optimizer.warmup_epochs * run.plan.steps_per_epoch
     if warmup_steps >= run.plan.total_steps:
         logger.warning(

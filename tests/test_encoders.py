@@ -6,6 +6,7 @@ import typing
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from supcon_jax import linear_eval, pretrain
@@ -52,6 +53,34 @@ def test_an_encoder_without_batch_norm_runs_both_stages(patches, tmp_path):
         config = linear_config(pretrained, **{"encoder.name": "patches"})
         workdir = tmp_path / f"linear_{len(str(pretrained))}"
         assert linear_eval.linear_eval(config, workdir)["eval/num_examples"] == 500
+
+
+def test_an_encoder_made_for_another_image_size_is_refused(patches, tmp_path):
+    config = pretrain_config(**{"encoder.name": "patches", "knn.bank": 0})
+    pretrain.pretrain(config, tmp_path / "pretrain")
+    images = np.zeros((40, 12, 12, 3), np.uint8)
+    labels = np.arange(40) % 4
+    arrays = {
+        f"{s}_{k}": v
+        for s in ("train", "test")
+        for k, v in (("images", images), ("labels", labels))
+    }
+    np.savez(tmp_path / "larger.npz", **arrays)
+    config = linear_config(
+        tmp_path / "pretrain",
+        **{
+            "encoder.name": "patches",
+            "data.name": "arrays",
+            "data.root": str(tmp_path / "larger.npz"),
+            "data.image_size": 12,
+            "data.eval_resize": 12,
+        },
+    )
+    with pytest.raises(
+        ValueError, match=r"positions \(4, 4, 8\), .* \(6, 6, 8\).*size"
+    ):
+        linear_eval.linear_eval(config, tmp_path / "linear")
+    assert not (tmp_path / "linear").exists()
 
 
 def test_refuses_unknown_names_and_empty_widths():

@@ -3,6 +3,7 @@
 import pytest
 
 from supcon_jax import linear_eval, metrics, pretrain
+from supcon_jax.checkpoint import saved_steps
 from supcon_jax.metrics import LINE_FIELDS, METRICS
 from supcon_jax.writers import read_metrics
 from tests.runs import linear_config, pretrain_config
@@ -33,7 +34,7 @@ def test_entries_can_be_shown():
         assert metric.panel in ("", "loss", "accuracy")
         # A panel's axis is in percent, or it is not.
         assert (metric.panel == "accuracy") <= metric.is_share, name
-    assert metrics.BEST_METRIC == "knn/top1"
+    assert metrics.best_metric() == "knn/top1"
 
 
 def test_lines_show_what_the_table_says_in_its_order():
@@ -55,3 +56,21 @@ def test_lines_show_what_the_table_says_in_its_order():
 def test_kinds(name, result, share):
     assert metrics.is_result(name) is result
     assert metrics.is_share(name) is share
+
+
+def test_a_metric_added_later_may_be_the_best(monkeypatch, tmp_path):
+    monkeypatch.setitem(
+        METRICS,
+        "embedding/rankme",
+        METRICS["embedding/rankme"]._replace(is_best_by=True),
+    )
+    assert metrics.best_metric() == "embedding/rankme"
+    config = pretrain_config(eval_every=2, checkpoint_every=2, keep_checkpoints=1)
+    pretrain.pretrain(config, tmp_path)
+    ranks = {
+        r["step"]: r["embedding/rankme"]
+        for r in read_metrics(tmp_path)
+        if "embedding/rankme" in r
+    }
+    best = max(ranks, key=ranks.__getitem__)
+    assert saved_steps(tmp_path) == sorted({best, 12})

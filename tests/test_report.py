@@ -42,3 +42,12 @@ def test_start_says_what_is_about_to_run(tmp_path, caplog):
     assert "global batch 16 images x 2 views, 12 steps" in caplog.text
     # 5 epochs of 1297 / 16 steps do not fit into 12.
     assert "the warm-up takes 405 steps, so this run of 12 ends" in caplog.text
+
+
+def test_an_exclusion_that_matches_nothing_is_told(tmp_path, caplog):
+    for exclude, told in ((("batch_norm",), False), (("layer_norm",), True)):
+        config = pretrain_config(**{"optimizer.exclude": exclude})
+        run = open_run(config, tmp_path / exclude[0])
+        caplog.clear()
+        report.log_start(run, run.plan.init())
+        assert ("matches no parameter" in caplog.text) == told
