@@ -1,16 +1,23 @@
 """Time, memory and accuracy of the loss against other implementations.
 
     python -m benchmarks.loss                       # the whole table, about 20 minutes
-    python -m benchmarks.loss --sizes 1024,4096 --rounds 5
+    python -m benchmarks.loss --sizes 128,256,512,1024,2048 --no-memory
     python -m benchmarks.loss --accuracy            # gradient errors, half a minute
 
 Forward and backward of the same batch, D = 128, T = 0.07, 100 classes, two views an
-image. Each size has one process, in which the implementations take turns, each with one untimed
-step first; a ratio is the median over the rounds, so that a busy moment of the machine
-hits all alike. Peak
-memory is measured in a process of its own for each, above what the process held with
-its libraries and inputs loaded. PyTorch (the formula of the paper, eager and through
-torch.compile) and pytorch-metric-learning are optional; what is missing is named.
+image. Each size has one process, in which the implementations take turns, in reverse
+order every second round; each has an untimed call first and is then called for at least
+20 ms. A ratio is the median over the rounds, so that a busy moment of the machine hits
+all alike; CPU time hardly feels what else runs there. Peak memory is measured in a
+process of its own for each, above what the process held with its libraries and inputs
+loaded. PyTorch (the formula of the paper, eager and through torch.compile) and
+pytorch-metric-learning are optional; what is missing is named.
+
+The dense formulas in JAX, all under jit: "masks", as one writes it from the paper, with
+logsumexp; "every pair's log", the order of operations of the authors' PyTorch code;
+"lean", with the largest possible logit as the shift, one exponential and no logsumexp;
+"class sums", lean without a mask for the positives, which loses digits when classes
+collapse (--accuracy).
 """
 
 import argparse
@@ -34,12 +41,27 @@ OURS = "supcon_loss"
 LARGEST = {
     OURS: (65536, 131072),
     "supcon_loss + diagnostics": (16384, 131072),
-    "dense JAX, jit": (16384, 65536),
+    "dense JAX, masks": (16384, 65536),
+    "dense JAX, every pair's log": (8192, 32768),
+    "dense JAX, lean": (8192, 32768),
+    "dense JAX, class sums": (8192, 32768),
     "dense PyTorch, eager": (16384, 65536),
     "dense PyTorch, torch.compile": (16384, 65536),
     "pytorch-metric-learning": (8192, 32768),
 }
-CPU_ROUNDS = {1024: 15, 4096: 9, 8192: 5, 16384: 2, 32768: 2, 65536: 1}
+CPU_ROUNDS = {
+    128: 25,
+    256: 25,
+    512: 25,
+    1024: 15,
+    2048: 15,
+    4096: 9,
+    8192: 5,
+    16384: 3,
+    32768: 2,
+    65536: 1,
+}
+SECONDS_A_TURN = 0.02
 
 
 def batch(num_views_total):
@@ -51,20 +73,76 @@ def batch(num_views_total):
     return x, labels
 
 
-def jax_dense_losses(x, labels, temperature):
-    """The formula as it stands, with the N x N matrix, in the precision of x."""
-    import jax
+def unit_rows(x, labels):
+    """`[N, D]` unit vectors, `[N]` classes, `[N, N]` which pairs are of two views."""
     import jax.numpy as jnp
 
     z = x.reshape(-1, x.shape[-1])
     z = z / jnp.linalg.norm(z, axis=1, keepdims=True)
-    group = jnp.repeat(labels, x.shape[1])
-    other = ~jnp.eye(len(z), dtype=bool)
+    return z, jnp.repeat(labels, x.shape[1]), ~jnp.eye(len(z), dtype=bool)
+
+
+def masks(x, labels, temperature):
+    """The formula as it stands, with the N x N matrix, in the precision of x."""
+    import jax
+    import jax.numpy as jnp
+
+    z, group, other = unit_rows(x, labels)
     positive = (group[:, None] == group) & other
     logits = jnp.matmul(z, z.T, precision="highest") / temperature
     total = jax.nn.logsumexp(jnp.where(other, logits, -jnp.inf), axis=1)
     mean_positive = jnp.sum(jnp.where(positive, logits, 0), 1) / positive.sum(1)
-    return total - mean_positive
+    return jnp.mean(total - mean_positive)
+
+
+def all_log_probabilities(x, labels, temperature):
+    """The log-probability of every pair, then the mask: the authors' PyTorch code."""
+    import jax
+    import jax.numpy as jnp
+
+    z, group, other = unit_rows(x, labels)
+    positive = ((group[:, None] == group) & other).astype(z.dtype)
+    logits = jnp.matmul(z, z.T, precision="highest") / temperature
+    logits -= jax.lax.stop_gradient(jnp.max(logits, axis=1, keepdims=True))
+    total = jnp.sum(jnp.exp(logits) * other, axis=1, keepdims=True)
+    log_probability = logits - jnp.log(total)
+    return -jnp.mean(jnp.sum(positive * log_probability, 1) / jnp.sum(positive, 1))
+
+
+def lean(x, labels, temperature):
+    """One exponential a pair, with the largest possible logit as the shift."""
+    import jax.numpy as jnp
+
+    z, group, other = unit_rows(x, labels)
+    positive = (group[:, None] == group) & other
+    z = z / temperature**0.5
+    logits = jnp.matmul(z, z.T, precision="highest")
+    total = jnp.sum(jnp.where(other, jnp.exp(logits - 1 / temperature), 0), axis=1)
+    mean_positive = jnp.sum(jnp.where(positive, logits, 0), 1) / positive.sum(1)
+    return jnp.mean(1 / temperature + jnp.log(total) - mean_positive)
+
+
+def class_sums(x, labels, temperature):
+    """Positives through the sum of their class: equal on paper."""
+    import jax
+    import jax.numpy as jnp
+
+    z, group, other = unit_rows(x, labels)
+    z = z / temperature**0.5
+    sums = jax.ops.segment_sum(z, group, num_segments=CLASSES)[group]
+    count = jax.ops.segment_sum(jnp.ones(len(z)), group, CLASSES)[group] - 1
+    logits = jnp.matmul(z, z.T, precision="highest")
+    total = jnp.sum(jnp.where(other, jnp.exp(logits - 1 / temperature), 0), axis=1)
+    mean_positive = jnp.sum(z * (sums - z), axis=1) / count
+    return jnp.mean(1 / temperature + jnp.log(total) - mean_positive)
+
+
+DENSE = {
+    "dense JAX, masks": masks,
+    "dense JAX, every pair's log": all_log_probabilities,
+    "dense JAX, lean": lean,
+    "dense JAX, class sums": class_sums,
+}
 
 
 def torch_dense_loss(x, labels, temperature):
@@ -94,7 +172,7 @@ def jax_runner(name, size):
             return supcon_loss(
                 x, labels, temperature=TEMPERATURE, with_diagnostics=True
             )
-        return jax_dense_losses(x, labels, TEMPERATURE).mean(), 0.0
+        return DENSE[name](x, labels, TEMPERATURE), 0.0
 
     step = jax.jit(jax.value_and_grad(loss, has_aux=True))
     x, labels = map(jax.device_put, batch(size))
@@ -158,7 +236,7 @@ def missing():
 
 def measure_time(names, size, rounds):
     """Child: `{name: {"loss", "wall": [s], "cpu": [s]}}`, taking turns."""
-    result, steps = {}, {}
+    result, steps, calls = {}, {}, {}
     for name in names:
         print(f"  N={size}: warming up {name}", file=sys.stderr, flush=True)
         try:
@@ -169,15 +247,20 @@ def measure_time(names, size, rounds):
             text = f"{type(error).__name__}: {error}".splitlines()[0][:120]
             result[name] = {"error": text}
             continue
+        start = time.perf_counter()
+        steps[name]()
+        calls[name] = 1 + int(SECONDS_A_TURN / (time.perf_counter() - start))
         result[name] = {"loss": loss, "wall": [], "cpu": []}
     for turn in range(rounds):
         print(f"  N={size}: round {turn + 1} of {rounds}", file=sys.stderr, flush=True)
-        for name, step in steps.items():
+        for name in list(steps)[:: 1 if turn % 2 else -1]:
+            step, count = steps[name], calls[name]
             step()  # Nobody pays for the caches and threads that another left behind.
             cpu, wall = time.process_time(), time.perf_counter()
-            step()
-            result[name]["wall"].append(time.perf_counter() - wall)
-            result[name]["cpu"].append(time.process_time() - cpu)
+            for _ in range(count):
+                step()
+            result[name]["wall"].append((time.perf_counter() - wall) / count)
+            result[name]["cpu"].append((time.process_time() - cpu) / count)
     return result
 
 
@@ -236,7 +319,7 @@ def rows_of(size, times, memory):
     ours = times.get(OURS, {})
     for name, entry in times.items():
         if "error" in entry:
-            yield f"| {size} | {name} | {entry['error']} | | | |"
+            yield f"| {size} | {name} | {entry['error']} | | | | |"
             continue
         ratios = [
             statistics.median(a / b for a, b in zip(entry[k], ours[k], strict=True))
@@ -247,7 +330,8 @@ def rows_of(size, times, memory):
         extra = memory.get(name)
         extra = f"{extra:.0f}" if isinstance(extra, float) else "-"
         yield (
-            f"| {size} | {name} | {statistics.median(entry['wall']):.4g} | "
+            f"| {size} | {name} | {1e3 * statistics.median(entry['wall']):.3g} | "
+            f"{1e3 * statistics.median(entry['cpu']):.3g} | "
             f"{ratios[0]:.2f} | {ratios[1]:.2f} | {extra} |"
         )
 
@@ -285,15 +369,15 @@ def compare(sizes, rounds, names, with_memory, output):
     lines = [
         f"{machine}. Forward and backward, D = {DIMENSION}, T = {TEMPERATURE}.",
         "",
-        f"| N | implementation | seconds | wall / {OURS} | CPU / {OURS} | extra MiB |",
-        "|---|---|---|---|---|---|",
+        "| N | implementation | wall, ms | CPU, ms | wall / ours | CPU / ours | extra MiB |",
+        "|---|---|---|---|---|---|---|",
     ]
     for size in sizes:
         chosen = [n for n in names if size <= LARGEST[n][on_gpu]]
         count = rounds or (10 if on_gpu else CPU_ROUNDS.get(size, 3))
         times = child("time", names=chosen, size=size, rounds=count)
         if "error" in times:
-            lines.append(f"| {size} | all | {times['error']} | | | |")
+            lines.append(f"| {size} | all | {times['error']} | | | | |")
             print(lines[-1], flush=True)
             continue
         memory = {}
@@ -320,21 +404,6 @@ def accuracy(output):
     def ours(x, labels, temperature):
         return supcon_loss(x, labels, temperature=temperature)
 
-    def dense(x, labels, temperature):
-        return jax_dense_losses(x, labels, temperature).mean()
-
-    def class_sums(x, labels, temperature):
-        """Positives through the sum of their class: equal on paper."""
-        z = x.reshape(-1, x.shape[-1])
-        z = z / jnp.linalg.norm(z, axis=1, keepdims=True)
-        group = jnp.repeat(labels, x.shape[1])
-        sums = jax.ops.segment_sum(z, group, num_segments=CLASSES)[group]
-        count = jax.ops.segment_sum(jnp.ones(len(z)), group, CLASSES)[group] - 1
-        logits = jnp.matmul(z, z.T, precision="highest") / temperature
-        logits = jnp.where(jnp.eye(len(z), dtype=bool), -jnp.inf, logits)
-        positive = jnp.sum(z * (sums - z), 1) / temperature
-        return jnp.mean(jax.nn.logsumexp(logits, axis=1) - positive / count)
-
     def inputs(spread):
         x, labels = batch(2048)
         if spread is not None:
@@ -355,9 +424,9 @@ def accuracy(output):
         x, labels = inputs(spread)
         for temperature in (0.1, 0.07):
             with jax.enable_x64(True):
-                exact = jax.grad(dense)(x.astype(np.float64), labels, temperature)
+                exact = jax.grad(masks)(x.astype(np.float64), labels, temperature)
             errors = []
-            for loss in (dense, ours, class_sums, "one pass"):
+            for loss in (masks, ours, class_sums, "one pass"):
                 streaming.matmul = one_pass if loss == "one pass" else full
                 loss = ours if loss == "one pass" else loss
                 got = jax.grad(loss)(x, labels, temperature)

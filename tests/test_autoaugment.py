@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import pathlib
 import re
 
 import jax
@@ -14,6 +15,7 @@ tf = pytest.importorskip("tensorflow")
 from supcon_jax.data import autoaugment, color  # noqa: E402  (after TensorFlow)
 from tests.photos import photo  # noqa: E402
 
+GOLDEN = pathlib.Path(__file__).parent / "testdata" / "autoaugment_ops.npz"
 RNG = np.random.default_rng(0)
 PHOTO = np.clip(
     np.cumsum(RNG.normal(size=(40, 52, 3)), axis=1) * 25 + 120, 0, 255
@@ -33,30 +35,57 @@ def difference(ours, theirs):
 SLACK = {"color": 1, "sharpness": 1}
 
 
-def test_operations_equal_the_official_ones(shared_dir):
-    golden = np.load(shared_dir / "golden" / "autoaugment_ops.npz")
+def check_operations(images, outputs):
+    """`outputs` maps "operation/argument" to what the official code made of `images`."""
     seen = set()
-    for key in golden.files:
+    for key, expected in outputs.items():
         name, _, argument = key.partition("/")
-        if name in ("images", "contrast"):
-            continue  # contrast: see test_contrast_is_pillows
+        if name == "contrast":
+            continue  # see test_contrast_is_pillows
         operation = getattr(autoaugment, name)
         arguments = (float(argument),) if argument else ()
-        for image, expected in zip(golden["images"], golden[key], strict=True):
+        for image, output in zip(images, expected, strict=True):
             got = operation(tf.constant(image), *arguments)
-            assert difference(got, expected) <= SLACK.get(name, 0), key
+            assert difference(got, output) <= SLACK.get(name, 0), key
         seen.add(name)
-    assert len(seen) == 14
+    return seen
 
 
-def test_contrast_is_pillows(shared_dir):
+def golden(kind):
+    """Images and outputs of one kind in tests/testdata, see the README there."""
+    with np.load(GOLDEN) as file:
+        arrays = {
+            key.removeprefix(f"{kind}/"): file[key]
+            for key in file.files
+            if key.startswith(f"{kind}/")
+        }
+    return arrays.pop("images"), arrays
+
+
+def test_operations_on_pixels_equal_the_official_ones():
+    assert len(check_operations(*golden("pixels"))) == 8
+
+
+def test_operations_fill_what_the_official_ones_fill():
+    image, outputs = golden("flat")
+    outputs = {key: output[None] for key, output in outputs.items()}
+    assert len(check_operations(image[None], outputs)) == 14
+
+
+def test_operations_on_photographs_equal_the_official_ones(shared_dir):
+    with np.load(shared_dir / "golden" / "autoaugment_ops.npz") as file:
+        outputs = {key: file[key] for key in file.files}
+    assert len(check_operations(outputs.pop("images"), outputs)) == 14
+
+
+def test_contrast_is_pillows():
     """The official mean is the number of pixels / 256; ours is the mean."""
-    golden = np.load(shared_dir / "golden" / "autoaugment_ops.npz")
-    for image in golden["images"]:
+    images, outputs = golden("pixels")
+    for image in images:
         for factor in (0.1, 0.64, 1.9):
             theirs = ImageEnhance.Contrast(Image.fromarray(image)).enhance(factor)
             assert difference(autoaugment.contrast(image, factor), theirs) <= 1
-    assert difference(golden["contrast/0.64"], golden["images"]) > 40
+    assert difference(outputs["contrast/0.64"], images) > 40
 
 
 @pytest.mark.parametrize("image", IMAGES.values(), ids=IMAGES)

@@ -37,9 +37,8 @@ from supcon_jax.losses.options import AxisName, LossOptions, Temperature
 # (N = 2048 on a CPU).
 KEPT_BYTES = 16 * 2**20
 
-# A matrix of one tile is cut from `_HALVE_FROM` views on, into four by four tiles or
-# more from `_QUARTER_FROM` on; measured on CPU cores.
-_HALVE_FROM, _QUARTER_FROM = 512, 1024
+# A lone tile is cut in two from this many views on (measured on CPU cores).
+_HALVE_FROM = 512
 
 _MAXIMA = ("hardest", "hardest_positive", "hardest_negative")
 
@@ -137,8 +136,8 @@ def _forward(plan, embedding, group, position, temperature):
             negative_sum=matmul(embedding, columns.embedding.sum(0))
             - jnp.sum(embedding**2, axis=1)
             - measured["positive_sum"],
-            # If the largest logit of all is above that of the negatives, it belongs to
-            # a positive. So the tiles need one mask less.
+            # The largest logit of all belongs to a positive if it is above that of the
+            # negatives. It needs no mask, as that of the positives would.
             nearest_is_positive=measured["hardest"] > measured["hardest_negative"],
             gaussian_sum=measured["gaussian_sum"],
         )
@@ -247,7 +246,8 @@ def _measure(plan, rows, columns, temperature, names, row_tops):
             by_row = reduce(values(name, tile, tops_i), axis=1)
             mirror = both
             if name == "gaussian_sum" and plan.options.contrast_mode == "all":
-                # Only the sum over all anchors is used: a pair may count twice at one.
+                # Only the sum over all anchors is used, so the row may count the pair
+                # for both of its views.
                 by_row, mirror = by_row * (2 if both else 1), False
             measured[name] = _update(measured[name], i, combine, by_row)
             if mirror:
@@ -334,13 +334,13 @@ def _grid(plan, rows, columns):
     row_blocks, column_blocks = (
         math.ceil(size / plan.options.block_size) for size in (num_rows, num_columns)
     )
-    alone = plan.options.axis_name is None
-    if alone and num_rows >= _QUARTER_FROM:
-        row_blocks = column_blocks = max(row_blocks, 4)
-    symmetric = alone and row_blocks > 1
-    if row_blocks * column_blocks == 1 and num_rows >= _HALVE_FROM:
-        # XLA makes straight code of a loop with one turn, and then computes what belongs
-        # to an anchor again for each of its pairs.
+    # XLA makes straight code of a loop with one turn, and then computes what belongs to
+    # an anchor again for each of its pairs. So no sweep over a larger matrix has one:
+    # two by two blocks would have a single tile above the diagonal.
+    symmetric = plan.options.axis_name is None and row_blocks > 1
+    if symmetric:
+        row_blocks = column_blocks = min(max(row_blocks, 4), num_rows)
+    elif row_blocks * column_blocks == 1 and num_rows >= _HALVE_FROM:
         row_blocks = 2
     return _Grid(
         rows=math.ceil(num_rows / row_blocks),
@@ -384,8 +384,8 @@ def _for_columns(tree, plan):
     if plan.options.axis_name is not None:
         return gather(tree, plan.options.axis_name)
     # On one device both are the same numbers, but the compiler must not know it: on a
-    # CPU, the code for a tile whose rows and columns read one array is not vectorised
-    # and eight times slower.
+    # CPU, a tile whose rows and columns read one array becomes scalar code, eight times
+    # slower.
     return lax.optimization_barrier(tree)
 
 
