@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 import jax
 import jax.numpy as jnp
 
-from supcon_jax import memory, parallel, report
+from supcon_jax import hosts, memory, parallel, report
 from supcon_jax.checkpoint import Checkpointer, saved_steps
 from supcon_jax.logs import add_log_file, format_duration
 from supcon_jax.metrics import on_end
@@ -69,9 +69,16 @@ def train(
     log_file = add_log_file(run.workdir)
     checkpointer = Checkpointer(run.workdir, keep=run.config.keep_checkpoints)
     try:
-        with _interrupts_between_steps() as stop_requested, memory.explained(run.plan):
+        with (
+            hosts.Watchdog(run.config.hosts.watchdog_minutes),
+            _interrupts_between_steps() as stop_requested,
+            memory.explained(run.plan),
+        ):
             final = _fit(run, checkpointer, evaluate, on_log, stop_requested)
         return report.report_end(run, final)
+    except jax.errors.JaxRuntimeError as error:
+        hosts.check_peers(error)  # before the save under way waits for a dead one
+        raise
     except KeyboardInterrupt:
         checkpointer.wait()
         raise KeyboardInterrupt(_where_it_goes_on(checkpointer)) from None
@@ -101,6 +108,7 @@ def _fit(
     batches = parallel.prefetch_to_devices(host_batches, run.mesh)
     # The first batch is on its way while the step is compiled.
     batches = itertools.chain([next(batches)], batches)
+    hosts.beat("compiling", patience=6)
     start = time.monotonic()
     compiled = plan.lower().compile()
     logger.info("compiled train_step in %.1f s", time.monotonic() - start)
@@ -156,12 +164,14 @@ def _fit(
                         writer.write(number, metrics)
                         meter.eval_s = meter.paused_now()
                     if save_due:
+                        hosts.beat(f"saving step {number}")
                         checkpointer.save(state, number, metrics)
         if pending is not None:
             last = log_metrics(*pending)
 
         _check_finite(state, total_steps)
         metrics = _evaluate(evaluate, state, total_steps)
+        hosts.beat(f"saving step {total_steps}")
         if checkpointer.latest_step() != total_steps:
             checkpointer.save(state, total_steps, metrics)
         checkpointer.wait()
@@ -230,6 +240,7 @@ def run_steps(
     metrics: dict[str, jax.Array] = {}
     for number in range(first, last + 1):
         before = metrics
+        hosts.beat(f"step {number}")
         state, metrics = compiled(state, next(batches), *frozen)
         jax.block_until_ready(before)
         yield number, state, metrics
