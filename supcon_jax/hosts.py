@@ -617,12 +617,13 @@ class _Job:
             time.sleep(BEAT_S)
             silent = time.monotonic() - self._heard
             if self.index and silent > SILENT_S and not self._leaving.is_set():
-                with self._speaking:
-                    self._end(
-                        "process 0, which holds the job together, gives no sign of life "
-                        f"for {silent:.0f} s; {GO_ON}",
-                        TRY_AGAIN,
-                    )
+                # Telling the others would wait for the same service.
+                hard_exit(
+                    f"process 0 ({distributed.global_state.coordinator_address}), which "
+                    "holds the job together, gives no sign of life for "
+                    f"{silent:.0f} s; {GO_ON}",
+                    TRY_AGAIN,
+                )
 
     def _tell(self) -> None:
         now, progress = time.monotonic(), _progress

@@ -215,15 +215,12 @@ def check_kill(tmp_path, size, victim, number):
     assert seconds < 30
 
 
-def test_a_killed_process_ends_the_others(tmp_path):
-    check_kill(tmp_path, 2, 1, signal.SIGKILL)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("size", "victim", "number"),
     [
         (2, 0, signal.SIGKILL),
+        (2, 1, signal.SIGKILL),
         (4, 0, signal.SIGKILL),
         (4, 2, signal.SIGKILL),
         (2, 0, signal.SIGSTOP),

@@ -35,6 +35,7 @@ FREE = {
     "next_config": "",
     "writers": ["trackio"],
     "project": "another",
+    "hosts.watchdog_minutes": 0.0,
 }
 
 
