@@ -4,6 +4,7 @@ Flags, the processes of a multi-host job, and dispatch on `config.mode`; no logi
 """
 
 import difflib
+import os
 import pathlib
 import sys
 from typing import NoReturn
@@ -23,6 +24,8 @@ _WORKDIR = flags.DEFINE_string(
 
 def main(_: list[str]) -> None:
     """Runs the mode that the config names; a refusal is one line and exit code 2."""
+    # What native libraries have to say comes as errors too, worded for the user.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     # Imported here, so that --help and mistakes in flags answer at once.
     from supcon_jax import hosts
     from supcon_jax.cli import one_line_errors
@@ -33,13 +36,13 @@ def main(_: list[str]) -> None:
     modes = {"pretrain": pretrain, "linear_eval": linear_eval}
     config = _CONFIG.value
     with one_line_errors():
+        setup_logging()
+        hosts.initialize()
         mode = config.get("mode")
         if mode not in modes:
             raise ValueError(
                 f"got mode={mode!r}; allowed: {', '.join(modes)} (--config.mode)"
             )
-        hosts.initialize()
-        setup_logging()
         modes[mode](config, _WORKDIR.value or default_workdir())
 
 

@@ -29,6 +29,9 @@ def get_config() -> ConfigDict:
     config.writers = ("tensorboard",)
     config.project = "supcon_jax"  # where a tracker files the run
 
+    config.hosts = ConfigDict()  # the processes of a job, or the only one
+    config.hosts.watchdog_minutes = 10.0  # without a step: ends, with stacks; 0: never
+
     config.data = ConfigDict()
     # "digits" | "arrays" | "folder" | "synthetic" | a TFDS name, "cifar10:3.0.2", "a/config"
     config.data.name = "digits"

@@ -1,8 +1,10 @@
 """The edge of the program: whatever goes wrong comes out as one line and an exit code.
 
 2: a mistake that the user can put right (all our refusals are ValueErrors). 1: something
-failed: a disk, a device, a diverged run. 130: interrupted. What is neither is a bug: its
-traceback stays, with versions and the request to report it.
+failed: a disk, a device, a diverged run. 75: another process of the job is gone or stuck;
+starting all of them again goes on. 130: interrupted. What is neither is a bug: its traceback
+stays, with versions and the request to report it. What ends one process of a job ends all
+of them, with the same code and a line that names it.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from typing import NoReturn
 
 import jax
 
+from supcon_jax import hosts
 from supcon_jax.stop import Stopped, leave, restart_command
 
 # Errors that are raised in these folders are ours, and worded for the user.
@@ -46,19 +49,27 @@ def one_line_errors() -> Iterator[None]:
             print(restart_command(), flush=True)
         leave(0)
     except KeyboardInterrupt as interrupt:
-        refuse(str(interrupt) or "interrupted", code=130)
+        _end(str(interrupt) or "interrupted", 130)
     except BrokenPipeError:
         # Whoever read the output has gone; there is nobody to tell.
+        hosts.leave("nobody reads its output any more", 1)
         _silence_stdout()
         sys.exit(1)
     except Exception as error:
+        hosts.check_peers(error)
         told = describe(error)
         if told is None:
             traceback.print_exc()
+            hosts.leave(f"a bug: {type(error).__name__}: {error}; {bug_report()}", 1)
             print(f"\n{bug_report()}", file=sys.stderr, flush=True)
             sys.exit(1)
-        message, code = told
-        refuse(message, code=code)
+        _end(*told)
+
+
+def _end(message: str, code: int) -> NoReturn:
+    """Ends this process, and with it the others of its job."""
+    hosts.leave(message, code)
+    refuse(message, code=code)
 
 
 def describe(error: Exception) -> tuple[str, int] | None:

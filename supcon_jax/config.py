@@ -147,6 +147,7 @@ KEYS: dict[str, Key] = {
     "compilation_cache": Key(True, _FLAG, free=True),
     "writers": Key(("tensorboard",), _some_of(BACKENDS), free=True),
     "project": Key("supcon_jax", _TEXT, free=True),
+    "hosts.watchdog_minutes": Key(10.0, _number(0), free=True),
     "data.name": Key("digits", _TEXT),
     "data.dir": Key("", _TEXT, free=True),
     "data.root": Key("", _TEXT, free=True),

@@ -6,8 +6,16 @@ keeps to itself of its distributed service is touched here and nowhere else.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import ctypes
+import faulthandler
+import functools
+import hashlib
+import importlib.metadata
 import importlib.util
+import json
+import logging
 import os
 import pathlib
 import re
@@ -20,13 +28,15 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, NoReturn
 
 import jax
-from jax._src import cloud_tpu_init
+from jax._src import cloud_tpu_init, distributed
 
 VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 THREE = f"{', '.join(VARIABLES[:2])} and {VARIABLES[2]}"
 # Try again: a process that ends because of another one, or of the network, says so.
 TRY_AGAIN = 75
-HEARTBEAT_S = 30
+# The service's own, of which nothing is said but that somebody died. It counts a process
+# for dead after half of this to all of it, and ours (SILENT_S) names it before that.
+HEARTBEAT_S = 60
 JOIN_TIMEOUT_S = 300.0
 WAITING_EVERY_S = 15.0
 
@@ -339,6 +349,7 @@ def initialize() -> None:
     Raises:
       ValueError: this is one of several processes, and they cannot find each other.
     """
+    global _job
     join = how_to_join(
         os.environ,
         on_tpu=_has_tpu_chips(),
@@ -347,6 +358,10 @@ def initialize() -> None:
     )
     if join is not None and not jax.distributed.is_initialized():
         _connect(join, timeout_s=_join_timeout_s())
+    state = distributed.global_state
+    if _job is None and state.client is not None and state.num_processes > 1:
+        _job = _Job(state.client, state.process_id, state.num_processes)
+        atexit.register(_job.stopping)
 
 
 def _has_tpu_chips() -> bool:
@@ -477,9 +492,432 @@ def _missing(join: Join) -> str:
     return f"process 0 is there, but {others} ({here})"
 
 
+# --- Among the others ---
+
+# A process tells process 0 every BEAT_S that it is alive.
+BEAT_S = 1.0
+SILENT_S = 20.0
+# Where a collective has failed already, this is silence enough.
+SUSPECT_S = 4.0
+# A process that hears of another's end first ends in its own way, if it is about to.
+GRACE_S = 2.0
+INTERRUPT_GRACE_S = 30.0
+DAY_MS = 24 * 3600 * 1000
+
+
+class _Progress(NamedTuple):
+    at: float  # of time.monotonic
+    doing: str
+    patience: float
+
+
+_progress = _Progress(time.monotonic(), "starting", 1.0)
+_job: _Job | None = None
+
+
+class _Job:
+    """This process among those of its job: what it tells them and what it hears.
+
+    All goes through the key-value store of JAX's service, which process 0 holds. The
+    others read little of it, so that its work grows with their number only.
+    """
+
+    def __init__(self, client: Any, index: int, size: int):
+        self._client, self.index, self.size = client, index, size
+        self._host = socket.gethostname()
+        self._heard = time.monotonic()  # last answer of the service
+        self._beats: dict[int, tuple[str, float]] = {}  # value, and since when
+        self._suspicious = False
+        self._leaving = threading.Event()
+        self._ending = threading.Event()
+        self._speaking = threading.Lock()
+        self._count, self._number = 0, 0
+        self._left = "running"
+        self._tell()
+        for target in (self._exchange, self._judge):
+            threading.Thread(target=target, daemon=True, name="hosts").start()
+
+    # What the main thread calls.
+
+    def gather(self, name: str, value: str) -> list[str]:
+        """The values of all processes, in their order; waits for them."""
+        self._count += 1
+        key = f"supcon/gather/{self._count}/{name}/"
+        self._client.key_value_set(f"{key}{self.index}", value)
+        arrived = threading.Event()
+        if self.index == 0:
+            waits = threading.Thread(
+                target=self._tell_who_is_waited_for, args=(key, arrived), daemon=True
+            )
+            waits.start()
+        try:
+            self._client.wait_at_barrier(key, DAY_MS)
+        finally:
+            arrived.set()
+        found = {
+            k.rpartition("/")[2]: v for k, v in self._client.key_value_dir_get(key)
+        }
+        return [found[str(index)] for index in range(self.size)]
+
+    def from_first(self, name: str, value: str) -> str:
+        """The value of process 0."""
+        key = f"supcon/first/{self._count}/{name}"
+        if self.index == 0:
+            self._client.key_value_set(key, value)
+            return value
+        return self._client.blocking_key_value_get(key, DAY_MS)
+
+    def leave(self, message: str, code: int) -> NoReturn:
+        """Ends this process, and tells the others why."""
+        self._ending.set()
+        with self._speaking:
+            about_one = message.startswith("process ")
+            line = message if about_one else f"{self.named()}: {message}"
+            self._end(line, code, told=True)
+
+    def suspect(self, seconds: float) -> None:
+        """Something failed here that a dead peer explains: gives that time to show."""
+        self._suspicious = True
+        time.sleep(seconds)
+
+    def stopping(self) -> None:
+        """The process ends as it should; what the service says from now on is no news."""
+        with contextlib.suppress(Exception):
+            self._left = "left"
+            self._tell()
+        self._leaving.set()
+
+    def named(self, index: int | None = None, host: str | None = None) -> str:
+        """A process in words."""
+        if index is None:
+            index, host = self.index, self._host
+        return f"process {index} ({host or 'host unknown'})"
+
+    # Threads.
+
+    def _exchange(self) -> None:
+        while True:
+            time.sleep(BEAT_S)
+            try:
+                self._tell()
+                endings = self._client.key_value_dir_get("supcon/ended/")
+                if self.index == 0:
+                    self._look_for_the_dead({int(_last(k)) for k, _ in endings})
+            except Exception:
+                # The service is gone, or JAX has left it at the end: `_judge` says.
+                continue
+            self._heard = time.monotonic()
+            causes = [e for e in map(_ending, endings) if e["cause"]]
+            if causes and not self._ending.is_set():
+                self._follow(min(causes, key=lambda e: e["index"]))
+
+    def _judge(self) -> None:
+        """Process 0 may be stopped, and then no call returns."""
+        while not self._leaving.is_set():
+            time.sleep(BEAT_S)
+            silent = time.monotonic() - self._heard
+            if self.index and silent > SILENT_S and not self._leaving.is_set():
+                # Telling the others would wait for the same service.
+                hard_exit(
+                    f"process 0 ({distributed.global_state.coordinator_address}), which "
+                    "holds the job together, gives no sign of life for "
+                    f"{silent:.0f} s; {GO_ON}",
+                    TRY_AGAIN,
+                )
+
+    def _tell(self) -> None:
+        now, progress = time.monotonic(), _progress
+        self._number += 1
+        beat_now = {
+            "beat": self._number,
+            "host": self._host,
+            "state": self._left,
+            "doing": progress.doing,
+            "for_s": round(now - progress.at),
+        }
+        self._client.key_value_set(
+            f"supcon/beat/{self.index}", json.dumps(beat_now), allow_overwrite=True
+        )
+
+    def _look_for_the_dead(self, ended: set[int]) -> None:
+        now = time.monotonic()
+        for key, value in self._client.key_value_dir_get("supcon/beat/"):
+            index = int(_last(key))
+            if self._beats.get(index, ("", 0.0))[0] != value:
+                self._beats[index] = value, now
+        allowed = SUSPECT_S if self._suspicious else SILENT_S
+        for index, (value, since) in self._beats.items():
+            known = json.loads(value)
+            if now - since > allowed and index not in ended and index != self.index:
+                if known["state"] == "left":
+                    continue
+                self._publish(
+                    index,
+                    f"{self.named(index, known['host'])} has gone: no sign of life for "
+                    f"{now - since:.0f} s; its last words are above, or in its own "
+                    f"log; {GO_ON}",
+                    TRY_AGAIN,
+                )
+                return  # the next round finds it among the endings
+
+    def _publish(self, index: int, line: str, code: int, *, cause: bool = True) -> None:
+        ending = {"index": index, "line": line, "code": code, "cause": cause}
+        with contextlib.suppress(Exception):  # somebody was faster, or nobody is there
+            self._client.key_value_set(f"supcon/ended/{index}", json.dumps(ending))
+
+    def _follow(self, ending: dict[str, Any]) -> None:
+        """Another process has ended: so does this one, with its line and code."""
+        code = ending["code"]
+        grace = INTERRUPT_GRACE_S if code == 130 else GRACE_S
+        if ending["index"] == self.index or self._ending.wait(grace):
+            return  # the main thread is on its way out, with its own words
+        if STUCK in ending["line"]:
+            dump_stacks()
+        with self._speaking:
+            self._end(ending["line"], code)
+
+    def _end(self, line: str, code: int, *, told: bool = False) -> NoReturn:
+        self._publish(self.index, line, code, cause=told)
+        if self.index == 0:
+            # With this process the service goes: first everybody else has heard.
+            until = time.monotonic() + GRACE_S + 8
+            with contextlib.suppress(Exception):
+                while time.monotonic() < until:
+                    ended = self._client.key_value_dir_get("supcon/ended/")
+                    left = [v for v, _ in self._beats.values() if '"left"' in v]
+                    if len(ended) + len(left) >= self.size:
+                        break
+                    time.sleep(0.1)
+        hard_exit(line, code)
+
+    def _tell_who_is_waited_for(self, key: str, arrived: threading.Event) -> None:
+        while not arrived.wait(WAITING_EVERY_S):
+            with contextlib.suppress(Exception):
+                there = {int(_last(k)) for k, _ in self._client.key_value_dir_get(key)}
+                missing = [index for index in range(self.size) if index not in there]
+                named = ", ".join(
+                    self.named(index, json.loads(self._beats[index][0])["host"])
+                    for index in missing[:3]
+                    if index in self._beats
+                )
+                more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+                _say(f"waiting for {named}{more} to get ready")
+
+
+GO_ON = "the same command goes on from the last save"
+STUCK = "is stuck"
+
+
+def index() -> int:
+    """This process's number in its job; asks no device, unlike `jax.process_index`."""
+    return _job.index if _job else 0
+
+
+def count() -> int:
+    """How many processes the job has."""
+    return _job.size if _job else 1
+
+
+def gather(name: str, value: str) -> list[str]:
+    """The short texts of all processes, in their order, without any device."""
+    return _job.gather(name, value) if _job else [value]
+
+
+def from_first(name: str, value: str) -> str:
+    """The text of process 0, without any device."""
+    return _job.from_first(name, value) if _job else value
+
+
+def agree(facts: Mapping[str, str], *, on: str) -> None:
+    """Ends the job where its processes were not started with the same.
+
+    Args:
+      facts: a name and a value each; process 0 says what is right.
+      on: what this is about, in a word.
+
+    Raises:
+      ValueError: in every process, the same line: which process, which name, both values.
+    """
+    if _job is None:
+        return
+    right = json.loads(from_first(on, json.dumps(dict(facts))))
+    told = [
+        f"{name}={_short(facts.get(name))} where process 0 has {_short(right.get(name))}"
+        for name in sorted({*facts, *right})
+        if facts.get(name) != right.get(name)
+    ]
+    more = f" and {len(told) - 3} more" if len(told) > 3 else ""
+    problem = f"{_job.named()} has {', '.join(told[:3])}{more}" if told else ""
+    refuse_together(problem, on=on, cure=f"start every process with the same {on}")
+
+
+def refuse_together(problem: str, *, on: str, cure: str) -> None:
+    """Raises in every process what one of them found; "" where it found nothing.
+
+    Raises:
+      ValueError: the first problem, and how many there are.
+    """
+    problems = [told for told in gather(on, problem) if told]
+    if problems:
+        more = f" (and {len(problems) - 1} more processes)" if problems[1:] else ""
+        raise ValueError(f"{problems[0]}{more}; {cure}")
+
+
+def code_version() -> str:
+    """What runs here: versions, and a digest of this package's source files."""
+    folder = pathlib.Path(__file__).resolve().parent
+    sha = hashlib.sha256()
+    for path in sorted(folder.rglob("*.py")):
+        sha.update(f"{path.relative_to(folder)}\n".encode() + path.read_bytes())
+    versions = [
+        f"{name} {importlib.metadata.version(name)}" for name in ("jax", "jaxlib")
+    ]
+    return f"{', '.join(versions)}, source {sha.hexdigest()[:12]}"
+
+
+def leave(message: str, code: int) -> None:
+    """Ends this process and the whole job with one line; returns where there is no job."""
+    if _job is not None:
+        _job.leave(message, code)
+
+
+def check_peers(error: Exception) -> None:
+    """Where a failure of the devices may be another process's death, ends with its name.
+
+    Returns where it cannot be, or is not.
+    """
+    if _job is None or not isinstance(error, jax.errors.JaxRuntimeError):
+        return
+    # Whoever has gone is named by process 0, and a thread ends this process then.
+    _job.suspect(SUSPECT_S + 6 * BEAT_S)
+    text = str(error)
+    signs = ("Gloo", "onnection", "UNAVAILABLE", "DEADLINE", "barrier", "coordination")
+    if any(sign in text for sign in signs):
+        reason = next(iter(text.strip().splitlines()), "no reason given")
+        leave(f"the network between the processes failed: {reason}; {GO_ON}", TRY_AGAIN)
+
+
+def _last(key: str) -> str:
+    return key.rpartition("/")[2]
+
+
+def _ending(item: tuple[str, str]) -> dict[str, Any]:
+    return json.loads(item[1])
+
+
+def _short(value: str | None) -> str:
+    if value is None:
+        return "not there"
+    return value if len(value) <= 80 else f"{value[:77]}..."
+
+
+# --- Stuck processes ---
+
+
+def beat(doing: str, patience: float = 1.0) -> None:
+    """Says that this process gets on; called at every step, batch and save.
+
+    Args:
+      doing: what begins now, in a word or two.
+      patience: how many times as long as a step this may take.
+    """
+    global _progress
+    _progress = _Progress(time.monotonic(), doing, patience)
+
+
+class Watchdog:
+    """Ends a process that does not get on, with the stacks of its threads and code 75.
+
+    A peer that is alive but stuck keeps all others waiting in a collective for ever. So
+    does a file system that does not answer, also for a single process.
+
+    Args:
+      minutes: without a `beat`; 0: never.
+    """
+
+    def __init__(self, minutes: float):
+        self._limit_s = 60 * minutes
+        self._stop = threading.Event()
+
+    def __enter__(self) -> Watchdog:
+        beat("starting", patience=6)
+        if self._limit_s:
+            threading.Thread(target=self._watch, daemon=True, name="watchdog").start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+
+    def _watch(self) -> None:
+        every_s = min(self._limit_s / 10, 5.0)
+        last = time.monotonic()
+        while not self._stop.wait(every_s):
+            now, progress = time.monotonic(), _progress
+            if now - last > 3 * every_s + 1:  # this whole process was stopped: Ctrl-Z
+                beat(progress.doing, progress.patience)
+            last = now
+            limit_s = self._limit_s * progress.patience
+            if progress is _progress and now - progress.at > limit_s:
+                dump_stacks()
+                line = (
+                    f"{STUCK}: no step or batch for {now - progress.at:.0f} s "
+                    f"(--config.hosts.watchdog_minutes); it was at: {progress.doing}; "
+                    f"every process has written its stacks; {GO_ON}"
+                )
+                leave(line, TRY_AGAIN)
+                hard_exit(f"this process {line}", TRY_AGAIN)
+
+
+def dump_stacks() -> None:
+    """Writes the stack of every thread to standard error and to the log files."""
+    streams: list[Any] = [sys.stderr]
+    for handler in logging.getLogger("supcon_jax").handlers:
+        if isinstance(handler, logging.FileHandler):
+            streams.append(handler.stream)
+    for stream in streams:
+        with contextlib.suppress(Exception):
+            stream.flush()
+            faulthandler.dump_traceback(file=stream, all_threads=True)
+
+
+# --- The service's own end ---
+
+_on_terminate: Any = None  # keeps the handler alive
+
+
 @contextlib.contextmanager
 def _endings_are_told() -> Iterator[None]:
-    yield
+    """While JAX connects: what it would do when the service fails becomes one line.
+
+    Left to itself it aborts the process with a native stack. It takes a callback, which
+    jaxlib 0.10 cannot call (its argument has no Python type: C++'s terminate handler is
+    run); so the same function is set as that handler too.
+    """
+    global _on_terminate
+    with contextlib.suppress(OSError, AttributeError):  # another C++ library: macOS
+        handler = ctypes.CFUNCTYPE(None)
+        set_terminate = ctypes.CDLL("libstdc++.so.6")._ZSt13set_terminatePFvvE
+        set_terminate.argtypes, set_terminate.restype = [handler], ctypes.c_void_p
+        _on_terminate = handler(_service_failed)
+        set_terminate(_on_terminate)
+    module: Any = distributed._jax  # type: ignore[attr-defined]
+    create = module.get_distributed_runtime_client
+    module.get_distributed_runtime_client = functools.partial(
+        create, missed_heartbeat_callback=_service_failed
+    )
+    try:
+        yield
+    finally:
+        module.get_distributed_runtime_client = create
+
+
+def _service_failed(*_: object) -> None:
+    if index() == 0:
+        line = "this process lost the job's other processes"
+    else:
+        where = distributed.global_state.coordinator_address
+        line = f"process 0 ({where}), which holds the job together, has gone"
+    hard_exit(f"{line}; {GO_ON}", TRY_AGAIN)
 
 
 def _say(line: str) -> None:
@@ -490,6 +928,9 @@ def _say(line: str) -> None:
 def hard_exit(message: str, code: int) -> NoReturn:
     """Ends the process at once with one line, whatever its other threads wait for."""
     _say(f"error: {' '.join(message.split())}")
+    for handler in logging.getLogger("supcon_jax").handlers:
+        with contextlib.suppress(Exception):
+            handler.flush()
     with contextlib.suppress(OSError, ValueError):
         sys.stdout.flush()
     os._exit(code)

@@ -15,8 +15,9 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import TextIO, TypeVar
 
-import jax
 from absl import logging as absl_logging
+
+from supcon_jax import hosts
 
 logger = logging.getLogger("supcon_jax")
 T = TypeVar("T")
@@ -31,7 +32,8 @@ def setup_logging() -> None:
     if not logger.handlers:
         handler = _Terminal(sys.stdout)
         handler.setFormatter(logging.Formatter("%(message)s"))
-        handler.addFilter(lambda record: jax.process_index() == 0)
+        # Not jax.process_index: it would wait for the devices of all processes.
+        handler.addFilter(lambda record: hosts.index() == 0)
         logger.addHandler(handler)
 
 
@@ -88,7 +90,7 @@ def progress(
 
 def add_log_file(workdir: pathlib.Path) -> logging.Handler:
     """Copies the log into `workdir/log.txt`, with the time in front."""
-    first = jax.process_index() == 0
+    first = hosts.index() == 0
     path = workdir / "log.txt" if first else os.devnull
     handler = logging.FileHandler(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))

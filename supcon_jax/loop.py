@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 import jax
 
-from supcon_jax import health, memory, parallel, report
+from supcon_jax import health, hosts, memory, parallel, report
 from supcon_jax.checkpoint import Checkpointer, saved_steps
 from supcon_jax.goodput import Goodput
 from supcon_jax.health import Health
@@ -78,10 +78,14 @@ def train(
     checkpointer = Checkpointer(run.workdir, keep=run.config.keep_checkpoints)
     try:
         with contextlib.ExitStack() as stack:
+            stack.enter_context(hosts.Watchdog(run.config.hosts.watchdog_minutes))
             stack.enter_context(memory.explained(run.plan))
             stop = stop or stack.enter_context(StopRequests())
             final = _Training(run, checkpointer, evaluate, on_log, stop).run()
         return report.report_end(run, final)
+    except jax.errors.JaxRuntimeError as error:
+        hosts.check_peers(error)  # before the save under way waits for a dead one
+        raise
     except Stopped:
         checkpointer.wait()
         step = checkpointer.latest_step()
@@ -129,6 +133,7 @@ class _Training:
             # The first batch is on its way while the step is compiled.
             first_batch = next(batches)
         self._goodput = _goodput_of(self._run, start_step)
+        hosts.beat("compiling", patience=6)
         with self._goodput.spent("compile"):
             start = time.monotonic()
             compiled = self._stop.wait_for(plan.lower().compile)
@@ -262,6 +267,7 @@ class _Training:
         """Saves a state that is well; what was saved before stays where it is not."""
         if step == self._checkpointer.latest_step():
             return
+        hosts.beat(f"saving step {step}")
         with self._goodput.spent("save"):
             loss = float(device_metrics["train/loss"])
             now = health.measure(state.params, state.batch_stats, loss)
@@ -347,6 +353,7 @@ def run_steps(
         before = metrics
         state, metrics = compiled(state, next(batches), *frozen)
         jax.block_until_ready(before)
+        hosts.beat(f"step {number}")
         yield number, state, metrics
 
 

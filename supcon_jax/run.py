@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 import os
 import pathlib
@@ -15,8 +16,9 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from supcon_jax import builders, parallel
+from supcon_jax import builders, hosts, parallel
 from supcon_jax.checkpoint import digest
+from supcon_jax.config import flatten
 from supcon_jax.data import sources as sources_of
 from supcon_jax.data.datasets import open_source
 from supcon_jax.data.identity import identify
@@ -33,7 +35,7 @@ from supcon_jax.data.sources import UNREAD, Source
 from supcon_jax.evaluation.predict import Predictor
 from supcon_jax.objectives import OBJECTIVES
 from supcon_jax.plan import Plan, create_plan
-from supcon_jax.workdir import finished_metrics, open_workdir
+from supcon_jax.workdir import check_shared, finished_metrics, open_workdir
 from supcon_jax.writers import check_installed
 
 logger = logging.getLogger(__name__)
@@ -96,6 +98,8 @@ def open_run(
     Raises:
       ValueError: data, batch size or workdir cannot be used, in one line.
     """
+    agree_on_config(config)
+    check_shared(workdir)
     check_installed(config.writers)
     setup_compilation_cache(enabled=config.compilation_cache)
     mesh = parallel.create_mesh()
@@ -111,12 +115,19 @@ def open_run(
         num_examples=train_source.num_examples,
         whole_images=not on_host(train_source, config.augment.policy),
     )
+    data = {"train": identify(train_source), "evaluation": identify(eval_source)}
+    # What one process alone cannot use ends all of them here, before they compute together.
+    hosts.agree(
+        {split: json.dumps(facts) for split, facts in data.items()}
+        | {"number of devices": str(jax.local_device_count())},
+        on="data and devices",
+    )
     frozen = load_frozen(plan)
     path = open_workdir(
         config,
         workdir,
         frozen=digest(frozen) if frozen else "",
-        data={"train": identify(train_source), "evaluation": identify(eval_source)},
+        data=data,
     )
     logger.info("workdir %s", os.path.relpath(path))
     return Run(
@@ -128,6 +139,21 @@ def open_run(
         finished=finished_metrics(path),
         frozen=frozen,
     )
+
+
+def agree_on_config(config: ConfigDict) -> None:
+    """Refuses processes of one job that run another config or another code.
+
+    Where the data lie may differ from host to host; what is in them is compared later.
+
+    Raises:
+      ValueError: naming the process, the key and both values.
+    """
+    elsewhere = ("data.dir", "data.root")
+    flat = flatten(config.to_dict())
+    facts = {key: repr(flat[key]) for key in flat if key not in elsewhere}
+    code = {"the code": hosts.code_version()} if hosts.count() > 1 else {}
+    hosts.agree(facts | code, on="config and code")
 
 
 def setup_compilation_cache(*, enabled: bool) -> None:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
 import pathlib
+import secrets
 import socket
+import time
 from collections.abc import Set as AbstractSet
 from typing import Any, TextIO
 
 import jax
 from ml_collections import ConfigDict
 
+from supcon_jax import hosts
 from supcon_jax.checkpoint import saved_steps
 from supcon_jax.config import KEYS, flatten
 from supcon_jax.writers import read_metrics
@@ -132,6 +136,51 @@ def unlock(path: pathlib.Path) -> None:
     """Lets the next run into a workdir."""
     if file := _LOCKS.pop(path, None):
         file.close()
+
+
+def check_shared(workdir: str | pathlib.Path, *, wait_s: float = 5.0) -> None:
+    """Refuses a workdir that the processes of a job do not share; leaves no trace.
+
+    Process 0 writes a file with a random name there, and the others look for it. A folder
+    that each host has for itself would hang the first save.
+
+    Args:
+      workdir: a path.
+      wait_s: how long a network file system may take to show the file.
+
+    Raises:
+      ValueError: in every process, naming one that does not see the file.
+    """
+    if hosts.count() == 1 or "://" in str(workdir):
+        return
+    path = pathlib.Path(workdir).expanduser().absolute()
+    problem, made, name = "", [], f".seen-by-all-{secrets.token_hex(8)}"
+    try:
+        if hosts.index() == 0:
+            try:
+                made = [p for p in (path, *path.parents) if not p.exists()]
+                path.mkdir(parents=True, exist_ok=True)
+                (path / name).touch()
+            except OSError as error:
+                problem = f"cannot write to workdir {path}: {error.strerror}"
+        name = hosts.from_first("workdir", name)
+        until = time.monotonic() + wait_s
+        while not problem and not (path / name).exists():
+            if time.monotonic() > until:
+                problem = (
+                    f"process {hosts.index()} ({socket.gethostname()}) does not see in its "
+                    f"workdir {path} what process 0 writes there"
+                )
+            time.sleep(0.1)
+        hosts.refuse_together(
+            problem, on="workdir", cure="give all of them one shared folder (--workdir)"
+        )
+    finally:
+        if hosts.index() == 0:
+            with contextlib.suppress(OSError):
+                (path / name).unlink(missing_ok=True)
+                for folder in made:
+                    folder.rmdir()
 
 
 def finished_metrics(workdir: str | pathlib.Path) -> dict[str, Any] | None:

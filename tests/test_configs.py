@@ -304,6 +304,7 @@ ELSEWHERE = {
     "writers": "test_writers.py::test_a_run_writes_where_its_config_says",
     "project": "test_writers.py::test_a_run_writes_where_its_config_says",
     "compilation_cache": "test_configs.py::test_compilation_cache",
+    "hosts.watchdog_minutes": "test_jobs.py::test_a_stuck_process_ends_all_with_stacks",
     "data.name": "test_configs.py::test_data_keys",
     "data.dir": "test_configs.py::test_data_keys",
     "data.root": "test_configs.py::test_data_keys",

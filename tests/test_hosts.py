@@ -233,7 +233,7 @@ def test_three_variables_are_passed_on_without_detection(calls, monkeypatch):
         "local_device_ids": None,
         "cluster_detection_method": "deactivate",
         "coordinator_bind_address": None,
-        "heartbeat_timeout_seconds": 30,
+        "heartbeat_timeout_seconds": 60,
         "initialization_timeout": 360,
     }
 
@@ -256,7 +256,7 @@ def test_tpu_chips_join_the_other_hosts(calls, monkeypatch, chips, platforms, jo
 
     monkeypatch.setattr(jax, "config", Config())
     hosts.initialize()
-    timeouts = {"heartbeat_timeout_seconds": 30, "initialization_timeout": 360}
+    timeouts = {"heartbeat_timeout_seconds": 60, "initialization_timeout": 360}
     assert calls == ([timeouts] if joins else [])
 
 

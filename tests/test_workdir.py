@@ -39,6 +39,7 @@ FREE = {
     "health.max_skipped": 3,
     "health.loss_rise": 2.0,
     "health.norm_growth": 5.0,
+    "hosts.watchdog_minutes": 0.0,
 }
 
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from supcon_jax import parallel
+from supcon_jax import hosts, parallel
 from supcon_jax.data.pipeline import eval_batches, num_eval_batches
 from supcon_jax.data.sources import Source
 from supcon_jax.evaluation.classification import classification_sums, summarize
@@ -103,7 +103,9 @@ class Predictor:
     def _batches(self, source: Source, label: str) -> Iterator[Batch]:
         batches = parallel.prefetch_to_devices(self._eval_batches(source), self._mesh)
         total = num_eval_batches(source, self._batch_size)
-        yield from progress(batches, total=total, label=label)
+        for batch in progress(batches, total=total, label=label):
+            hosts.beat(label)
+            yield batch
 
 
 def embed_step(

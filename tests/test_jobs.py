@@ -1,0 +1,321 @@
+"""Jobs of several real processes: the same training, and one clear end for every fault."""
+
+import json
+import re
+import signal
+import time
+
+import pytest
+
+from tests.processes import Job, Process, flags, main_job
+from tests.runs import assert_trees_equal
+
+# main.py with something changed beforehand; its arguments follow.
+WRAPPED = """
+import runpy, sys
+{before}
+sys.argv = ["main.py", *sys.argv[1:]]
+runpy.run_path("main.py", run_name="__main__")
+"""
+# Every file below the workdir that this process writes, moves or deletes.
+AUDITED = """
+import atexit, json, os
+workdir, touched = {workdir!r}, set()
+def hook(event, arguments):
+    writes = event in ("os.mkdir", "os.rename", "os.remove", "os.rmdir")
+    if event == "open" and isinstance(arguments[2], int):
+        writes = arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+    if writes and str(arguments[0]).startswith(workdir):
+        touched.add(str(arguments[0]))
+sys.addaudithook(hook)
+atexit.register(lambda: print("TOUCHED", json.dumps(sorted(touched)), flush=True))
+"""
+# Alive, and its threads too, but the main one never gets on.
+STUCK = """
+import time
+from supcon_jax import hosts
+real = hosts.beat
+def beat(doing, patience=1.0):
+    if doing == {doing!r}:
+        stuck_here()
+    real(doing, patience)
+def stuck_here():
+    time.sleep(3600)
+hosts.beat = beat
+"""
+
+
+def metrics(workdir):
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def computed(workdir):
+    """What does not depend on the clock."""
+    timed = ("wall_s", "train/images_per_sec")
+    return [{k: v for k, v in r.items() if k not in timed} for r in metrics(workdir)]
+
+
+def one_end(job, code, *says, ranks=(0, 1)):
+    """Every process ends with the code and one line, which is the same for all."""
+    lines = set()
+    for rank in ranks:
+        assert job[rank].code == code, job[rank].err
+        assert len(job[rank].errors) == 1, job[rank].err
+        assert "Traceback" not in job[rank].err and "Check failure" not in job[rank].err
+        assert job[rank].err.splitlines()[-1] == job[rank].errors[0]
+        lines.add(job[rank].errors[0])
+    assert len(lines) == 1, lines
+    for words in says:
+        assert re.search(words, *lines), (words, lines)
+
+
+# --- The same training ---
+
+
+def check_bits(tmp_path, size):
+    """Processes of one device each, and one process with all of the devices."""
+    from supcon_jax.checkpoint import restore_encoder
+
+    several, one = tmp_path / "several", tmp_path / "one"
+    before = AUDITED.format(workdir=str(several))
+    commands = [["main.py", *flags(several)]] + [
+        ["-c", WRAPPED.format(before=before), *flags(several)] for _ in range(1, size)
+    ]
+    with Job(commands) as job, main_job(1, one, devices=size) as alone:
+        assert set(job.wait().values()) == {0}, job[0].err
+        assert alone.wait() == {0: 0}, alone[0].err
+        for rank in range(1, size):
+            (line,) = re.findall(r"^TOUCHED (.*)", job[rank].out, re.M)
+            # The files of metrics, log, config and figures are those of process 0.
+            assert [p for p in json.loads(line) if "/checkpoints" not in p] == []
+    assert computed(several) == computed(one)
+    assert [record["step"] for record in metrics(several)] == list(range(1, 13))
+    assert not list(several.glob(".seen-by-all*"))
+    assert_trees_equal(restore_encoder(several), restore_encoder(one))
+
+
+def test_two_processes_equal_two_devices_bit_for_bit(tmp_path):
+    check_bits(tmp_path, 2)
+
+
+@pytest.mark.slow
+def test_four_processes_equal_four_devices_bit_for_bit(tmp_path):
+    check_bits(tmp_path, 4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [2, 4])
+def test_each_step_from_one_state_equals_a_single_process(tmp_path, size):
+    """Steps, not runs: rounding grows from step to step, whatever makes it."""
+    file = tmp_path / "states.npz"
+    command = ["-m", "tests.steps_of_a_job"]
+    for processes in (1, size):
+        with Job([[*command, tmp_path / "run", file]] * processes) as job:
+            assert set(job.wait().values()) == {0}, job[0].err
+            told = re.search(
+                r"processes (\d), devices (\d), relative (\S+)", job[0].out
+            )
+            assert told[1] == told[2] == str(processes)
+            assert float(told[3]) <= 1e-5
+            assert (
+                processes == 1 or float(told[3]) > 0
+            )  # they were not one and the same
+
+
+# --- Processes that differ ---
+
+
+def test_another_seed_is_refused_by_name(tmp_path):
+    with main_job(2, tmp_path / "run", seed=[0, 1]) as job:
+        job.wait(60)
+        one_end(job, 2, r"process 1 \(\S+\) has seed=1 where process 0 has 0")
+    assert not (tmp_path / "run").exists()
+
+
+def test_workdirs_that_are_not_shared_are_refused(tmp_path):
+    with main_job(2, [tmp_path / "a", tmp_path / "b"]) as job:
+        job.wait(60)
+        one_end(job, 2, r"process 1 \(\S+\) does not see .*--workdir")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_refusal_of_one_process_is_everybodys(tmp_path):
+    """Its data are missing on one host only."""
+    with main_job(
+        2,
+        tmp_path / "run",
+        data__name="folder",
+        data__eval_split="val",
+        data__root=[folder_of_images(tmp_path / "images"), tmp_path / "missing"],
+    ) as job:
+        job.wait(60)
+        one_end(job, 2, r"^error: process 1 \(\S+\): .*missing", "--config.data.root")
+    assert not (tmp_path / "run").exists()
+
+
+def folder_of_images(root):
+    """Two classes of eight noise images, for both splits."""
+    import numpy as np
+    from PIL import Image
+
+    rng = np.random.default_rng(0)
+    for split in ("train", "val"):
+        for name in ("a", "b"):
+            (root / split / name).mkdir(parents=True)
+            for number in range(8):
+                pixels = rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(root / split / name / f"{number}.png")
+    return root
+
+
+@pytest.mark.slow
+def test_other_code_is_refused(tmp_path):
+    before = "from supcon_jax import hosts; hosts.code_version = lambda: 'older'"
+    arguments = flags(tmp_path / "run")
+    with Job(
+        [["main.py", *arguments], ["-c", WRAPPED.format(before=before), *arguments]]
+    ) as job:
+        job.wait(60)
+        one_end(job, 2, "process 1 .* the code=older where process 0 has jax")
+
+
+@pytest.mark.slow
+def test_other_data_are_refused(tmp_path):
+    roots = [folder_of_images(tmp_path / name) for name in ("x", "y")]
+    (roots[1] / "train" / "a" / "0.png").unlink()
+    with main_job(
+        2,
+        tmp_path / "run",
+        data__name="folder",
+        data__eval_split="val",
+        data__root=roots,
+    ) as job:
+        job.wait(60)
+        one_end(job, 2, "process 1 .* train=.*same data")
+
+
+# --- Dead, stuck and missing peers ---
+
+LONG = {"total_steps": 1_000_000, "log_every": 20, "knn__bank": 0}
+
+
+def check_kill(tmp_path, size, victim, number):
+    """Seconds until all others have ended, each with one line and code 75."""
+    with main_job(size, tmp_path / "run", **LONG) as job:
+        job.wait_for(r"step +60/")
+        start = time.monotonic()
+        job[victim].send(number)
+        others = [rank for rank in range(size) if rank != victim]
+        for rank in others:
+            job[rank].wait(45)
+        seconds = time.monotonic() - start
+        one_end(job, 75, rf"process {victim} \(", "goes on", ranks=others)
+    print(f"{number.name} to process {victim} of {size}: {seconds:.1f} s")
+    assert seconds < 30
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("size", "victim", "number"),
+    [
+        (2, 0, signal.SIGKILL),
+        (2, 1, signal.SIGKILL),
+        (4, 0, signal.SIGKILL),
+        (4, 2, signal.SIGKILL),
+        (2, 0, signal.SIGSTOP),
+        (2, 1, signal.SIGSTOP),
+        (4, 3, signal.SIGSTOP),
+    ],
+    ids=str,
+)
+def test_a_dead_or_stopped_process_ends_the_others(tmp_path, size, victim, number):
+    check_kill(tmp_path, size, victim, number)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("doing", ["step 5", "kNN: test images", "saving step 12"])
+def test_a_stuck_process_ends_all_with_stacks(tmp_path, victim, doing):
+    """It is alive, and so is its network: only the watchdog can tell."""
+    arguments = flags(tmp_path / "run", hosts__watchdog_minutes=0.2)
+    stuck = ["-c", WRAPPED.format(before=STUCK.format(doing=doing)), *arguments]
+    commands = [["main.py", *arguments], ["main.py", *arguments]]
+    commands[victim] = stuck
+    with Job(commands) as job:
+        job.wait(150)
+        for rank in (0, 1):
+            assert job[rank].code == 75
+            assert len(job[rank].errors) == 1
+            assert "is stuck: no step or batch for" in job[rank].errors[0]
+            assert "hosts.watchdog_minutes" in job[rank].errors[0]
+        assert "in stuck_here" in job[victim].err
+        assert "in run_steps" in job[1 - victim].err or "in _fit" in job[1 - victim].err
+    assert "most recent call first" in (tmp_path / "run" / "log.txt").read_text()
+
+
+@pytest.mark.slow
+def test_a_single_process_that_is_stuck_ends_too(tmp_path):
+    arguments = flags(tmp_path / "run", hosts__watchdog_minutes=0.1)
+    before = STUCK.format(doing="step 5")
+    with Job([["-c", WRAPPED.format(before=before), *arguments]]) as job:
+        job.wait(150)
+        assert job[0].code == 75 and "in stuck_here" in job[0].err
+        assert job[0].errors[0].startswith("error: this process is stuck: no step")
+
+
+WATCHED = """
+import sys, time
+from supcon_jax import hosts
+with hosts.Watchdog({minutes}):
+    for _ in range({beats}):
+        hosts.beat("step", patience={patience})
+        time.sleep({every_s})
+print("through")
+"""
+
+
+@pytest.mark.parametrize(
+    ("minutes", "beats", "every_s", "patience", "code"),
+    [
+        (0.01, 8, 0.2, 1, 0),  # steps within the limit of 0.6 s, for longer than it
+        (0.01, 1, 3.0, 1, 75),
+        (0.01, 1, 1.5, 6, 0),  # what may take longer
+        (0.0, 1, 1.5, 1, 0),
+    ],
+)
+def test_the_watchdog_ends_what_does_not_get_on(
+    minutes, beats, every_s, patience, code
+):
+    values = dict(minutes=minutes, beats=beats, every_s=every_s, patience=patience)
+    process = Process(["-c", WATCHED.format(**values)], {"JAX_PLATFORMS": "cpu"})
+    assert process.wait(60) == code, process.err
+    assert ("through" in process.out) == (code == 0)
+    assert (
+        bool(process.errors) == ("most recent call first" in process.err) == bool(code)
+    )
+
+
+@pytest.mark.slow
+def test_a_stopped_and_continued_process_is_not_taken_for_stuck(tmp_path):
+    """Ctrl-Z and fg: the clock went on, the process did not."""
+    with main_job(1, tmp_path / "run", hosts__watchdog_minutes=0.2, **LONG) as job:
+        job.wait_for(r"step +60/")
+        job[0].send(signal.SIGSTOP)
+        time.sleep(20)
+        job[0].send(signal.SIGCONT)
+        time.sleep(4)
+        assert job[0].code is None, job[0].err
+
+
+@pytest.mark.slow
+def test_a_peer_that_never_comes_is_given_up(tmp_path):
+    environs = [{"SUPCON_JOIN_TIMEOUT_S": "5"}] * 4
+    with main_job(4, tmp_path / "run", environs=environs, missing=(2,)) as job:
+        job.wait(60)
+        assert time.monotonic() - job.start < 45
+        for rank in (0, 1, 3):
+            assert job[rank].code == 75
+            (line,) = job[rank].errors
+            assert "gave up after 5 s" in line and "of the 4 processes" in line
+    assert not (tmp_path / "run").exists()
