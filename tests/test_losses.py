@@ -409,37 +409,45 @@ def test_cap_without_effect_equals_no_cap():
         assert capped == pytest.approx(float(compiled_loss(x, labels)), rel=1e-6)
 
 
-def test_diagnostics_equal_their_definitions():
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"temperature": 0.01},
+        {"summation": "inside"},
+        {"contrast_mode": "one"},
+        {"denominator": "one_positive"},
+        {"denominator": "one_positive", "contrast_mode": "one"},
+    ],
+    ids=name_of,
+)
+def test_diagnostics_equal_their_definitions(options):
     x, labels = example(num_images=12)
-    for options in ({}, {"temperature": 0.01}, {"denominator": "one_positive"}):
-        _, got = compiled_loss(
-            x, labels, block_size=7, with_diagnostics=True, **options
-        )
-        z = (x / np.linalg.norm(x, axis=-1, keepdims=True)).reshape(24, -1)
-        group = np.repeat(np.where(labels < 0, -1 - np.arange(12), labels), 2)
-        other = ~np.eye(24, dtype=bool)
-        positive = (group[:, None] == group) & other
-        negative = other & ~positive
-        cosines = z @ z.T
-        squared = ((z[:, None] - z[None]) ** 2).sum(-1)
-        hardest = np.where(positive, cosines, -2).max(1)
-        expected = {
-            "positive_cosine": cosines[positive].mean(),
-            "negative_cosine": cosines[negative].mean(),
-            "alignment": squared[positive].mean(),
-            "uniformity": np.log(np.exp(-2 * squared[other]).mean()),
-            "contrastive_top1": np.mean(
-                hardest > np.where(negative, cosines, -2).max(1)
-            ),
-            "no_positive_fraction": 0,
-            "mean_positives": positive.sum(1).mean(),
-            "num_anchors": 24,
-        }
-        for name, value in expected.items():
-            assert got[name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
-        assert all(v.dtype == jnp.float32 and v.shape == () for v in got.values())
-        if "denominator" not in options:
-            assert got["collapse_loss"] == pytest.approx(math.log(23), rel=1e-6)
+    _, got = compiled_loss(x, labels, block_size=7, with_diagnostics=True, **options)
+    z = (x / np.linalg.norm(x, axis=-1, keepdims=True)).reshape(24, -1)
+    anchors = slice(None, None, 2 if "contrast_mode" in options else 1)
+    group = np.repeat(np.where(labels < 0, -1 - np.arange(12), labels), 2)
+    other = ~np.eye(24, dtype=bool)[anchors]
+    positive = (group[anchors, None] == group) & other
+    negative = other & ~positive
+    cosines = z[anchors] @ z.T
+    squared = ((z[anchors, None] - z[None]) ** 2).sum(-1)
+    hardest = np.where(positive, cosines, -2).max(1)
+    expected = {
+        "positive_cosine": cosines[positive].mean(),
+        "negative_cosine": cosines[negative].mean(),
+        "alignment": squared[positive].mean(),
+        "uniformity": np.log(np.exp(-2 * squared[other]).mean()),
+        "contrastive_top1": np.mean(hardest > np.where(negative, cosines, -2).max(1)),
+        "no_positive_fraction": 0,
+        "mean_positives": positive.sum(1).mean(),
+        "num_anchors": len(other),
+    }
+    for name, value in expected.items():
+        assert got[name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
+    assert all(v.dtype == jnp.float32 and v.shape == () for v in got.values())
+    if "denominator" not in options:
+        assert got["collapse_loss"] == pytest.approx(math.log(23), rel=1e-6)
 
 
 def test_diagnostics_change_neither_value_nor_gradient():

@@ -79,6 +79,20 @@ def test_ordinary_gradient_is_exact_to_float32(temperature, summation):
     assert gradient_error(loss, x, labels, **options) < 3e-6
 
 
+@pytest.mark.parametrize("num_images", [200, 300, 600])
+def test_every_way_to_cut_the_matrix_is_exact(num_images):
+    """One tile, two halves, four by four tiles; diagnostics are those of one tile."""
+    x, labels = ordinary(num_images, dimension=64)
+    assert gradient_error(supcon_loss, x, labels, 0.1) < 3e-6
+    diagnostics = [
+        jax.jit(functools.partial(supcon_loss, block_size=size, with_diagnostics=True))(
+            x, labels
+        )
+        for size in (None, 97)
+    ]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), *diagnostics)
+
+
 def collapsed_errors():
     x, labels = collapsed()
     streamed = functools.partial(supcon_loss, temperature=0.1)

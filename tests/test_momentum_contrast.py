@@ -177,5 +177,15 @@ def test_refuses_shapes_that_do_not_fit(change):
         momentum_contrast_loss(**(arrays | change))
 
 
+@pytest.mark.parametrize(
+    "option",
+    [{"summation": "out"}, {"denominator": "some"}, {"temperature": 0}, {"scale": "x"}],
+)
+def test_refuses_options_out_of_their_range(option):
+    (name,) = option
+    with pytest.raises(ValueError, match=f"{name} must be"):
+        momentum_contrast_loss(QUERIES, GROUPS, KEYS, KEY_GROUPS, **option)
+
+
 def test_docstring_example():
     assert doctest.testmod(momentum_contrast).failed == 0

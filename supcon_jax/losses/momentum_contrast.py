@@ -9,7 +9,13 @@ import numpy as np
 from jax import lax
 
 from supcon_jax.losses.diagnostics import summarize
-from supcon_jax.losses.options import AxisName, LossOptions, default_block_size
+from supcon_jax.losses.options import (
+    AxisName,
+    LossOptions,
+    check_choices,
+    check_numbers,
+    default_block_size,
+)
 from supcon_jax.losses.rows import Columns, rowwise_losses
 from supcon_jax.losses.streaming import Views
 from supcon_jax.losses.supcon import Diagnostics, l2_normalize, mean_over_anchors
@@ -114,7 +120,7 @@ def momentum_contrast_loss(
       it and a dictionary of scalars.
 
     Raises:
-      ValueError: shapes that do not fit.
+      ValueError: for shapes that do not fit, or an option out of its range.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -127,6 +133,8 @@ def momentum_contrast_loss(
     Source: He et al., arXiv 1911.05722, with the positives of Khosla et al., arXiv
     2004.11362, Eq. 2. The code behind the paper's 79.1 % was not released.
     """
+    check_choices(summation=summation, denominator=denominator)
+    check_numbers(temperature, scale, block_size)
     fits = queries.ndim == keys.ndim == 2 and queries.shape[1] == keys.shape[1]
     if not fits or (groups.shape, key_groups.shape) != (
         queries.shape[:1],

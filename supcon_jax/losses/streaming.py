@@ -139,7 +139,7 @@ def _forward(plan, embedding, group, position, temperature):
             # The largest logit of all belongs to a positive if it is above that of the
             # negatives. It needs no mask, as that of the positives would.
             nearest_is_positive=measured["hardest"] > measured["hardest_negative"],
-            gaussian_sum=measured["gaussian_sum"],
+            gaussian_sum=measured["gaussian_sum"] * math.exp(-4),
         )
     # d loss / d (sum of exponentials), and the same for what stands for the positives.
     scales = (jnp.exp(tops[0] - log_total), positive_scale)
@@ -228,8 +228,8 @@ def _measure(plan, rows, columns, temperature, names, row_tops):
         if name == "positive_sum":
             return jnp.where(tile.positive, tile.logits, 0)
         if name == "gaussian_sum":
-            # |z_i - z_j|^2 = 2 - 2 cos for unit vectors.
-            return jnp.exp(4 * (temperature * tile.logits - 1))
+            # |z_i - z_j|^2 = 2 - 2 cos for unit vectors; the factor exp(-4) comes later.
+            return jnp.exp(4 * temperature * tile.logits)
         if name == "hardest":
             return tile.logits
         mask = tile.positive if name == "hardest_positive" else ~tile.positive
