@@ -248,7 +248,11 @@ def test_ids_of_any_kind_become_numbers_of_classes(tmp_path, train, test, names)
     for source, expected in zip(sources, (LABELS, [0, 2]), strict=True):
         np.testing.assert_array_equal(source.labels, expected)
         assert source.labels.dtype == np.int32 and source.num_classes == 3
-        assert source.class_names == (("ant", "cat", "dog") if names is None else names)
+        known = ("ant", "cat", "dog") if names is None else names
+        assert source.class_names == known
+        assert [", ".join(known) in note for note in source.notes] == [True] * bool(
+            known
+        )
 
 
 def test_labels_below_0_and_empty_words_say_that_there_is_none(tmp_path):

@@ -108,7 +108,7 @@ def test_the_cure_that_the_program_advises_works_in_the_same_folder(
 ):
     """A step refused for memory, then the same command with the flag that it named."""
     with monkeypatch.context() as patch:
-        patch.setattr(memory, "device_memory", lambda device: 100_000)
+        patch.setattr(memory, "device_memory", lambda device: 125_000)
         with pytest.raises(ValueError, match="does not fit into memory") as refusal:
             pretrain.pretrain(pretrain_config(**SHORT), tmp_path)
     advised = re.findall(r"--config\.([\w.]+)=(\w+)", str(refusal.value))

@@ -10,7 +10,7 @@ from zipfile import BadZipFile
 import numpy as np
 
 from supcon_jax.data.images import LFS_POINTER
-from supcon_jax.data.names import find_split, number_labels
+from supcon_jax.data.names import find_split, number_labels, numbering
 from supcon_jax.data.sources import ArraySource
 
 # What an array of images or of labels is called, beside the name of its split:
@@ -68,7 +68,13 @@ def open_arrays(split: str, dir: str, root: str) -> ArraySource:
         labels, num_classes, class_names = number_labels(parts)
     except ValueError as error:
         raise ValueError(f"{path}: {error} (--config.data.root)") from None
-    return ArraySource(images, labels[label_key], num_classes, class_names)
+    return ArraySource(
+        images,
+        labels[label_key],
+        num_classes,
+        class_names,
+        notes=numbering(class_names),
+    )
 
 
 class _Contents(Exception):

@@ -89,6 +89,15 @@ def number_labels(
     return labels, max(len(known), 1), names
 
 
+def numbering(class_names: Sequence[str]) -> tuple[str, ...]:
+    """A note that says which ids `number_labels` has numbered; none without any."""
+    if not class_names:
+        return ()
+    shown = ", ".join(class_names[:10])
+    more = ", ..." if len(class_names) > 10 else ""
+    return (f"classes 0 to {len(class_names) - 1} are the ids {shown}{more}",)
+
+
 def _is_label(id: int | str) -> bool:
     return id != "" if isinstance(id, str) else id >= 0
 

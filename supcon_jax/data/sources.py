@@ -209,7 +209,7 @@ class RecordSource(Source):
       file: `[n]` which of the files holds an example.
       offset, length: `[n]` where its record's data begin in the file, and bytes.
       labels: `[n]` int32; `UNREAD` where only the record says it.
-      num_classes, class_names, image_shape, unreadable: see `Source`.
+      num_classes, class_names, image_shape, unreadable, notes: see `Source`.
       image_key, label_key: names of the two in a record.
     """
 
@@ -223,6 +223,7 @@ class RecordSource(Source):
     class_names: tuple[str, ...] = ()
     image_shape: tuple[int | None, ...] = (None, None, 3)
     unreadable: Unreadable = dataclasses.field(default_factory=Unreadable)
+    notes: tuple[str, ...] = ()
     image_key: str = "image"
     label_key: str = "label"
 
@@ -244,15 +245,12 @@ class RecordSource(Source):
         features = self.features(index)
         if not features[self.image_key].bytes_list.value:
             raise OSError(f"the record has no {self.image_key!r}")
-        image, label = (
-            features[self.image_key].bytes_list.value[0],
-            int(self.labels[index]),
-        )
+        image = features[self.image_key].bytes_list.value[0]
+        label, own = self.labels[index], features[self.label_key].int64_list.value
         # An image without a label has none under label noise either.
-        own = features[self.label_key].int64_list.value
         if label == UNREAD or (own and own[0] < 0):
-            label = max(int(own[0]), UNLABELLED) if own else UNLABELLED
-        return Encoded(image, label)
+            label = max(own[0], UNLABELLED) if own else UNLABELLED
+        return Encoded(image, int(label))
 
     def features(self, index: int) -> Any:
         """What the record of an example holds, by name.

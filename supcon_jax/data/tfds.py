@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from supcon_jax.data.names import number_labels, pick_split
+from supcon_jax.data.names import number_labels, numbering, pick_split
 from supcon_jax.data.sources import READERS, UNLABELLED, UNREAD, RecordSource
 
 logger = logging.getLogger(__name__)
@@ -324,6 +324,7 @@ def _number_records(builder: Any, source: RecordSource) -> RecordSource:
         labels=np.asarray([known[place] for place in _places(source)], np.int32),
         num_classes=num_classes,
         class_names=names,
+        notes=numbering(names),
     )
 
 
