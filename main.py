@@ -6,6 +6,7 @@ Flags, the processes of a multi-host job, and dispatch on `config.mode`; no logi
 import difflib
 import os
 import pathlib
+import signal
 import sys
 from typing import NoReturn
 
@@ -123,5 +124,12 @@ def _refuse(message: object, *, code: int = 2) -> NoReturn:
     sys.exit(code)
 
 
+def _stopped_early(*_: object) -> None:
+    """A preemption while the program is still being loaded: there is nothing to save."""
+    print("stopped before anything was saved; the same command starts anew", flush=True)
+    os._exit(0)
+
+
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, _stopped_early)
     app.run(main, flags_parser=parse_flags)

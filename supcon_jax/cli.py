@@ -56,8 +56,9 @@ def one_line_errors() -> Iterator[None]:
         _silence_stdout()
         sys.exit(1)
     except Exception as error:
-        hosts.check_peers(error)
         told = describe(error)
+        if told is None or isinstance(error, jax.errors.JaxRuntimeError):
+            hosts.check_peers(error)
         if told is None:
             traceback.print_exc()
             hosts.leave(f"a bug: {type(error).__name__}: {error}; {bug_report()}", 1)

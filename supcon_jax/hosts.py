@@ -527,12 +527,11 @@ class _Job:
         self._host = socket.gethostname()
         self._heard = time.monotonic()  # last answer of the service
         self._beats: dict[int, tuple[str, float]] = {}  # value, and since when
-        self._suspicious = False
         self._leaving = threading.Event()
         self._ending = threading.Event()
         self._speaking = threading.Lock()
         self._count, self._number = 0, 0
-        self._left = "running"
+        self._state = "running"
         self._tell()
         for target in (self._exchange, self._judge):
             threading.Thread(target=target, daemon=True, name="hosts").start()
@@ -577,13 +576,29 @@ class _Job:
 
     def suspect(self, seconds: float) -> None:
         """Something failed here that a dead peer explains: gives that time to show."""
-        self._suspicious = True
-        time.sleep(seconds)
+        if self._state == "running":
+            self._state = "suspicious"  # process 0 hears of it with the next beat
+            time.sleep(seconds)
+
+    def positions(self) -> str:
+        """Where the processes are that have not got on for longest."""
+        with contextlib.suppress(Exception):
+            beats = [
+                (json.loads(value), int(_last(key)))
+                for key, value in self._client.key_value_dir_get("supcon/beat/")
+            ]
+            beats.sort(key=lambda item: (-item[0]["for_s"], item[1]))
+            return "; ".join(
+                f"{self.named(index, told['host'])} for {told['for_s']} s at: "
+                f"{told['doing']}"
+                for told, index in beats[:3]
+            )
+        return ""
 
     def stopping(self) -> None:
         """The process ends as it should; what the service says from now on is no news."""
         with contextlib.suppress(Exception):
-            self._left = "left"
+            self._state = "left"
             self._tell()
         self._leaving.set()
 
@@ -631,7 +646,7 @@ class _Job:
         beat_now = {
             "beat": self._number,
             "host": self._host,
-            "state": self._left,
+            "state": self._state,
             "doing": progress.doing,
             "for_s": round(now - progress.at),
         }
@@ -645,7 +660,8 @@ class _Job:
             index = int(_last(key))
             if self._beats.get(index, ("", 0.0))[0] != value:
                 self._beats[index] = value, now
-        allowed = SUSPECT_S if self._suspicious else SILENT_S
+        suspicious = any('"suspicious"' in value for value, _ in self._beats.values())
+        allowed = SUSPECT_S if suspicious else SILENT_S
         for index, (value, since) in self._beats.items():
             known = json.loads(value)
             if now - since > allowed and index not in ended and index != self.index:
@@ -654,8 +670,7 @@ class _Job:
                 self._publish(
                     index,
                     f"{self.named(index, known['host'])} has gone: no sign of life for "
-                    f"{now - since:.0f} s; its last words are above, or in its own "
-                    f"log; {GO_ON}",
+                    f"{now - since:.0f} s (its own output may say why); {GO_ON}",
                     TRY_AGAIN,
                 )
                 return  # the next round finds it among the endings
@@ -705,7 +720,7 @@ class _Job:
 
 
 GO_ON = "the same command goes on from the last save"
-STUCK = "is stuck"
+STUCK = "stuck"
 
 
 def index() -> int:
@@ -786,10 +801,12 @@ def check_peers(error: Exception) -> None:
 
     Returns where it cannot be, or is not.
     """
-    if _job is None or not isinstance(error, jax.errors.JaxRuntimeError):
+    if _job is None:
         return
     # Whoever has gone is named by process 0, and a thread ends this process then.
     _job.suspect(SUSPECT_S + 6 * BEAT_S)
+    if not isinstance(error, jax.errors.JaxRuntimeError):
+        return
     text = str(error)
     signs = ("Gloo", "onnection", "UNAVAILABLE", "DEADLINE", "barrier", "coordination")
     if any(sign in text for sign in signs):
@@ -859,13 +876,16 @@ class Watchdog:
             limit_s = self._limit_s * progress.patience
             if progress is _progress and now - progress.at > limit_s:
                 dump_stacks()
+                at = f"at: {progress.doing}"
+                if _job is not None:
+                    at = _job.positions() or at
                 line = (
                     f"{STUCK}: no step or batch for {now - progress.at:.0f} s "
-                    f"(--config.hosts.watchdog_minutes); it was at: {progress.doing}; "
-                    f"every process has written its stacks; {GO_ON}"
+                    f"(--config.hosts.watchdog_minutes); {at}; the stacks of all threads "
+                    f"are above; {GO_ON}"
                 )
                 leave(line, TRY_AGAIN)
-                hard_exit(f"this process {line}", TRY_AGAIN)
+                hard_exit(line, TRY_AGAIN)
 
 
 def dump_stacks() -> None:
