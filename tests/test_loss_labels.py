@@ -1,11 +1,14 @@
 """Labels of any integer type in supcon_loss: right against a float64 loop, or refused."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from jax import export
 
 from supcon_jax import supcon_loss
 
@@ -145,3 +148,34 @@ def test_forward_mode_is_refused_by_jax():
     x = jnp.ones((2, 2, 3))
     with pytest.raises(TypeError, match="forward-mode|jvp"):
         jax.jvp(supcon_loss, (x,), (x,))
+
+
+def test_named_axes_of_vmap_and_pmap():
+    """As shard_map's: each part's loss is that of the whole batch."""
+    rng = np.random.default_rng(0)
+    projections = rng.normal(size=(16, 2, 8)).astype(np.float32)
+    labels = np.arange(16, dtype=np.int32) % 4
+    whole = float(supcon_loss(projections, labels))
+    parts = projections.reshape(4, 4, 2, 8), labels.reshape(4, 4)
+    loss = functools.partial(supcon_loss, axis_name="d")
+    for mapped in (jax.vmap(loss, axis_name="d"), jax.pmap(loss, axis_name="d")):
+        np.testing.assert_allclose(mapped(*parts), [whole] * 4, rtol=1e-6)
+    each = [float(supcon_loss(x, y)) for x, y in zip(*parts, strict=True)]
+    np.testing.assert_allclose(jax.vmap(supcon_loss)(*parts), each, rtol=1e-6)
+
+
+def test_export_of_a_fixed_and_of_a_symbolic_batch():
+    projections = np.random.default_rng(0).normal(size=(4, 2, 8)).astype(np.float32)
+    labels = np.array([0, 0, 1, 1], np.int32)
+    exported = export.export(jax.jit(supcon_loss))(projections, labels)
+    expected = float(supcon_loss(projections, labels))
+    assert float(exported.call(projections, labels)) == pytest.approx(
+        expected, rel=1e-6
+    )
+    (size,) = export.symbolic_shape("b")
+    shapes = [
+        jax.ShapeDtypeStruct((size, 2, 8), np.float32),
+        jax.ShapeDtypeStruct((size,), np.int32),
+    ]
+    with pytest.raises(TypeError):
+        export.export(jax.jit(supcon_loss))(*shapes)
