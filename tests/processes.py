@@ -153,7 +153,7 @@ class Job:
     def __getitem__(self, rank):
         return self.processes[rank]
 
-    def wait_for(self, pattern, *, rank=0, timeout_s=120):
+    def wait_for(self, pattern, *, rank=0, timeout_s=300):
         """Until a process has printed something."""
         until = time.monotonic() + timeout_s
         while not re.search(pattern, self[rank].out + self[rank].err):

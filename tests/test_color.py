@@ -226,9 +226,9 @@ def test_views_that_are_not_jittered_stay_as_they_are(kind):
 
 # Of 1,500 views of one photo of 64 px at s = 1: the standard deviation of a view's mean,
 # the mean absolute change of a pixel, the share of clipped values, the share of views with
-# more than 80 % of them. Measured on another photo, with other random numbers, once with
-# the official code and once with torchvision's jitter; so the tolerances are about twice
-# the spread over the draws plus the difference of the photos.
+# more than 80 % of them. Measured with other random numbers, once with the official code's
+# operations and once with torchvision's, and perhaps on another photo. So the tolerances
+# are two standard deviations of 1,500 draws, and as much again for the photo.
 MEASURED = {
     "tensorflow": (0.306, 0.285, 0.32, 0.034),
     "torchvision": (0.193, 0.198, 0.19, 0.0),

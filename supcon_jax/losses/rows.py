@@ -69,7 +69,8 @@ def _block_losses(
 ) -> tuple[jax.Array, jax.Array, AnchorStatistics | None]:
     others = columns.views
     logits = matmul(rows.embedding, others.embedding.T)
-    other = (rows.position[:, None] != others.position) & (others.position >= 0)
+    position = others.position[None, :]
+    other = (rows.position[:, None] != position) & (position >= 0)
     same = rows.group[:, None] == others.group[None, :]
     positive, negative = same & other, ~same & other
     if options.positives_cap is not None:

@@ -1,9 +1,10 @@
 """The Supervised Contrastive loss: its options, checks and reduction."""
 
-from typing import Literal, NamedTuple, overload
+from typing import Any, Literal, NamedTuple, overload
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -122,8 +123,8 @@ def supcon_loss(
     Args:
       projections: `[B, V, D]`, V views of each of B images, any floating type; computed
         in float32 (float64 for float64 input).
-      labels: `[B]` integers. An image with a negative label is unlabelled: its only
-        positives are its own other views. None makes every image so (SimCLR).
+      labels: `[B]` integers of any type. An image with a negative label is unlabelled:
+        its only positives are its own other views. None makes every image so (SimCLR).
       temperature: positive scalar. It may be a traced array, with its right gradient.
       contrast_mode: "all", every view is an anchor, or "one", only each first view.
       summation: "outside" the logarithm (Eq. 2) or "inside" (Eq. 3).
@@ -184,10 +185,12 @@ def supcon_loss(
         reduction=reduction,
     )
     check_numbers(temperature, scale, block_size)
-    checked_projections, checked_labels = _check_arrays(projections, labels)
+    checked_projections, checked_labels, labelled = _check_arrays(projections, labels)
     num_views = checked_projections.shape[1]
     _check_cap(positives_cap, positives_key, num_views)
-    inputs = _Inputs(checked_projections, checked_labels, temperature, positives_key)
+    inputs = _Inputs(
+        checked_projections, checked_labels, labelled, temperature, positives_key
+    )
     options = LossOptions(
         summation=summation,
         denominator=denominator,
@@ -212,7 +215,8 @@ def supcon_loss(
     def compute(
         arrays: dict[str, jax.Array],
     ) -> jax.Array | tuple[jax.Array, Diagnostics]:
-        return _compute(options, inputs._replace(**arrays))
+        replaced = inputs._replace(**arrays)  # type: ignore[arg-type]
+        return _compute(options, replaced)
 
     return jax.sharding.auto_axes(
         compute, axes=mesh.explicit_axes, out_sharding=NamedSharding(mesh, P())
@@ -224,6 +228,7 @@ class _Inputs(NamedTuple):
 
     projections: jax.Array
     labels: jax.Array | None
+    all_labelled: bool
     temperature: Temperature
     positives_key: jax.Array | None
 
@@ -298,8 +303,11 @@ def _label_views(options: LossOptions, inputs: _Inputs) -> Views:
     image = device * num_images + jnp.arange(num_images, dtype=jnp.int32)
     # An unlabelled image is a group of its own, named by a number that no label has.
     group = -1 - image
-    if inputs.labels is not None:
-        group = jnp.where(inputs.labels < 0, group, inputs.labels)
+    if inputs.labels is not None and inputs.all_labelled:
+        group = inputs.labels
+    elif inputs.labels is not None:
+        own = group.astype(inputs.labels.dtype)
+        group = jnp.where(inputs.labels < 0, own, inputs.labels)
     return Views(
         embedding=embeddings,
         group=jnp.repeat(group, num_views),
@@ -318,7 +326,8 @@ def _logit_bound(temperature: Temperature) -> float | None:
 
 def _check_arrays(
     projections: ArrayLike, labels: ArrayLike | None
-) -> tuple[jax.Array, jax.Array | None]:
+) -> tuple[jax.Array, jax.Array | None, bool]:
+    """Both arrays, and whether every image has a label whatever the number's sign."""
     projections = jnp.asarray(projections)
     if projections.ndim != 3 or 0 in projections.shape:
         raise ValueError(
@@ -330,17 +339,39 @@ def _check_arrays(
             f"projections must be of a floating type; got {projections.dtype}."
         )
     if labels is None:
-        return projections, None
-    labels = jnp.asarray(labels)
-    if labels.shape != projections.shape[:1]:
+        return projections, None, False
+    concrete = not isinstance(labels, jax.Array)
+    found: Any = np.asarray(labels) if concrete else labels
+    if found.shape != projections.shape[:1]:
         raise ValueError(
             f"labels must be [B] = {projections.shape[:1]}, one an image; got shape "
-            f"{labels.shape}."
+            f"{found.shape}."
         )
-    if not jnp.issubdtype(labels.dtype, jnp.integer):
-        raise ValueError(f"labels must be integers; got {labels.dtype}.")
-    # Negative numbers name the unlabelled images: wide enough for them, and signed.
-    return projections, labels.astype(jnp.promote_types(labels.dtype, jnp.int32))
+    if not jnp.issubdtype(found.dtype, jnp.integer):
+        raise ValueError(f"labels must be integers; got {found.dtype}.")
+    if concrete:
+        found = jnp.asarray(_narrowed(found))
+    unsigned = bool(jnp.issubdtype(found.dtype, jnp.unsignedinteger))
+    if unsigned and found.dtype.itemsize >= 4:
+        # The same bits as a signed number: distinct labels stay distinct.
+        signed = jnp.int32 if found.dtype.itemsize == 4 else jnp.int64
+        return projections, lax.bitcast_convert_type(found, signed), True
+    if found.dtype.itemsize < 4:
+        found = found.astype(jnp.int32)
+    return projections, found, unsigned
+
+
+def _narrowed(labels: np.ndarray) -> np.ndarray:
+    """Labels as int32; ids that do not fit are numbered, and those below 0 are -1.
+
+    Only JAX's own 64-bit mode keeps wider integers: it would cut ids off otherwise, and
+    two classes would become one.
+    """
+    limits = np.iinfo(np.int32)
+    if limits.min <= labels.min() and labels.max() <= limits.max:
+        return labels.astype(np.int32)
+    _, numbers = np.unique(labels, return_inverse=True)
+    return np.where(labels < 0, -1, numbers).astype(np.int32)
 
 
 def _check_cap(
