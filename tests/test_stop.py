@@ -58,12 +58,15 @@ def whole(workdir, *changes):
     )
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number",
+    [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)],
+)
 def test_a_signal_in_training_saves_and_exits_0(number, tmp_path):
     """With checkpoint_every=0; the same command goes on to the bits of a whole run."""
-    length = "--config.total_steps=400"
+    length = "--config.total_steps=200"
     process = start(tmp_path / "run", length)
-    read_until(process, " 20/400")
+    read_until(process, " 20/200")
     process.send_signal(number)
     asked = time.monotonic()
     out, errors = process.communicate(timeout=60)
@@ -155,6 +158,7 @@ def test_a_second_run_on_one_workdir_is_refused(tmp_path):
     third.wait()
 
 
+@pytest.mark.slow
 def test_the_account_of_a_run_goes_on_over_a_restart(tmp_path):
     length = "--config.total_steps=60"
     process = start(tmp_path, length, "--config.checkpoint_every=20")
