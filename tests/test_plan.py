@@ -16,11 +16,11 @@ IMAGES = {"num_classes": 10, "num_examples": 1297}
 
 
 def cifar_like(**changes):
-    """More views than one tile of an accelerator; nothing of it is run."""
+    """More views than four tiles of an accelerator; nothing of it is run."""
     config = supcon_cifar10.get_config()
     config.encoder.name = "resnet8"
     config.update_from_flattened_dict(
-        {"batch_size": 2048, "encoder.dtype": "auto"} | changes
+        {"batch_size": 4096, "encoder.dtype": "auto"} | changes
     )
     return config
 
