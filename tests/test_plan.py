@@ -53,7 +53,7 @@ def test_a_step_is_that_of_the_hardware_it_is_for(platform, monkeypatch):
     text = lowered_for(platform, cifar_like(), monkeypatch)
     here = platform == "cpu"
     assert convolutions(text) == {"f32" if here else "bf16"}
-    assert ({1024, 2048} & tiles(text)) == {1024 if here else 2048}
+    assert ({512, 2048} & tiles(text)) == {512 if here else 2048}
     # On a processor the images are augmented 64 at a time, elsewhere all at once.
     assert ("tensor<64x2x32x32x3xf32>" in text) == here
     # A processor's gradients of convolutions keep its one fast layout.
