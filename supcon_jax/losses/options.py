@@ -12,6 +12,10 @@ import jax.numpy as jnp
 AxisName = str | tuple[str, ...] | None
 Temperature = float | jax.Array
 
+# Largest sides of a tile. Measured on CPU cores, where a tile (1 MiB) should stay in a
+# core's cache; an accelerator needs fewer and larger tiles to be busy.
+CPU_BLOCK_SIZE, ACCELERATOR_BLOCK_SIZE = 512, 2048
+
 _CHOICES = {
     "contrast_mode": ("all", "one"),
     "summation": ("outside", "inside"),
@@ -62,9 +66,8 @@ def default_block_size(platform: str | None = None) -> int:
     Args:
       platform: of the devices that will run the loss; None: JAX's default.
     """
-    # Measured on CPU cores, where a tile (1 MiB) should stay in a core's cache; an
-    # accelerator needs fewer and larger tiles to be busy.
-    return 512 if (platform or jax.default_backend()) == "cpu" else 2048
+    on_cpu = (platform or jax.default_backend()) == "cpu"
+    return CPU_BLOCK_SIZE if on_cpu else ACCELERATOR_BLOCK_SIZE
 
 
 def check_choices(**options: str) -> None:

@@ -28,7 +28,12 @@ import numpy as np
 from jax import lax
 
 from supcon_jax.losses.diagnostics import AnchorStatistics
-from supcon_jax.losses.options import AxisName, LossOptions, Temperature
+from supcon_jax.losses.options import (
+    CPU_BLOCK_SIZE,
+    AxisName,
+    LossOptions,
+    Temperature,
+)
 
 # Tiles of exponentials that the forward pass keeps for the backward pass, together at
 # most this much; a larger batch computes them again. With them the program's temporary
@@ -334,14 +339,15 @@ def _grid(plan, rows, columns):
     row_blocks, column_blocks = (
         math.ceil(size / plan.options.block_size) for size in (num_rows, num_columns)
     )
-    # XLA makes straight code of a loop with one turn, and then computes what belongs to
-    # an anchor again for each of its pairs. So no sweep over a larger matrix has one:
-    # two by two blocks would have a single tile above the diagonal.
     symmetric = plan.options.axis_name is None and row_blocks > 1
-    if symmetric:
-        row_blocks = column_blocks = min(max(row_blocks, 4), num_rows)
-    elif row_blocks * column_blocks == 1 and num_rows >= _HALVE_FROM:
-        row_blocks = 2
+    if plan.options.block_size <= CPU_BLOCK_SIZE:
+        # On a CPU, XLA makes straight code of a loop with one turn and then computes what
+        # belongs to an anchor again for each of its pairs. So no sweep over a larger
+        # matrix has one turn: two by two blocks have a single tile above the diagonal.
+        if symmetric:
+            row_blocks = column_blocks = min(max(row_blocks, 4), num_rows)
+        elif row_blocks * column_blocks == 1 and num_rows >= _HALVE_FROM:
+            row_blocks = 2
     return _Grid(
         rows=math.ceil(num_rows / row_blocks),
         columns=math.ceil(num_columns / column_blocks),
