@@ -382,6 +382,9 @@ def test_a_missing_process_is_waited_for_in_words(monkeypatch):
     assert "process 0 does not answer" in results[1][1]
 
 
+@pytest.mark.xfail(
+    reason="jaxlib 0.10.2 sometimes ends natively here: no line, or a segmentation fault"
+)
 def test_a_port_that_is_taken_is_one_line():
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
