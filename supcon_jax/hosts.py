@@ -401,6 +401,8 @@ def _connect(join: Join, *, timeout_s: float) -> None:
             "cluster_detection_method": "deactivate",
             "coordinator_bind_address": bind_address(join.coordinator, os.environ),
         }
+        if join.process_id == 0:
+            _check_port(join)
     try:
         with _waiting(join, timeout_s), _endings_are_told():
             jax.distributed.initialize(
@@ -420,6 +422,32 @@ def _connect(join: Join, *, timeout_s: float) -> None:
         raise ValueError(
             f"cannot join the job{where}, as told by {join.launcher}: {reason}{cause}; "
             f"{THREE} say it otherwise"
+        ) from None
+
+
+def _check_port(join: Join) -> None:
+    """Refuses a port on which process 0 cannot listen: jaxlib may crash on it.
+
+    Raises:
+      ValueError: naming address and reason.
+    """
+    assert join.coordinator is not None
+    address = bind_address(join.coordinator, os.environ)
+    host, _, port = (address or join.coordinator).rpartition(":")
+    host = host.strip("[]") if address else "0.0.0.0"
+    try:
+        family, _, _, _, place = socket.getaddrinfo(
+            host, int(port), type=socket.SOCK_STREAM
+        )[0]
+        with socket.socket(family) as probe:
+            # A port that was let go of a moment ago is free; one with a listener is not.
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(place)
+    except OSError as error:
+        raise ValueError(
+            f"cannot join the job at {join.coordinator}, as told by {join.launcher}: "
+            f"process 0 cannot listen there: {error.strerror} (another program has the "
+            f"port, or the host is not this one); {THREE} say it otherwise"
         ) from None
 
 

@@ -234,7 +234,10 @@ def test_a_run_of_an_older_version_takes_any_data(tmp_path):
     open_run(config, tmp_path / "run")
     (tmp_path / "run" / "checkpoints" / "2").mkdir(parents=True)
     (tmp_path / "run" / "run.json").unlink()
-    open_run(arrays_config(arrays(tmp_path / "b.npz", seed=1)), tmp_path / "run")
+    run = open_run(arrays_config(arrays(tmp_path / "b.npz", seed=1)), tmp_path / "run")
+    # From now on these are its data.
+    facts = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert facts["data"]["train"] == identify(run.train_source)
 
 
 def test_identity_looks_at_content_and_not_at_places(tmp_path):
