@@ -149,10 +149,10 @@ class _Training:
             config=config.to_dict(),
         )
         self._goodput.training_starts()
-        self._meter = _Meter(start_step)
         self._reference = health.measure(state.params, state.batch_stats, math.nan)
         if saved_health:
             self._reference = Health(**saved_health)
+        self._meter = _Meter(start_step)
         batches = self._timed(itertools.chain([first_batch], batches))
         steps = run_steps(
             compiled,

@@ -65,7 +65,9 @@ def log_start(run: Run, state: TrainState) -> None:
         sum(mask) if config.optimizer.weight_decay else 0,
         len(mask),
     )
-    if all(mask) and config.optimizer.exclude and config.optimizer.weight_decay:
+    decays = config.optimizer.exclude and config.optimizer.weight_decay
+    # A classifier alone has nothing that a usual exclusion names.
+    if config.mode == "pretrain" and all(mask) and decays:
         logger.warning(
             "warning: optimizer.exclude=%s matches no parameter, so all of them decay "
             "(--config.optimizer.exclude)",
