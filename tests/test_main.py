@@ -8,6 +8,8 @@ import sys
 
 import pytest
 
+from supcon_jax.checkpoint import saved_steps
+
 REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
 
 
@@ -215,8 +217,12 @@ def test_an_interrupt_is_one_line(tmp_path):
         if line.startswith("step") and " 20/" in line:
             break
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 130
-    assert "goes on from the last save, of step" in errors
+    out, errors = process.communicate(timeout=120)
+    assert process.returncode == 0
+    told = [line for line in out.splitlines() if line.startswith("stopped; step ")]
+    assert len(told) == 1 and "is saved; the same command goes on: python" in told[0]
     assert "Traceback" not in errors
-    assert (tmp_path / "run" / "checkpoints" / "10").is_dir()
+    # The two newest are kept: the last one on the way, and that of the stop.
+    steps = saved_steps(tmp_path / "run")
+    assert len(steps) == 2 and steps[0] >= 20
+    assert told[0].startswith(f"stopped; step {steps[1]} is saved")
