@@ -25,7 +25,7 @@ from supcon_jax.metrics import on_end
 from supcon_jax.plan import Plan
 from supcon_jax.run import Run, build_train_batches
 from supcon_jax.steps.state import TrainState
-from supcon_jax.stop import Stopped, StopRequests, restart_command
+from supcon_jax.stop import Stopped, StopRequests, Unwritable, restart_command
 from supcon_jax.workdir import unlock
 from supcon_jax.writers import MetricWriter, read_metrics
 
@@ -63,6 +63,7 @@ def train(
     Raises:
       FloatingPointError: the run is not well (config.health); what was saved is whole.
       Stopped: a signal asked for it; the state is saved.
+      Unwritable: the disk is full or failed; what was saved is whole.
       ValueError: the step does not fit into memory.
     """
     if run.finished is not None:
@@ -74,6 +75,20 @@ def train(
             )
         unlock(run.workdir)
         return report.report_end(run, run.finished)
+    try:
+        final = _train_and_close(run, evaluate, on_log, stop)
+    except OSError as error:
+        raise Unwritable(error.errno, error.strerror, error.filename) from error
+    return report.report_end(run, final)
+
+
+def _train_and_close(
+    run: Run,
+    evaluate: Evaluate,
+    on_log: Callable[[int, Metrics], None],
+    stop: StopRequests | None,
+) -> Metrics:
+    """`train` between the opening of log and checkpoints and their end."""
     log_file = add_log_file(run.workdir)
     checkpointer = Checkpointer(run.workdir, keep=run.config.keep_checkpoints)
     try:
@@ -81,8 +96,7 @@ def train(
             stack.enter_context(hosts.Watchdog(run.config.hosts.watchdog_minutes))
             stack.enter_context(memory.explained(run.plan))
             stop = stop or stack.enter_context(StopRequests())
-            final = _Training(run, checkpointer, evaluate, on_log, stop).run()
-        return report.report_end(run, final)
+            return _Training(run, checkpointer, evaluate, on_log, stop).run()
     except jax.errors.JaxRuntimeError as error:
         hosts.check_peers(error)  # before the save under way waits for a dead one
         raise
@@ -95,10 +109,11 @@ def train(
         raise Stopped(message) from None
     finally:
         # Also after an interrupt: the save that is under way becomes whole.
-        checkpointer.close()
-        unlock(run.workdir)
-        logging.getLogger("supcon_jax").removeHandler(log_file)
-        log_file.close()
+        with contextlib.ExitStack() as stack:
+            stack.callback(log_file.close)
+            stack.callback(logging.getLogger("supcon_jax").removeHandler, log_file)
+            stack.callback(unlock, run.workdir)
+            checkpointer.close()
 
 
 class _Training:
@@ -186,7 +201,7 @@ class _Training:
                 every > 0 and number % every == 0 and not final
                 for every in (config.eval_every, config.checkpoint_every)
             )
-            stop_due = self._stop.due(number)
+            stop_due = self._stop.due()
             if eval_due or save_due or stop_due:
                 self._check_step(number, device_metrics)
                 with self._meter.pause():

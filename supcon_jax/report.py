@@ -133,7 +133,12 @@ def report_end(run: Run, final: dict[str, Any]) -> dict[str, Any]:
                 logger.info("         %s: %s", name, reason)
         logger.info("Result:  %s", ", ".join(result) or "trained, not evaluated")
         logger.info("Workdir: %s", os.path.relpath(run.workdir))
-        if picture := plot_curves(run.workdir):
+        try:
+            picture = plot_curves(run.workdir)
+        except OSError as error:
+            logger.warning("warning: no curves are drawn: %s", error.strerror)
+            picture = None
+        if picture:
             logger.info("Curves:  %s", os.path.relpath(picture))
         if run.config.next_config:
             logger.info("Next:    %s", next_command(run))
