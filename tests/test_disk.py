@@ -13,7 +13,7 @@ SAVES = {"total_steps": 40, "checkpoint_every": 8}
 
 def ends_with(job, *says):
     """One line says it all, and every process has it."""
-    assert set(job.wait(120).values()) == {1}, job[0].err
+    assert set(job.wait(400).values()) == {1}, job[0].err
     for rank in job.processes:
         (line,) = job[rank].errors
         assert all(words in line for words in says), line
@@ -27,7 +27,7 @@ def goes_on(workdir, size=1, **changes):
     step = saved_steps(workdir)[-1]
     restore_encoder(workdir, step=step)
     with main_job(size, workdir, **changes) as job:
-        assert set(job.wait(120).values()) == {0}, job[0].err
+        assert set(job.wait(400).values()) == {0}, job[0].err
         assert f"resumed at step {step}\n" in job[0].out
     assert saved_steps(workdir)[-1] == changes["total_steps"]
 

@@ -38,7 +38,7 @@ def run_stage(workdir, processes, devices, fault):
     with Job(
         [["-c", WRAPPED.format(before=before), *arguments]] * processes, devices=devices
     ) as job:
-        codes = job.wait(180)
+        codes = job.wait(500)
         assert set(codes.values()) == {0}, (job[0].out, job[0].err)
         resumed = re.search(r"resumed at step (\d+)", job[0].out)
         rows = [
