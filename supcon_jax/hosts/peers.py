@@ -65,8 +65,12 @@ class Job:
         self._count, self._number = 0, 0
         self._state = "running"
         self._tell()
-        for target in (self._exchange, self._judge):
-            threading.Thread(target=target, daemon=True, name="hosts").start()
+        self._threads = [
+            threading.Thread(target=target, daemon=True, name="hosts")
+            for target in (self._exchange, self._judge)
+        ]
+        for thread in self._threads:
+            thread.start()
 
     # What the main thread calls.
 
@@ -133,6 +137,10 @@ class Job:
             self._state = "left"
             self._tell()
         self._leaving.set()
+        # The interpreter ends with a crash where a thread is in the service's client.
+        for thread in self._threads:
+            if thread is not threading.current_thread():
+                thread.join(5 * BEAT_S)
 
     def named(self, index: int | None = None, host: str | None = None) -> str:
         """A process in words."""
@@ -143,8 +151,7 @@ class Job:
     # Threads.
 
     def _exchange(self) -> None:
-        while True:
-            time.sleep(BEAT_S)
+        while not self._leaving.wait(BEAT_S):
             try:
                 self._tell()
                 endings = self._client.key_value_dir_get("supcon/ended/")
@@ -160,8 +167,7 @@ class Job:
 
     def _judge(self) -> None:
         """Process 0 may be stopped, and then no call returns."""
-        while not self._leaving.is_set():
-            time.sleep(BEAT_S)
+        while not self._leaving.wait(BEAT_S):
             silent = time.monotonic() - self._heard
             if self.index and silent > SILENT_S and not self._leaving.is_set():
                 # Telling the others would wait for the same service.
