@@ -226,7 +226,13 @@ def trial_of_a_run(lab: Lab, fault: str, number: int) -> dict[str, Any]:
         if fault == "rot":
             # Late enough that two steps are there.
             drawn = f"kill@^step {rng.integers(3 * EVERY, STEPS)}$+0"
-        struck = strike(lab, run, workdir, drawn, int(rng.integers(RUNS[run])))
+        victim = int(rng.integers(RUNS[run]))
+        struck = strike(lab, run, workdir, drawn, victim)
+        if not struck and not strikes:  # the run was faster than the moment
+            shutil.rmtree(workdir, ignore_errors=True)
+            moment = "training"
+            drawn = draw_fault(action, moment, run, lab.whole_s[run], rng)
+            struck = strike(lab, run, workdir, drawn, victim)
         if struck:
             strikes.append({"moment": moment, **struck})
     rotten = ""

@@ -14,7 +14,9 @@ import errno
 import hashlib
 import json
 import logging
+import os
 import pathlib
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -287,11 +289,15 @@ def _failures_told(directory: pathlib.Path, done: str) -> Iterator[None]:
         raise
     except Exception as error:
         number = getattr(error, "errno", None) or errno.EIO
+        reason = _reason(error)
+        if code := re.search(r"os_error_code='(\d+)'", str(error)):  # of TensorStore
+            number = int(code[1])
+            reason = os.strerror(number)
         steps = [int(p.name) for p in directory.glob("*") if p.name.isdigit()]
         kept = f"step {max(steps)} is whole" if steps else "none was made before"
         raise OSError(
             number,
-            f"a checkpoint cannot be {done} ({_reason(error)}); {kept}",
+            f"a checkpoint cannot be {done} ({reason}); {kept}",
             directory,
         ) from error
 

