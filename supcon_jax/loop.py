@@ -211,6 +211,8 @@ class _Training:
                     if save_due or stop_due:
                         self._save(state, number, metrics, device_metrics)
                 if stop_due:
+                    if pending:  # its line is that of a run that goes on
+                        self._log(number, device_metrics)
                     raise Stopped
         if before:
             self._check_step(total_steps, before)

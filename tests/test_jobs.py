@@ -247,8 +247,7 @@ def test_a_signal_to_one_process_saves_and_ends_all(tmp_path, fault):
         begun = re.search(r"FAULT \w+ ([\d.]+) at (.*)", job[int(victim)].err)
     step = int(told[1])
     assert saved_steps(tmp_path)[-1] == step
-    told = [record["step"] for record in metrics(tmp_path)]
-    assert step - 1 in (0, *told) and max(told, default=0) <= step < 4000
+    assert max(record["step"] for record in metrics(tmp_path)) <= step < 4000
     assert begun is not None
     with main_job(2, tmp_path, **changes) as job:
         job.wait_for(rf"resumed at step {step}\b")
