@@ -240,7 +240,7 @@ def test_a_signal_to_one_process_saves_and_ends_all(tmp_path, fault):
         changes["eval_every"] = 20
     arguments = flags(tmp_path, **changes)
     with Job(commands(2, arguments, {int(victim): fault})) as job:
-        assert job.wait(120) == {0: 0, 1: 0}, (job[0].err, job[1].err)
+        assert job.wait(300) == {0: 0, 1: 0}, (job[0].err, job[1].err)
         for rank in (0, 1):
             assert "Traceback" not in job[rank].err and job[rank].errors == []
         told = re.search(r"stopped; step (\d+) is saved; the same command", job[0].out)
