@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import os
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, ClassVar, NamedTuple, Protocol, Self
 
 import numpy as np
 
+from supcon_jax import storage
 from supcon_jax.data.images import for_tensorflow
 
 logger = logging.getLogger(__name__)
@@ -195,7 +195,7 @@ class FileSource(Source):
         Raises:
           OSError: the file cannot be read, or is no image.
         """
-        with open(self.paths[index], "rb") as file:
+        with storage.open_file(str(self.paths[index])) as file:
             image, orientation = for_tensorflow(file)
         return Encoded(image, int(self.labels[index]), orientation)
 
@@ -261,10 +261,9 @@ class RecordSource(Source):
         # Opening the dataset has imported it already.
         import tensorflow as tf
 
-        with open(self.files[self.file[index]], "rb", buffering=0) as file:
-            record = os.pread(
-                file.fileno(), int(self.length[index]), int(self.offset[index])
-            )
+        start = int(self.offset[index])
+        file, stop = self.files[self.file[index]], start + int(self.length[index])
+        (record,) = storage.read_ranges(file, [(start, stop)])
         try:
             return tf.train.Example.FromString(record).features.feature
         except (
