@@ -26,7 +26,7 @@ from orbax.checkpoint.checkpoint_managers import (
     LatestN,
 )
 
-from supcon_jax import storage
+from supcon_jax import epaths, storage
 from supcon_jax.metrics import best_metric
 from supcon_jax.steps.state import TrainState
 
@@ -185,7 +185,7 @@ class Checkpointer:
 
 def checkpoint_dir(workdir: str | pathlib.Path) -> pathlib.Path:
     """Where a workdir keeps its checkpoints (absolute, as Orbax wants it)."""
-    return storage.as_path(workdir) / "checkpoints"
+    return epaths.as_path(workdir) / "checkpoints"
 
 
 def saved_steps(workdir: str | pathlib.Path) -> list[int]:

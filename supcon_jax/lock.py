@@ -46,6 +46,12 @@ class Lock:
         self._folder = storage.absolute(folder)
         self._path = storage.join(self._folder, "lock")
         self._file: TextIO | None = None
+        self._me = {
+            "who": f"process {os.getpid()} on {socket.gethostname()}",
+            "id": os.urandom(8).hex(),
+            "machine": _machine(),
+            "pid": os.getpid(),
+        }
         self._lost = ""
         self._generation: bytes | None = None
         self._ended = threading.Event()
@@ -94,7 +100,7 @@ class Lock:
             file.close()
             return
         file.truncate(0)
-        file.write(_this_process())
+        file.write(str(self._me["who"]))
         file.flush()
         self._file = file
 
@@ -105,7 +111,7 @@ class Lock:
             holder = _parse(content)
             if seen and generation != seen and content is not None:
                 raise self._in_use(holder["who"])
-            free = content is None or _is_dead(holder)
+            free = content is None or self._is_dead(holder)
             if free or time.monotonic() - since > LEASE_S:
                 break
             if not told:
@@ -118,7 +124,7 @@ class Lock:
                 )
             seen = generation
             time.sleep(min(2.0, LEASE_S / 10))
-        self._generation = storage.swap(self._path, _lease(), generation)
+        self._generation = storage.swap(self._path, self._lease(), generation)
         if self._generation is None:
             raise self._in_use(_parse(storage.read_generation(self._path)[0])["who"])
 
@@ -134,26 +140,38 @@ class Lock:
             if self._ended.is_set() or self._lost:
                 return
             assert self._generation is not None
-            swapped = storage.swap(self._path, _lease(), self._generation)
+            swapped = storage.swap(self._path, self._lease(), self._generation)
             if swapped is None:
                 content, generation = storage.read_generation(self._path)
                 holder = _parse(content)
                 # A write whose answer was lost on its way is tried again, and was ours.
-                if holder["id"] != _ID:
+                if holder["id"] != self._me["id"]:
                     self._lost = holder["who"]
                     return
                 swapped = generation
             self._generation, self._renewed = swapped, time.monotonic()
+
+    def _lease(self) -> bytes:
+        now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        return json.dumps(self._me | {"time": now}).encode()
+
+    def _is_dead(self, holder: dict[str, Any]) -> bool:
+        """Whether the holder was a process of this machine, and has ended."""
+        if not holder["machine"] or holder["machine"] != self._me["machine"]:
+            return False
+        try:
+            os.kill(int(holder["pid"]), 0)
+        except ProcessLookupError:
+            return True
+        except (OSError, ValueError, TypeError, OverflowError):
+            pass
+        return False
 
     def _in_use(self, who: str) -> ValueError:
         return ValueError(
             f"workdir {self._folder} is in use by another run ({who}); wait for it, or "
             "use another --workdir"
         )
-
-
-def _this_process() -> str:
-    return f"process {os.getpid()} on {socket.gethostname()}"
 
 
 def _machine() -> str:
@@ -165,20 +183,6 @@ def _machine() -> str:
         return ""
 
 
-_ID = os.urandom(8).hex()
-
-
-def _lease() -> bytes:
-    lease = {
-        "who": _this_process(),
-        "id": _ID,
-        "machine": _machine(),
-        "pid": os.getpid(),
-        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-    }
-    return json.dumps(lease).encode()
-
-
 def _parse(content: bytes | None) -> dict[str, Any]:
     try:
         found = json.loads(content or b"")
@@ -186,16 +190,3 @@ def _parse(content: bytes | None) -> dict[str, Any]:
         found = None
     known = found if isinstance(found, dict) else {}
     return {"who": "an unknown process", "id": "", "machine": "", "pid": 0} | known
-
-
-def _is_dead(holder: dict[str, Any]) -> bool:
-    """Whether the holder was a process of this machine that has ended, or this one."""
-    if not holder["machine"] or holder["machine"] != _machine():
-        return False
-    try:
-        os.kill(int(holder["pid"]), 0)
-    except ProcessLookupError:
-        return True
-    except OSError:
-        pass
-    return False

@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from supcon_jax import builders, hosts, parallel, storage
+from supcon_jax import builders, epaths, hosts, parallel, storage
 from supcon_jax.checkpoint import digest
 from supcon_jax.config import flatten
 from supcon_jax.data import sources as sources_of
@@ -185,7 +185,7 @@ def setup_compilation_cache(*, enabled: bool) -> None:
             jax.config.update("jax_enable_compilation_cache", False)
             return
         jax.config.update("jax_compilation_cache_dir", str(folder))
-    storage.as_path(jax.config.jax_compilation_cache_dir)  # type: ignore[attr-defined]
+    epaths.as_path(jax.config.jax_compilation_cache_dir)  # type: ignore[attr-defined]
     # By default JAX keeps only what took over a second to compile.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

@@ -15,14 +15,12 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
-import importlib.util
 import io
 import logging
 import os
 import pathlib
 import re
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -246,31 +244,6 @@ def move(source: Path, target: Path) -> None:
     for found in walk(source):
         write(join(target, found), read(join(source, found)))
     remove(source)
-
-
-def as_path(path: Path) -> pathlib.Path:
-    """The path as an object that Orbax and JAX take.
-
-    Raises:
-      ValueError: it is in a bucket, and what they need for one is not installed.
-    """
-    if not is_remote(path):
-        return pathlib.Path(absolute(path))
-    # They come to a bucket through etils, which would take TensorFlow where it is there,
-    # and remembers whether it is from its first look at any path.
-    os.environ["EPATH_USE_TF"] = "0"
-    if gpath := sys.modules.get("etils.epath.gpath"):
-        gpath._is_tf_installed.cache_clear()
-    # An experiment of gcsfs that asks for a bucket's kind, with credentials of its own.
-    os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
-    if importlib.util.find_spec("gcsfs") is None:
-        raise ValueError(
-            f"checkpoints in {os.fspath(path)} need the package gcsfs: pip install "
-            "gcsfs, or 'supcon_jax[gcs]'"
-        )
-    from etils import epath
-
-    return epath.Path(absolute(path))  # type: ignore[return-value]
 
 
 def shown(path: Path) -> str:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 from ml_collections import ConfigDict
 
-from supcon_jax import hosts, storage
+from supcon_jax import epaths, hosts, storage
 from supcon_jax.checkpoint import saved_steps
 from supcon_jax.config import KEYS, flatten
 from supcon_jax.lock import Lock
@@ -69,7 +69,7 @@ def open_workdir(
       ValueError: another config or other data made it (what differs is named), or it
         cannot be written.
     """
-    path = storage.as_path(workdir)
+    path = epaths.as_path(workdir)
     ours = json.loads(json.dumps(config.to_dict()))
     theirs = read_config(path)
     started = bool(saved_steps(path))

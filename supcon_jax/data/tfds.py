@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from supcon_jax import storage
+from supcon_jax import epaths, storage
 from supcon_jax.data.names import number_labels, numbering, pick_split
 from supcon_jax.data.sources import READERS, UNLABELLED, UNREAD, RecordSource
 
@@ -186,7 +186,7 @@ def open_tfds(
         raise ValueError(f"no {name} in {directory} (--config.data.dir); {how}")
     tfds = _import_tensorflow_datasets()
     if prepared is not None:
-        builder = tfds.builder_from_directory(storage.as_path(prepared))
+        builder = tfds.builder_from_directory(epaths.as_path(prepared))
     else:
         builder = _download(tfds, name, directory, built_in)
     image = _image_feature(tfds, name, builder.info.features, image_key)
