@@ -9,6 +9,7 @@ import signal
 import threading
 import time
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -19,6 +20,7 @@ from supcon_jax.data.datasets import open_source
 from supcon_jax.linear_eval import linear_eval
 from supcon_jax.mirror import Mirror
 from supcon_jax.pretrain import pretrain
+from supcon_jax.run import setup_compilation_cache
 from supcon_jax.tools import seeds
 from supcon_jax.writers import MetricWriter, read_metrics
 from tests.processes import Process, flags
@@ -347,6 +349,26 @@ def test_the_mean_over_seeds_of_runs_in_a_bucket(bucket, capsys):
     seeds.main([f"{bucket}/0", f"{bucket}/1", f"--out={bucket}/seeds.json"])
     assert "50.00 ± 35.36" in capsys.readouterr().out
     assert b'"mean": 0.5' in storage.read(f"{bucket}/seeds.json")
+
+
+def test_the_compilation_cache_in_a_bucket(bucket, monkeypatch):
+    from jax.experimental.compilation_cache import compilation_cache
+
+    before = jax.config.jax_compilation_cache_dir
+    try:
+        for folder in (f"{bucket}/cache", "s3://bucket/cache"):
+            compilation_cache.reset_cache()
+            jax.config.update("jax_compilation_cache_dir", folder)
+            if folder.startswith("s3"):
+                with pytest.raises(ValueError, match="allowed: local paths"):
+                    setup_compilation_cache(enabled=True)
+                continue
+            setup_compilation_cache(enabled=True)
+            jax.jit(lambda x: 3 * x + 0.123456)(1.0).block_until_ready()
+            assert any("lambda" in name for name in storage.names(folder))
+    finally:
+        compilation_cache.reset_cache()
+        jax.config.update("jax_compilation_cache_dir", before)
 
 
 def test_damage_and_a_second_run_in_a_bucket(bucket, messages):
