@@ -8,13 +8,14 @@ this module before a batch is asked for.
 from __future__ import annotations
 
 import atexit
+import collections
 import functools
 import itertools
 import os
 import traceback
 import weakref
 from collections.abc import Callable, Generator, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import tensorflow as tf
@@ -31,6 +32,9 @@ from supcon_jax.data.sources import (
 from supcon_jax.data.views import TENSORFLOW_CROP, Augmentation
 
 Batch = dict[str, np.ndarray]
+
+# Encoded images that are handed on together, and the bytes after which fewer are.
+CHUNK_ROWS, CHUNK_BYTES = 512, 64 * 2**20
 
 # Streams that are being read. TensorFlow's threads run Python to read the bytes, and the
 # process may hang for ever if they are still reading when the interpreter ends.
@@ -155,19 +159,21 @@ def _dataset(
         }
 
     count = len(rows(start_step)[0])
+    read: Callable[..., Iterator[tuple]]
     if source.images is None:
-        read, image = _read_encoded, tf.TensorSpec((count,), tf.string)
+        read = functools.partial(_read_encoded, most=min(count, CHUNK_ROWS))
+        image = tf.TensorSpec((None,), tf.string)
     else:
-        image = tf.TensorSpec((count, *source.images.shape[1:]), tf.uint8)
         read = _read_images
+        image = tf.TensorSpec((None, *source.images.shape[1:]), tf.uint8)
     dataset = tf.data.Dataset.from_generator(
         functools.partial(read, source, rows, steps),
         output_signature=(
             image,
-            tf.TensorSpec((count,), tf.int32),
-            tf.TensorSpec((count,), tf.int32),
-            tf.TensorSpec((count,), tf.bool),
-            tf.TensorSpec((count, 2), tf.int32),
+            tf.TensorSpec((None,), tf.int32),
+            tf.TensorSpec((None,), tf.int32),
+            tf.TensorSpec((None,), tf.bool),
+            tf.TensorSpec((None, 2), tf.int32),
         ),
     )
     options = tf.data.Options()
@@ -198,7 +204,12 @@ def _read_images(source: Source, rows, steps) -> Iterator[tuple]:
         yield images[index], source.labels[index], upright, index != PADDING, ids
 
 
-def _read_encoded(source: Source, rows, steps) -> Iterator[tuple]:
+def _read_encoded(source: Source, rows, steps, *, most: int) -> Iterator[tuple]:
+    """Examples in order, at most `most` at a time.
+
+    Not a step at a time: photos that are handed on as pixels would fill the memory.
+    """
+
     def read(index: int) -> Encoded:
         if index == PADDING:
             return Encoded(b"", 0)
@@ -207,19 +218,30 @@ def _read_encoded(source: Source, rows, steps) -> Iterator[tuple]:
         except OSError:
             return Encoded(b"", 0)  # cannot be decoded, and _diagnose then says why
 
-    with ThreadPoolExecutor(READERS) as pool:
+    def submitted() -> Iterator[tuple[np.ndarray, int, Future[Encoded]]]:
         for step in steps:
-            ids, index = rows(step)
-            images, labels, orientations = zip(
-                *pool.map(read, index.tolist()), strict=True
-            )
+            for ids, index in zip(*rows(step), strict=True):
+                yield ids, index, pool.submit(read, int(index))
+
+    with ThreadPoolExecutor(READERS) as pool:
+        coming = submitted()
+        ahead = collections.deque(itertools.islice(coming, 2 * READERS))
+        while ahead:
+            chunk: list[tuple] = []
+            size = 0
+            while ahead and len(chunk) < most and size < CHUNK_BYTES:
+                ids, index, future = ahead.popleft()
+                chunk.append((ids, index, *future.result()))
+                size += len(chunk[-1][2])
+                ahead.extend(itertools.islice(coming, 1))
+            all_ids, indices, images, labels, orientations = zip(*chunk, strict=True)
             yield (
                 np.asarray(images, object),
                 # A number that int32 cannot hold is refused below, as it was read.
                 np.clip(labels, UNLABELLED, np.iinfo(np.int32).max).astype(np.int32),
                 np.asarray(orientations, np.int32),
-                index != PADDING,
-                ids,
+                np.asarray(indices) != PADDING,
+                np.asarray(all_ids),
             )
 
 

@@ -210,7 +210,7 @@ def open_tfds(
             num_classes=label.num_classes,
             class_names=tuple(label.names or ()),
         )
-    return _number_records(builder, source)
+    return _number_records(builder, source, np.dtype(label.np_dtype) == np.uint64)
 
 
 def _image_feature(tfds: Any, name: str, features: Any, key: str) -> Any:
@@ -308,7 +308,7 @@ def _open_records(
     )
 
 
-def _number_records(builder: Any, source: RecordSource) -> RecordSource:
+def _number_records(builder: Any, source: RecordSource, unsigned: bool) -> RecordSource:
     """The source with numbers 0 to C - 1 for ids or words that are no ClassLabel.
 
     The ids of all splits are read, so that the splits agree on the numbers.
@@ -328,7 +328,8 @@ def _number_records(builder: Any, source: RecordSource) -> RecordSource:
         places += _places(records)
         with ThreadPoolExecutor(READERS) as pool:
             ids += pool.map(
-                functools.partial(_read_id, records), range(records.num_examples)
+                functools.partial(_read_id, records, unsigned),
+                range(records.num_examples),
             )
     if any(isinstance(id, str) for id in ids):
         ids = [id if isinstance(id, str) else "" for id in ids]
@@ -349,8 +350,12 @@ def _places(source: RecordSource) -> list[tuple[str, int]]:
     return list(zip(files, source.offset.tolist(), strict=True))
 
 
-def _read_id(source: RecordSource, index: int) -> int | str:
-    """What a record has as its label; "" or -1 where it has none."""
+def _read_id(source: RecordSource, unsigned: bool, index: int) -> int | str:
+    """What a record has as its label; "" or -1 where it has none.
+
+    Raises:
+      ValueError: it cannot be read, or is an unsigned number that int64 cannot hold.
+    """
     try:
         feature = source.features(index)[source.label_key]
     except OSError as error:
@@ -359,7 +364,15 @@ def _read_id(source: RecordSource, index: int) -> int | str:
         ) from None
     if feature.bytes_list.value:
         return feature.bytes_list.value[0].decode(errors="replace")
-    return int(feature.int64_list.value[0]) if feature.int64_list.value else UNLABELLED
+    if not feature.int64_list.value:
+        return UNLABELLED
+    label = int(feature.int64_list.value[0])
+    if unsigned and label < 0:
+        raise ValueError(
+            f"the label of {source.name(index)} is {label % 2**64}; allowed: up to "
+            f"{2**63 - 1} (--config.data.label_key)"
+        )
+    return label
 
 
 def _index_records(part: Any) -> tuple[np.ndarray, np.ndarray]:
