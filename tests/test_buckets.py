@@ -440,6 +440,8 @@ def test_twenty_kills_in_a_bucket(emulator, bucket, tmp_path):
         saved = saved_steps(workdir)
         with contextlib.closing(started(emulator, workdir, **changes)) as process:
             assert process.wait(300) == 0, process.err
-        print(f"kill {trial + 1}: exit code {killed}, saved {saved}")
+        print(f"kill {trial + 1}: exit code {killed}, saved {saved}", flush=True)
         assert_trees_equal(restore_encoder(workdir), expected)
-        assert [r["step"] for r in read_metrics(workdir)] == steps
+        lines = [r["step"] for r in read_metrics(workdir)]
+        # The first step after a resume is told too.
+        assert lines == sorted(set(lines)) and set(lines) >= set(steps)

@@ -161,11 +161,15 @@ NOT_RUN = {
     "python -m pytest -m slow tests/test_jobs.py": "the tests themselves",
     "python -m pytest tests/test_hosts.py tests/test_jobs.py": "the tests themselves",
     "python -m supcon_jax.tools.show_batch": "no command, the tool's name",
+    "python -m pytest -m slow -n 0 -s tests/test_buckets.py": "the tests themselves",
+    "python -m pytest tests/test_buckets.py tests/test_lock.py": "the tests themselves",
     "python -m venv .venv": "not ours",
     "python main.py --config=configs/supcon_cifar10.py:pytorch": "downloads CIFAR-10",
     "python main.py --config=configs/supcon_r50.py --config.data.dir=DIR": (
         "for a pod; the same with three steps is run"
     ),
+    "python main.py --config=configs/supcon_r50.py --config.data.dir=gs://BUCKET/tfds  "
+    "--workdir=gs://BUCKET/runs/r50": "for a pod; tests/test_buckets.py runs the digits",
 }
 
 
