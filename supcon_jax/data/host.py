@@ -20,6 +20,7 @@ import numpy as np
 import tensorflow as tf
 
 from supcon_jax.data import autoaugment
+from supcon_jax.data.blocks import BlockCache, read_steps
 from supcon_jax.data.sources import (
     PADDING,
     READERS,
@@ -52,6 +53,7 @@ def batches(
     start_step: int,
     stop_step: int | None,
     replace_unreadable: bool,
+    cache: BlockCache | None = None,
 ) -> Iterator[Batch]:
     """The rows of this process, step by step.
 
@@ -64,6 +66,7 @@ def batches(
       start_step, stop_step: the first step and the one after the last; None: endless.
       replace_unreadable: what takes the place of an example that cannot be decoded:
         the next one that can (training), or padding (evaluation).
+      cache: the blocks in which examples are read, if they are (lanes.py).
 
     Yields:
       `{"image": uint8 [rows, *shape], "label": int32 [rows], "id": int32 [rows, 2],
@@ -83,7 +86,7 @@ def batches(
             _readable, source, identities, unreadable, replace_unreadable
         )
         try:
-            stream = _dataset(source, rows, transform, shape, step, stop_step)
+            stream = _dataset(source, cache, rows, transform, shape, step, stop_step)
             _OPEN.add(stream)
             for batch in stream:
                 _check_labels(source, batch)
@@ -124,6 +127,7 @@ def _readable(
 
 def _dataset(
     source: Source,
+    cache: BlockCache | None,
     rows: Callable[[int], tuple[np.ndarray, np.ndarray]],
     transform: Callable[[tf.Tensor, tf.Tensor], tf.Tensor],
     shape: tuple[int, ...],
@@ -161,7 +165,7 @@ def _dataset(
         image = tf.TensorSpec((count, *source.images.shape[1:]), tf.uint8)
         read = _read_images
     dataset = tf.data.Dataset.from_generator(
-        functools.partial(read, source, rows, steps),
+        functools.partial(read, source, cache, rows, steps),
         output_signature=(
             image,
             tf.TensorSpec((count,), tf.int32),
@@ -189,7 +193,7 @@ def _dataset(
     yield from dataset.as_numpy_iterator()
 
 
-def _read_images(source: Source, rows, steps) -> Iterator[tuple]:
+def _read_images(source: Source, cache, rows, steps) -> Iterator[tuple]:
     images = source.images
     assert images is not None
     for step in steps:
@@ -198,20 +202,13 @@ def _read_images(source: Source, rows, steps) -> Iterator[tuple]:
         yield images[index], source.labels[index], upright, index != PADDING, ids
 
 
-def _read_encoded(source: Source, rows, steps) -> Iterator[tuple]:
-    def read(index: int) -> Encoded:
-        if index == PADDING:
-            return Encoded(b"", 0)
-        try:
-            return source.read(index)
-        except OSError:
-            return Encoded(b"", 0)  # cannot be decoded, and _diagnose then says why
-
+def _read_encoded(source: Source, cache, rows, steps) -> Iterator[tuple]:
     with ThreadPoolExecutor(READERS) as pool:
-        for step in steps:
-            ids, index = rows(step)
+        for ids, index, examples in read_steps(source, map(rows, steps), pool, cache):
+            # What cannot be read cannot be decoded, and _diagnose then says why.
             images, labels, orientations = zip(
-                *pool.map(read, index.tolist()), strict=True
+                *(Encoded(b"", 0) if isinstance(e, OSError) else e for e in examples),
+                strict=True,
             )
             yield (
                 np.asarray(images, object),
