@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from supcon_jax.data import host
 from supcon_jax.data.datasets import open_source
 from supcon_jax.data.pipeline import (
     eval_batches,
@@ -19,7 +20,7 @@ from supcon_jax.data.pipeline import (
     train_batches,
 )
 from supcon_jax.data.sampler import shuffled
-from supcon_jax.data.sources import FileSource
+from supcon_jax.data.sources import Encoded, FileSource
 from supcon_jax.data.views import Augmentation
 
 RNG = np.random.default_rng(0)
@@ -333,3 +334,31 @@ def test_other_sizes_and_files_are_not_loaded(tfds_dir, folder, monkeypatch):
     assert load_small(files, 24) is files
     monkeypatch.setattr("supcon_jax.data.pipeline.IN_MEMORY_BYTES", 9 * 32 * 32 * 3 - 1)
     assert load_small(encoded, 32) is encoded
+
+
+def test_of_large_images_only_a_few_are_held(monkeypatch):
+    """Photos handed on as pixels: a batch of 1,000 needs no more memory than one of 50."""
+    read = []
+
+    class Large(FileSource):
+        def read(self, index):
+            read.append(index)
+            return Encoded(bytes(1000), index % 7, 1)
+
+    source = Large(np.asarray(["x"] * 1000), np.zeros(1000, np.int32), ("a",))
+    monkeypatch.setattr(host, "CHUNK_BYTES", 20_000)
+
+    def rows(step):
+        ids = np.stack([np.full(1000, step), np.arange(1000)], axis=1)
+        return ids, ids[:, 1]
+
+    chunks = host._read_encoded(source, rows, range(2), most=512)
+    images, labels, _, is_example, ids = next(chunks)
+    assert len(images) == 20 and len(read) <= 20 + 2 * host.READERS
+    for chunk in chunks:
+        labels = np.append(labels, chunk[1])
+        ids = np.append(ids, chunk[4], axis=0)
+        assert len(chunk[0]) == 20 and chunk[3].all()
+    np.testing.assert_array_equal(ids[:, 1], np.tile(np.arange(1000), 2))
+    np.testing.assert_array_equal(ids[:, 0], np.repeat([0, 1], 1000))
+    np.testing.assert_array_equal(labels, ids[:, 1] % 7)

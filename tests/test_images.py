@@ -215,14 +215,24 @@ def test_what_cannot_be_shown_is_refused_in_one_line(kind):
     assert str(error.value) and "\n" not in str(error.value)
 
 
-def test_of_an_animation_the_first_frame_alone_is_read(tmp_path):
-    """Memory does not grow with the number of frames."""
+STRIPS = {
+    "gif": {},
+    "png": {},
+    "webp": {"lossless": True},
+    "tiff": {},
+}
+
+
+@pytest.mark.parametrize("kind", STRIPS)
+def test_of_an_animation_the_first_frame_alone_is_read(kind, tmp_path):
+    """Memory does not grow with the number of frames or pages."""
+    rng = np.random.default_rng(0)
     noise = [
-        Image.fromarray(np.random.default_rng(n).integers(0, 256, (200, 200), np.uint8))
-        for n in range(60)
+        Image.fromarray(rng.integers(0, 256, (200, 200, 3), np.uint8))
+        for _ in range(40)
     ]
-    path = tmp_path / "long.gif"
-    noise[0].save(path, save_all=True, append_images=noise[1:])
+    path = tmp_path / f"long.{kind}"
+    noise[0].save(path, kind, save_all=True, append_images=noise[1:], **STRIPS[kind])
     source = FileSource(np.asarray([str(path)]), np.zeros(1, np.int32), ("a",))
     source.read(0)
     tracemalloc.start()

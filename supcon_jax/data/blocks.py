@@ -8,6 +8,7 @@ examples of it may be.
 from __future__ import annotations
 
 import collections
+import itertools
 import threading
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,7 +16,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import numpy as np
 
 from supcon_jax.data.lanes import WINDOW, Lanes
-from supcon_jax.data.sources import PADDING, Encoded, Source
+from supcon_jax.data.sources import PADDING, READERS, Encoded, Source
 
 # Steps whose blocks are asked for while an earlier one is made.
 AHEAD = 2
@@ -91,44 +92,60 @@ class BlockCache:
         return examples
 
 
-def read_steps(
+def read_examples(
     source: Source,
     steps: Iterable[tuple[np.ndarray, np.ndarray]],
     pool: ThreadPoolExecutor,
     cache: BlockCache | None,
-) -> Iterator[tuple[np.ndarray, np.ndarray, list[Encoded | OSError]]]:
-    """Identities, indices and examples of steps.
+) -> Iterator[tuple[np.ndarray, int, Encoded | OSError]]:
+    """The examples of steps, in order, read ahead.
 
     Args:
       source: the split.
       steps: `[rows, 2]` identities and `[rows]` indices, `PADDING` where there is none.
       pool: threads that read.
-      cache: the blocks of the split; None: examples are read as they are asked for.
+      cache: the blocks of the split; None: examples are read by themselves.
 
     Yields:
-      A step with its examples; for one that cannot be read, the error.
+      Identity, index and example of each row; the error, if it cannot be read.
     """
+    steps, ahead = itertools.tee(steps)
+    wanted = (index[index != PADDING] for _, index in ahead)
+    examples = (
+        _in_runs(source, wanted, pool)
+        if cache is None
+        else _in_blocks(cache, wanted, pool)
+    )
+    for ids, indices in steps:
+        for identity, index in zip(ids, indices.tolist(), strict=True):
+            nobody = index == PADDING
+            yield identity, index, Encoded(b"", 0) if nobody else next(examples)
 
-    def scatter(index: np.ndarray, found: Iterable[Encoded | OSError]) -> list:
-        found = iter(found)
-        return [Encoded(b"", 0) if i == PADDING else next(found) for i in index]
 
-    if cache is None:
-        for ids, index in steps:
-            examples = source.read_many(index[index != PADDING], pool.map)
-            yield ids, index, scatter(index, examples)
-        return
-    waiting: collections.deque[tuple[np.ndarray, np.ndarray]] = collections.deque()
+def _in_runs(
+    source: Source, wanted: Iterable[np.ndarray], pool: ThreadPoolExecutor
+) -> Iterator[Encoded | OSError]:
+    """Examples that are read by themselves, or with the next ones if they lie together."""
+    coming = (
+        pool.submit(source.read_many, run.tolist())
+        for indices in wanted
+        for run in source.runs(indices)
+    )
+    ahead = collections.deque(itertools.islice(coming, 2 * READERS))
+    while ahead:
+        future = ahead.popleft()
+        yield from future.result()
+        ahead.extend(itertools.islice(coming, 1))
 
-    def finish() -> tuple[np.ndarray, np.ndarray, list[Encoded | OSError]]:
-        ids, index = waiting.popleft()
-        wanted = index[index != PADDING].tolist()
-        return ids, index, scatter(index, map(cache.take, wanted))
 
-    for ids, index in steps:
-        cache.request(index[index != PADDING], pool)
-        waiting.append((ids, index))
+def _in_blocks(
+    cache: BlockCache, wanted: Iterable[np.ndarray], pool: ThreadPoolExecutor
+) -> Iterator[Encoded | OSError]:
+    waiting: collections.deque[np.ndarray] = collections.deque()
+    for indices in wanted:
+        cache.request(indices, pool)
+        waiting.append(indices)
         if len(waiting) > AHEAD:
-            yield finish()
+            yield from map(cache.take, waiting.popleft().tolist())
     while waiting:
-        yield finish()
+        yield from map(cache.take, waiting.popleft().tolist())

@@ -20,7 +20,7 @@ import numpy as np
 import tensorflow as tf
 
 from supcon_jax.data import autoaugment
-from supcon_jax.data.blocks import BlockCache, read_steps
+from supcon_jax.data.blocks import BlockCache, read_examples
 from supcon_jax.data.sources import (
     PADDING,
     READERS,
@@ -32,6 +32,9 @@ from supcon_jax.data.sources import (
 from supcon_jax.data.views import TENSORFLOW_CROP, Augmentation
 
 Batch = dict[str, np.ndarray]
+
+# Encoded images that are handed on together, and the bytes after which fewer are.
+CHUNK_ROWS, CHUNK_BYTES = 512, 64 * 2**20
 
 # Streams that are being read. TensorFlow's threads run Python to read the bytes, and the
 # process may hang for ever if they are still reading when the interpreter ends.
@@ -159,19 +162,23 @@ def _dataset(
         }
 
     count = len(rows(start_step)[0])
+    read: Callable[..., Iterator[tuple]]
     if source.images is None:
-        read, image = _read_encoded, tf.TensorSpec((count,), tf.string)
+        read = functools.partial(
+            _read_encoded, most=min(count, CHUNK_ROWS), cache=cache
+        )
+        image = tf.TensorSpec((None,), tf.string)
     else:
-        image = tf.TensorSpec((count, *source.images.shape[1:]), tf.uint8)
         read = _read_images
+        image = tf.TensorSpec((None, *source.images.shape[1:]), tf.uint8)
     dataset = tf.data.Dataset.from_generator(
-        functools.partial(read, source, cache, rows, steps),
+        functools.partial(read, source, rows, steps),
         output_signature=(
             image,
-            tf.TensorSpec((count,), tf.int32),
-            tf.TensorSpec((count,), tf.int32),
-            tf.TensorSpec((count,), tf.bool),
-            tf.TensorSpec((count, 2), tf.int32),
+            tf.TensorSpec((None,), tf.int32),
+            tf.TensorSpec((None,), tf.int32),
+            tf.TensorSpec((None,), tf.bool),
+            tf.TensorSpec((None, 2), tf.int32),
         ),
     )
     options = tf.data.Options()
@@ -193,7 +200,7 @@ def _dataset(
     yield from dataset.as_numpy_iterator()
 
 
-def _read_images(source: Source, cache, rows, steps) -> Iterator[tuple]:
+def _read_images(source: Source, rows, steps) -> Iterator[tuple]:
     images = source.images
     assert images is not None
     for step in steps:
@@ -202,21 +209,37 @@ def _read_images(source: Source, cache, rows, steps) -> Iterator[tuple]:
         yield images[index], source.labels[index], upright, index != PADDING, ids
 
 
-def _read_encoded(source: Source, cache, rows, steps) -> Iterator[tuple]:
+def _read_encoded(
+    source: Source, rows, steps, *, most: int, cache: BlockCache | None = None
+) -> Iterator[tuple]:
+    """Examples in order, at most `most` at a time.
+
+    Not a step at a time: photos that are handed on as pixels would fill the memory.
+    """
     with ThreadPoolExecutor(READERS) as pool:
-        for ids, index, examples in read_steps(source, map(rows, steps), pool, cache):
-            # What cannot be read cannot be decoded, and _diagnose then says why.
-            images, labels, orientations = zip(
-                *(Encoded(b"", 0) if isinstance(e, OSError) else e for e in examples),
-                strict=True,
-            )
+        coming = read_examples(source, map(rows, steps), pool, cache)
+        while True:
+            chunk: list[tuple] = []
+            size = 0
+            while len(chunk) < most and size < CHUNK_BYTES:
+                ids, index, example = next(coming, (None, PADDING, None))
+                if example is None:
+                    break
+                if isinstance(example, OSError):
+                    # It cannot be decoded, and _diagnose then says why.
+                    example = Encoded(b"", 0)
+                chunk.append((ids, index, *example))
+                size += len(example.image)
+            if not chunk:
+                return
+            all_ids, indices, images, labels, orientations = zip(*chunk, strict=True)
             yield (
                 np.asarray(images, object),
                 # A number that int32 cannot hold is refused below, as it was read.
                 np.clip(labels, UNLABELLED, np.iinfo(np.int32).max).astype(np.int32),
                 np.asarray(orientations, np.int32),
-                index != PADDING,
-                ids,
+                np.asarray(indices) != PADDING,
+                np.asarray(all_ids),
             )
 
 

@@ -9,14 +9,18 @@ header. The first bytes of a file say which it is.
 from __future__ import annotations
 
 import io
+import os
+import threading
 from typing import Any, BinaryIO
 
 # The EXIF tag that says how a camera was held.
 ORIENTATION = 0x0112
 # A file of a few kilobytes can claim any size; Pillow's limit for that.
 MAX_PIXELS = 178_956_970
+# Many threads wait for the disk, but each that decodes holds an image's pixels twice.
+DECODERS = threading.Semaphore(os.cpu_count() or 1)
 LFS_POINTER = b"version https://git-lfs"
-JPEG, PNG = b"\xff\xd8", b"\x89PNG\r\n\x1a\n"
+JPEG, PNG, RIFF = b"\xff\xd8", b"\x89PNG\r\n\x1a\n", b"RIFF"
 # PNG chunks that may hold the EXIF tag or say that there is more than plain pixels.
 PNG_EXTRAS = (b"eXIf", b"iTXt", b"tEXt", b"zTXt", b"tRNS", b"acTL")
 SIXTEEN_BITS = (
@@ -48,21 +52,19 @@ def for_tensorflow(file: BinaryIO) -> tuple[bytes, int]:
         raise OSError("it is a pointer of git-lfs; run `git lfs pull`")
     orientation = None
     if start.startswith((JPEG, PNG)):
-        data = start + file.read()
         sniff = _sniff_jpeg if start.startswith(JPEG) else _sniff_png
-        orientation = sniff(data)
-        if orientation is not None:
-            return data, orientation
-        file = io.BytesIO(data)
+        orientation = sniff(file)
     file.seek(0)
-    return _to_bmp(file), 1
+    if orientation is not None:
+        return file.read(), orientation
+    return _to_bmp(_one_frame(file) if start.startswith(RIFF) else file), 1
 
 
-def _sniff_jpeg(data: bytes) -> int | None:
+def _sniff_jpeg(file: BinaryIO) -> int | None:
     """The EXIF code of a JPEG that TensorFlow reads as Pillow does, None of another."""
     place, has_exif, components = 2, False, 3
-    while place + 10 <= len(data) and data[place] == 0xFF:
-        marker, length = data[place + 1], int.from_bytes(data[place + 2 : place + 4])
+    while len(segment := _bytes_at(file, place, 10)) == 10 and segment[0] == 0xFF:
+        marker, length = segment[1], int.from_bytes(segment[2:4])
         if marker == 0xFF:  # filling
             place += 1
             continue
@@ -71,32 +73,49 @@ def _sniff_jpeg(data: bytes) -> int | None:
         if marker == 0xE1:
             has_exif = True  # or XMP, which may hold the tag too
         elif marker in range(0xC0, 0xD0) and marker not in (0xC4, 0xC8, 0xCC):
-            height, width = (
-                int.from_bytes(data[place + n : place + n + 2]) for n in (5, 7)
-            )
+            height, width = (int.from_bytes(segment[n : n + 2]) for n in (5, 7))
             _check_size(width, height)
-            components = data[place + 9]
+            components = segment[9]
         place += 2 if marker in range(0xD0, 0xD9) else 2 + length
     if components not in (1, 3):
         return None
-    return _read_orientation(data) if has_exif else 1
+    return _read_orientation(file) if has_exif else 1
 
 
-def _sniff_png(data: bytes) -> int | None:
+def _sniff_png(file: BinaryIO) -> int | None:
     """1 for a PNG that TensorFlow reads as Pillow does, None for another."""
-    width, height = (int.from_bytes(data[n : n + 4]) for n in (16, 20))
-    _check_size(width, height)
-    bits, kind = data[24:25], data[25:26]
+    header = _bytes_at(file, 16, 10)
+    _check_size(int.from_bytes(header[:4]), int.from_bytes(header[4:8]))
+    bits, kind = header[8:9], header[9:10]
     if bits == b"\x10":
         raise OSError(SIXTEEN_BITS)
     if bits != b"\x08" or kind == b"\x03":  # few bits, a palette
         return None
     place = len(PNG)
-    while place + 8 <= len(data):
-        if data[place + 4 : place + 8] in PNG_EXTRAS:
+    while len(chunk := _bytes_at(file, place, 8)) == 8:
+        if chunk[4:] in PNG_EXTRAS:
             return None
-        place += 12 + int.from_bytes(data[place : place + 4])
+        place += 12 + int.from_bytes(chunk[:4])
     return 1
+
+
+def _one_frame(file: BinaryIO) -> BinaryIO:
+    """A WebP file without the frames after its first; Pillow would read them all."""
+    chunks, has_frame, place = [], False, 12
+    while len(header := _bytes_at(file, place, 8)) == 8:
+        length = int.from_bytes(header[4:], "little")
+        length += length % 2
+        if header[:4] != b"ANMF" or not has_frame:
+            chunks.append(header + file.read(length))
+        has_frame |= header[:4] == b"ANMF"
+        place += 8 + length
+    body = b"WEBP" + b"".join(chunks)
+    return io.BytesIO(RIFF + len(body).to_bytes(4, "little") + body)
+
+
+def _bytes_at(file: BinaryIO, place: int, count: int) -> bytes:
+    file.seek(place)
+    return file.read(count)
 
 
 def _check_size(width: int, height: int) -> None:
@@ -106,10 +125,12 @@ def _check_size(width: int, height: int) -> None:
         )
 
 
-def _read_orientation(data: bytes) -> int:
+def _read_orientation(file: BinaryIO) -> int:
     """How a camera was held, 1 where the file does not say."""
+    file.seek(0)
     try:
-        with _open(io.BytesIO(data)) as image:
+        # Pillow closes what it opened by name, not a file that it was given.
+        with _open(file) as image:
             orientation = image.getexif().get(ORIENTATION, 1)
     except Exception:
         return 1  # if the file is broken, decoding it will say so
@@ -134,14 +155,16 @@ def _to_bmp(file: BinaryIO) -> bytes:
     from PIL import ImageOps, UnidentifiedImageError
 
     try:
-        with _open(file) as image:
+        with DECODERS, _open(file) as image:
             if image.mode in ("I", "F") or image.mode.startswith("I;"):
                 raise OSError(SIXTEEN_BITS)
-            upright = ImageOps.exif_transpose(image)
+            # In place, and not converted where it is RGB: a photo has many megabytes.
+            ImageOps.exif_transpose(image, in_place=True)
             # Which colour is transparent does not matter without an alpha channel.
-            upright.info.pop("transparency", None)
+            image.info.pop("transparency", None)
             pixels = io.BytesIO()
-            upright.convert("RGB").save(pixels, "BMP")
+            rgb = image if image.mode == "RGB" else image.convert("RGB")
+            rgb.save(pixels, "BMP")
     except UnidentifiedImageError:
         raise OSError("it is no image that can be read") from None
     except Exception as error:  # decoders raise many kinds

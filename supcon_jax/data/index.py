@@ -83,6 +83,7 @@ def record_lengths(
         lengths = _load(place, shards)
         if lengths is not None:
             return lengths
+        keep |= storage.is_file(place)  # one that is damaged or of other data
     lengths = _find_all(shards)
     slow = storage.is_remote(shards.directory) or sum(shards.records) >= KEPT_FROM
     if keep or slow:
@@ -135,15 +136,20 @@ def find_records(path: str, expected: int) -> np.ndarray:
       ValueError: the file ends too early or holds another number of records.
     """
     try:
+        size = storage.size(path)
         if storage.is_remote(path):
-            lengths, end = _walk(_parts_of(path), most=expected)
-            size = end
+            lengths, end = _walk(
+                lambda start, stop: storage.read_ranges(path, [(start, stop)])[0],
+                size,
+                CHUNK_BYTES,
+            )
         else:
             with open(path, "rb", buffering=0) as file:
                 number = file.fileno()
-                size = os.fstat(number).st_size
                 lengths, end = _walk(
-                    lambda start: os.pread(number, HEADER_BYTES, start), most=size
+                    lambda start, stop: os.pread(number, stop - start, start),
+                    size,
+                    HEADER_BYTES,
                 )
     except OSError as error:
         raise _unreadable(path, error) from None
@@ -155,42 +161,25 @@ def find_records(path: str, expected: int) -> np.ndarray:
     return np.asarray(lengths, np.int64)
 
 
-def _walk(read: Callable[[int], bytes], *, most: int) -> tuple[list[int], int]:
+def _walk(
+    read: Callable[[int, int], bytes], size: int, chunk: int
+) -> tuple[list[int], int]:
     """The lengths of the records of a file, and where the last one ends.
 
     Args:
-      read: bytes of the file from a place on, so many as it likes; none at the end.
-      most: records after which it stops.
+      read: the bytes of the file between two places.
+      size: of the file.
+      chunk: bytes to read at a time.
     """
     lengths: list[int] = []
     begin, data, start = 0, b"", 0
-    while len(lengths) < most:
+    while begin < size:
         if begin + HEADER_BYTES > start + len(data):
-            data, start = read(begin), begin
-        if not data:
-            break
+            data, start = read(begin, min(begin + chunk, size)), begin
         length = int.from_bytes(data[begin - start : begin - start + 8], "little")
         lengths.append(length)
         begin += HEADER_BYTES + length + FOOTER_BYTES
     return lengths, begin
-
-
-def _parts_of(path: str) -> Callable[[int], bytes]:
-    """Reads a file in a bucket in large parts."""
-    end = float("inf")
-
-    def read(start: int) -> bytes:
-        nonlocal end
-        if start >= end:
-            return b""
-        try:
-            return storage.read_ranges(path, [(start, start + CHUNK_BYTES)])[0]
-        except OSError:  # there is less than that, and nothing says how much
-            (data,) = storage.read_ranges(path, [(start, None)])
-            end = start + len(data)
-            return data
-
-    return read
 
 
 def _unreadable(path: str, error: OSError) -> ValueError:
@@ -257,8 +246,8 @@ def _load(place: str, shards: Shards) -> dict[str, np.ndarray] | None:
 def _of_another_size(shards: Shards, lengths: dict[str, np.ndarray]) -> str:
     """The first file that does not end with its last record; "" where there is none.
 
-    A bucket does not tell the size of a file, so there it is looked at where in some of
-    the files the last record begins.
+    In a bucket it takes many requests to find the size of a file, so there it is looked
+    at whether in some of the files the last record begins where it should.
     """
     remote = storage.is_remote(shards.directory)
     names = np.asarray(shards.names)

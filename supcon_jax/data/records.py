@@ -22,6 +22,8 @@ from supcon_jax.data.sources import (
 HEADER_BYTES, FOOTER_BYTES = 12, 4
 # Records that lie together are read with one request up to this size.
 REQUEST_BYTES = 8 * 2**20
+# The same of records that are wanted one after the other: many such parts are read ahead.
+RUN_BYTES = 2 * 2**20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,8 +125,18 @@ class RecordSource(Source):
             pass
         return found
 
+    def runs(self, indices: np.ndarray) -> list[np.ndarray]:
+        """Examples cut into parts, in order, each of which lies in one place."""
+        return [indices[part] for part in self._cut(indices, RUN_BYTES)]
+
     def _together(self, indices: np.ndarray) -> Iterator[np.ndarray]:
-        """Which of some examples are read with one request, in the order of the files.
+        """Places of those among some examples that are read with one request."""
+        order = np.lexsort((self.offset[indices], self.file[indices]))
+        for part in self._cut(indices[order], REQUEST_BYTES):
+            yield order[part]
+
+    def _cut(self, indices: np.ndarray, most: int) -> list[slice]:
+        """Parts of at most so many bytes, of examples that lie behind each other.
 
         What lies between two of them is read with them if it is no longer than the
         first: that costs less than a request of its own.
@@ -132,19 +144,15 @@ class RecordSource(Source):
         file, offset, length = (
             column[indices] for column in (self.file, self.offset, self.length)
         )
-        order = np.lexsort((offset, file))
-        file, offset, end = (x[order] for x in (file, offset, offset + length))
-        near = offset[1:] - end[:-1] <= HEADER_BYTES + FOOTER_BYTES + length[order][:-1]
-        joined = near & (file[1:] == file[:-1])
-        first = 0
-        for last in range(1, len(order) + 1):
-            if (
-                last == len(order)
-                or not joined[last - 1]
-                or end[last] - offset[first] > REQUEST_BYTES
-            ):
-                yield order[first:last]
-                first = last
+        between = offset[1:] - (offset + length)[:-1] - HEADER_BYTES - FOOTER_BYTES
+        joined = (file[1:] == file[:-1]) & (between >= 0) & (between <= length[:-1])
+        parts, first = [], 0
+        for place in range(1, len(indices)):
+            size = offset[place] + length[place] - offset[first]
+            if not joined[place - 1] or size > most:
+                parts.append(slice(first, place))
+                first = place
+        return [*parts, slice(first, len(indices))] if len(indices) else []
 
     def _read_range(self, indices: np.ndarray) -> Iterator[bytes | OSError]:
         """Records of one file that lie together, in the order of the file."""

@@ -145,6 +145,10 @@ class Source(Protocol):
         """
         raise TypeError(f"{type(self).__name__} has no encoded images")
 
+    def runs(self, indices: np.ndarray) -> Iterable[np.ndarray]:
+        """Examples cut into parts, in order, each of which is best read at once."""
+        return indices[:, None]
+
     def read_many(
         self, indices: Iterable[int], map: Map = map
     ) -> list[Encoded | OSError]:
