@@ -1,11 +1,14 @@
 """README and docs: every link resolves, every command and Python example is right.
 
-`COMMANDS` says for every command of main.py in the documents what is tried of it. A new
-command in the documents fails the test until it stands here.
+Every command is checked for configs, keys and flags that exist. `RUN` says how each is run,
+shortened where it takes long, and `NOT_RUN` why one is not; a new command in the documents
+fails the test until it stands in one of them. The first two run always, all of them with
+`-m slow`.
 """
 
 import functools
 import importlib.util
+import os
 import pathlib
 import re
 import shlex
@@ -94,6 +97,119 @@ def test_module_commands_have_flags_that_exist(command):
     for flag in flags:
         if not flag.startswith("--config."):
             assert re.search(rf"{flag}\b", known), (flag, command)
+
+
+# Command -> arguments that make it short. They run in this order, in one folder.
+SHORT = "--config.total_steps=3 --config.log_every=1 --config.eval_every=0"
+LINEAR = "--config.total_steps=3 --config.log_every=1"
+CIFAR = f"{SHORT} --config.epochs=0 --config.batch_size=16 --config.encoder.width=0.25"
+TOY = (
+    "--encoder resnet8 --image_size 16 --batch 16 --rounds 1 --steps 1 --dtype float32"
+)
+RUN = {
+    "python main.py --config=configs/digits.py": SHORT,
+    "python main.py --config=configs/linear_digits.py": LINEAR,
+    "python main.py --config=configs/cross_entropy_digits.py": SHORT,
+    "python main.py --config=configs/digits.py --config.seed=$seed  "
+    "--workdir=runs/digits_seed$seed": SHORT,
+    "python main.py --config=configs/linear_digits.py --config.seed=$seed  "
+    "--config.pretrained=runs/digits_seed$seed "
+    "--workdir=runs/linear_digits_seed$seed": LINEAR,
+    "python -m supcon_jax.tools.seeds runs/digits_seed*": "",
+    "python -m supcon_jax.tools.seeds runs/linear_digits_seed* "
+    "--out=runs/linear_digits.json": "",
+    "python -m supcon_jax.tools.show_batch --config=FILE --out=batch.png": "",
+    "python main.py --config=configs/supcon_cifar10.py --config.data.dir=DIR": CIFAR,
+    "python main.py --config=configs/linear_cifar10.py --config.data.dir=DIR": (
+        f"{LINEAR} --config.epochs=0 --config.batch_size=16"
+    ),
+    "python main.py --config=configs/supcon_cifar10.py $F": (
+        f"{CIFAR} --workdir=runs/40_epochs"
+    ),
+    "python main.py --config=configs/cross_entropy_cifar10.py $F": CIFAR,
+    "python main.py --config=configs/supcon_r50.py --config.data.dir=DIR "
+    "--config.batch_size=8 --config.total_steps=3": "--config.encoder.width=0.25",
+    "python -m benchmarks.digits --seeds=5": "--seeds=1",
+    "python -m benchmarks.input --data_dir=DIR --cifar": "--rounds=1",
+    "python -m benchmarks.chaos --trials=20": "--trials=1",
+    "python -m benchmarks.loss": "--sizes 64 --rounds 1",
+    "python -m benchmarks.loss --accuracy": "--sizes 64",
+    "python -m benchmarks.train_step": TOY,
+    "python -m benchmarks.train_step --collectives --encoder resnet50 --image_size 32 "
+    "--batch 16": TOY,
+    "python -m benchmarks.train_step --loss_share": TOY,
+    "python -m benchmarks.train_step --overlap": TOY,
+}
+# The same commands with sizes that are larger.
+for size in ("128,256,512,1024,2048,4096,8192,16384", "8192,32768,131072"):
+    RUN[f"python -m benchmarks.loss --sizes {size}"] = "--sizes 64 --rounds 1"
+for size in (
+    "224 --batch 1024 --dtype bfloat16 --microbatches 4",
+    "224 --batch 256 --dtype bfloat16",
+    "64 --batch 16 --rounds 5 --steps 2",
+):
+    RUN[f"python -m benchmarks.train_step --encoder resnet50 --image_size {size}"] = TOY
+RUN[
+    "python -m benchmarks.train_step --overlap --encoder resnet50 --image_size 224 "
+    "--batch 256 --dtype bfloat16"
+] = TOY
+NOT_RUN = {
+    "python -m benchmarks.train_step --large": "many minutes, whatever its flags",
+    "python -m pytest": "the tests themselves",
+    "python -m pytest -m aot": "the tests themselves",
+    "python -m pytest -m slow": "the tests themselves",
+    "python -m pytest -m slow tests/test_jobs.py": "the tests themselves",
+    "python -m pytest tests/test_hosts.py tests/test_jobs.py": "the tests themselves",
+    "python -m supcon_jax.tools.show_batch": "no command, the tool's name",
+    "python -m venv .venv": "not ours",
+    "python main.py --config=configs/supcon_cifar10.py:pytorch": "downloads CIFAR-10",
+    "python main.py --config=configs/supcon_r50.py --config.data.dir=DIR": (
+        "for a pod; the same with three steps is run"
+    ),
+}
+
+
+def test_every_command_is_run_or_says_why_not():
+    assert set(ALL) == set(RUN) | set(NOT_RUN)
+
+
+def run_documented(commands, folder):
+    """Runs commands one after another as a user in a clone would, the short way."""
+    for part in ("main.py", "configs", "supcon_jax", "benchmarks"):
+        (folder / part).symlink_to(ROOT / part)
+    data = ROOT.parent / "shared/data/tfds"
+    environment = {
+        **os.environ,
+        "PATH": f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PYTHONPATH": str(folder),
+        "F": f"--config.data.dir={data}",
+    }
+    for command in commands:
+        if ("DIR" in command or "$F" in command) and not data.is_dir():
+            continue
+        line = f"{command} {RUN[command]}".replace("=DIR", f"={data}")
+        line = line.replace("=FILE", "=configs/digits.py")
+        if "$seed" in line:
+            line = f"for seed in 0 1; do {line} || exit; done"
+        done = subprocess.run(
+            ["bash", "-c", line],
+            cwd=folder,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=900,
+        )
+        assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
+        assert "warning" not in done.stderr.lower(), f"{line}\n{done.stderr}"
+
+
+def test_the_first_commands_of_the_readme_run(tmp_path):
+    run_documented(list(RUN)[:2], tmp_path)
+
+
+@pytest.mark.slow
+def test_all_commands_run(tmp_path):
+    run_documented(RUN, tmp_path)
 
 
 def anchors(path):

@@ -1,4 +1,6 @@
-"""Random values at every config key: a plan, or one line that names the flag."""
+"""Random values at every config key: a plan, a run, or one line that names the flag."""
+
+import re
 
 import jax
 import pytest
@@ -6,9 +8,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from configs import digits, linear_digits
-from supcon_jax import parallel
+from supcon_jax import parallel, pretrain
+from supcon_jax.cli import describe
 from supcon_jax.config import KEYS, check_config, flatten
 from supcon_jax.plan import create_plan
+from tests.runs import pretrain_config
 
 NUMBERS = st.one_of(
     st.integers(-5, 5),
@@ -93,3 +97,41 @@ def test_several_random_values_are_a_plan_or_one_line(data):
         assert "\n" not in str(refusal) and "--config." in str(refusal), refusal
         return
     plan.abstract_state()
+
+
+def candidates(key):
+    """Values that the key's rule allows, other than the default: two of numbers."""
+    default, rule = KEYS[key].default, KEYS[key].rule
+    if isinstance(default, bool):
+        values = [not default]
+    elif isinstance(default, int):
+        values = [0, 1, 2, 7, 300]
+    elif isinstance(default, float):
+        values = [0.0, 1e-6, 0.3, 1.0, 3.0, 1e9]
+    elif isinstance(default, tuple):
+        names = re.findall(r"[\w.]+", rule.allowed())
+        values = [(), *((name,) for name in names), (0.5, 1.0), (8,), (1.0, 0.0, 1.0)]
+    else:
+        values = [*re.findall(r"[\w.]+", rule.allowed()), "", "no such thing"]
+    if key == "encoder.name":  # the others are the same code, and minutes to compile
+        values = ["resnet8", "resnet18", "wrn16_4", "no such thing"]
+    allowed = [v for v in values if v != default and KEYS[key].allows(v)]
+    numbers = isinstance(default, (int, float))
+    return [*{allowed[0], allowed[-1]}] if numbers and allowed else allowed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("key", KEYS)
+def test_any_allowed_value_is_a_run_or_one_line(key, tmp_path):
+    """Two steps of training with each: it ends, or says in one line why it cannot."""
+    for number, value in enumerate(candidates(key)):
+        config = pretrain_config(total_steps=2, log_every=1)
+        config = with_value(config, key, value)
+        if config.total_steps > 2:
+            config.total_steps = 2
+        try:
+            pretrain.pretrain(config, str(tmp_path / str(number)))
+        except Exception as error:
+            told = describe(error)
+            assert told is not None and "\n" not in told[0], (value, error)
+            assert told[1] == 1 or "--config." in told[0], (value, told)

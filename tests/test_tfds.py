@@ -78,6 +78,8 @@ def directory(tmp_path_factory):
     number = kinds.Scalar(np.int64)
     gaps = {"train": rows([7, 10**12, 7]), "test": rows([2**40, -3, 7])}
     prepare(path, "integers", {"image": SQUARE, "label": number}, gaps)
+    unsigned = {"image": SQUARE, "label": kinds.Scalar(np.uint64)}
+    prepare(path, "unsigned", unsigned, {"train": rows([2**63 - 1, 2**63 + 5])})
     words = {"train": rows(["dog", "ant", ""]), "test": rows(["cat", "dog", "dog"])}
     prepare(path, "words", {"image": SQUARE, "label": kinds.Text()}, words)
     share = {"train": [{**r, "label": 0.5} for r in full["train"]]}
@@ -211,6 +213,7 @@ def test_words_are_numbered(directory):
         ("floats", ("label: Scalar float32 []", "one class an image")),
         ("deep", ("image: Image uint16 [8, 8, 1]", "an Image of uint8")),
         ("masks", ("image: LabeledImage uint8", "an Image of uint8")),
+        ("unsigned", (f"is {2**63 + 5}", "up to", "data.label_key")),
         ("named", ("picture: Image uint8 [8, 8, 3]", "data.image_key='image'")),
     ],
 )

@@ -154,7 +154,7 @@ def open_tfds(
             num_classes=label.num_classes,
             class_names=tuple(label.names or ()),
         )
-    return _number_records(builder, source)
+    return _number_records(builder, source, np.dtype(label.np_dtype) == np.uint64)
 
 
 def find_builder(name: str, dir: str, *, built_in: Sequence[str] = ()) -> Any:
@@ -355,7 +355,7 @@ def _records_of(part: Any, length: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return begin[take], length[take]
 
 
-def _number_records(builder: Any, source: RecordSource) -> RecordSource:
+def _number_records(builder: Any, source: RecordSource, unsigned: bool) -> RecordSource:
     """The source with numbers 0 to C - 1 for ids or words that are no ClassLabel.
 
     The ids of all splits are read, so that the splits agree on the numbers.
@@ -373,7 +373,7 @@ def _number_records(builder: Any, source: RecordSource) -> RecordSource:
     for split in builder.info.splits:
         records = _open_records(builder, split, source.image_key, source.label_key)
         places += _places(records)
-        ids += _read_ids(records)
+        ids += _read_ids(records, unsigned)
     if any(isinstance(id, str) for id in ids):
         ids = [id if isinstance(id, str) else "" for id in ids]
     numbers, num_classes, names = number_labels({"labels": np.asarray(ids)})
@@ -393,19 +393,26 @@ def _places(source: RecordSource) -> list[tuple[str, int]]:
     return list(zip(files, source.offset.tolist(), strict=True))
 
 
-def _read_ids(source: RecordSource) -> list[int | str]:
+def _read_ids(source: RecordSource, unsigned: bool) -> list[int | str]:
     """What each record has as its label; "" or -1 where it has none.
 
     Raises:
-      ValueError: a record cannot be read.
+      ValueError: it cannot be read, or is an unsigned number that int64 cannot hold.
     """
 
     def id_of(index: int, features: Any) -> int | str:
         feature = features[source.label_key]
         if feature.bytes_list.value:
             return feature.bytes_list.value[0].decode(errors="replace")
-        values = feature.int64_list.value
-        return int(values[0]) if values else UNLABELLED
+        if not feature.int64_list.value:
+            return UNLABELLED
+        label = int(feature.int64_list.value[0])
+        if unsigned and label < 0:
+            raise ValueError(
+                f"the label of {source.name(index)} is {label % 2**64}; allowed: up to "
+                f"{2**63 - 1} (--config.data.label_key)"
+            )
+        return label
 
     with ThreadPoolExecutor(READERS) as pool:
         ids = source.visit(range(source.num_examples), id_of, pool.map)
