@@ -1,13 +1,15 @@
 """What lanes cost in randomness, and what they gain where a request takes long.
 
     python -m benchmarks.reading                    # the orders of ImageNet, simulated
-    python -m benchmarks.reading --data_dir=DIR     # and reading ImageNet's JPEGs
+    python -m benchmarks.reading --data_dir=DIR     # and opening, and reading JPEGs
 
 The first table simulates two epochs of each order at ImageNet's size: 1,281,167 examples
 of 1,000 classes of 732 to 1,300. Chi-square is that of a batch's class counts against
 those of the split (999 degrees of freedom, the mean over the batches), "meet again" the
 share of the pairs of a batch that are in one batch in the next epoch too. Requests and
 bytes are those of one host, as its cache asks for them.
+
+Opening is measured on as many records in as many files as ImageNet has, which hold zeros.
 
 The second table reads records from files on this disk, every request delayed by
 `--latency_ms` and, where it says so, by its bytes at `--stream_mb_s`, 16 at a time. The
@@ -21,8 +23,10 @@ from __future__ import annotations
 import argparse
 import functools
 import itertools
+import json
 import os
 import pathlib
+import shutil
 import tempfile
 import time
 from collections.abc import Callable
@@ -41,7 +45,7 @@ from supcon_jax.data.records import RecordSource
 from supcon_jax.data.sampler import Sampler, shuffled
 from supcon_jax.data.sources import READERS, Encoded
 
-EXAMPLES, CLASSES, RECORD_BYTES = 1_281_167, 1000, 109_000
+EXAMPLES, CLASSES, SHARDS, RECORD_BYTES = 1_281_167, 1000, 1024, 109_000
 
 
 # --- the orders, simulated ---
@@ -144,6 +148,44 @@ def orders(batch: int, hosts: int) -> None:
             line(f"{count} lanes, blocks of {block}", sampler, mixed, *costs)
             if (count, block) == (64, 32):
                 line("the same, files sorted by class", sampler, by_class, *costs)
+
+
+# --- opening ---
+
+
+def write_shards(original: pathlib.Path, folder: pathlib.Path) -> None:
+    """A dataset with as many records in as many files as ImageNet has, each of zeros."""
+    rng = np.random.default_rng(0)
+    counts = np.full(SHARDS, EXAMPLES // SHARDS)
+    counts[: EXAMPLES % SHARDS] += 1
+    for number, count in enumerate(counts.tolist()):
+        path = folder / f"imagenet2012-train.tfrecord-{number:05d}-of-{SHARDS:05d}"
+        sizes = rng.integers(100, 500, count).tolist()
+        framed = [size.to_bytes(8, "little") + bytes(size + 8) for size in sizes]
+        path.write_bytes(b"".join(framed))
+    for name in ("features.json", "label.labels.txt"):
+        shutil.copyfile(original / name, folder / name)
+    info = json.loads((original / "dataset_info.json").read_text())
+    (split,) = (split for split in info["splits"] if split["name"] == "train")
+    split["shardLengths"] = [str(count) for count in counts]
+    info["splits"] = [split]
+    (folder / "dataset_info.json").write_text(json.dumps(info))
+
+
+def opening(data_dir: str) -> None:
+    """Opens as many records in as many files as ImageNet has, without and with an index."""
+    original = next(pathlib.Path(data_dir).glob("imagenet2012/*/dataset_info.json"))
+    open_source("imagenet2012", "train", dir=data_dir)  # imports TensorFlow
+    with tempfile.TemporaryDirectory() as root:
+        folder = pathlib.Path(root, "imagenet2012", original.parent.name)
+        folder.mkdir(parents=True)
+        write_shards(original.parent, folder)
+        print(f"\n{EXAMPLES:,} records in {SHARDS:,} files on this disk\n")
+        for what in ("makes the index", "with it", "with it", "with it"):
+            start = time.perf_counter()
+            source = open_source("imagenet2012", "train", dir=root)
+            assert source.num_examples == EXAMPLES
+            print(f"- {what}: {time.perf_counter() - start:.2f} s", flush=True)
 
 
 # --- reading, with an artificial latency ---
@@ -273,7 +315,9 @@ def main() -> None:
     """Prints the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--batch", type=int, default=8192, help="of the orders")
-    parser.add_argument("--hosts", type=int, default=64, help="that share a batch")
+    parser.add_argument(
+        "--hosts", type=int, default=64, help="that share it; 0: no orders"
+    )
     parser.add_argument("--data_dir", help="TFDS data directory with imagenet2012")
     parser.add_argument("--records", type=int, default=8192, help="copies to read")
     parser.add_argument("--read_batch", type=int, default=512, help="while reading")
@@ -283,8 +327,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="of the whole pipeline")
     options = parser.parse_args()
     print(f"{os.cpu_count()} cores, {READERS} requests at a time")
-    orders(options.batch, options.hosts)
+    if options.hosts:
+        orders(options.batch, options.hosts)
     if options.data_dir:
+        opening(options.data_dir)
         source = open_source("imagenet2012", "train", dir=options.data_dir)
         assert isinstance(source, RecordSource)
         with tempfile.TemporaryDirectory() as folder:

@@ -26,7 +26,7 @@ from supcon_jax.plan import Plan
 from supcon_jax.run import Run, build_train_batches
 from supcon_jax.steps.state import TrainState
 from supcon_jax.stop import Stopped, StopRequests, restart_command
-from supcon_jax.workdir import unlock
+from supcon_jax.workdir import before_save, leave
 from supcon_jax.writers import MetricWriter, read_metrics
 
 logger = logging.getLogger(__name__)
@@ -72,9 +72,11 @@ def train(
                 "warning: its checkpoints are gone, so nothing can be evaluated or "
                 "continued from it; another --workdir trains it again"
             )
-        unlock(run.workdir)
-        return report.report_end(run, run.finished)
-    log_file = add_log_file(run.workdir)
+        try:
+            return report.report_end(run, run.finished)
+        finally:
+            leave(run.workdir)
+    log_file = add_log_file(run.folder)
     checkpointer = Checkpointer(run.workdir, keep=run.config.keep_checkpoints)
     try:
         with contextlib.ExitStack() as stack:
@@ -96,9 +98,9 @@ def train(
     finally:
         # Also after an interrupt: the save that is under way becomes whole.
         checkpointer.close()
-        unlock(run.workdir)
         logging.getLogger("supcon_jax").removeHandler(log_file)
         log_file.close()
+        leave(run.workdir)
 
 
 class _Training:
@@ -140,7 +142,7 @@ class _Training:
             logger.info("compiled train_step in %.1f s", time.monotonic() - start)
         memory.check_memory(plan, compiled)
         self._writer = MetricWriter(
-            self._run.workdir,
+            self._run.folder,
             total_steps=plan.total_steps,
             steps_per_epoch=plan.steps_per_epoch,
             start_step=start_step,
@@ -268,6 +270,7 @@ class _Training:
         if step == self._checkpointer.latest_step():
             return
         hosts.beat(f"saving step {step}")
+        before_save(self._run.workdir)
         with self._goodput.spent("save"):
             loss = float(device_metrics["train/loss"])
             now = health.measure(state.params, state.batch_stats, loss)

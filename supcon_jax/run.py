@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from supcon_jax import builders, hosts, parallel
+from supcon_jax import builders, hosts, parallel, storage
 from supcon_jax.checkpoint import digest
 from supcon_jax.config import flatten
 from supcon_jax.data import sources as sources_of
@@ -37,7 +37,12 @@ from supcon_jax.data.sources import UNREAD, Source
 from supcon_jax.evaluation.predict import Predictor
 from supcon_jax.objectives import OBJECTIVES
 from supcon_jax.plan import Plan, create_plan
-from supcon_jax.workdir import check_shared, finished_metrics, open_workdir
+from supcon_jax.workdir import (
+    check_shared,
+    finished_metrics,
+    local_folder,
+    open_workdir,
+)
 from supcon_jax.writers import check_installed
 
 logger = logging.getLogger(__name__)
@@ -50,7 +55,7 @@ class Run:
 
     Attributes:
       plan: what is computed.
-      workdir: absolute path; holds config.json.
+      workdir: absolute path, or URL of a bucket; holds config.json.
       train_source, eval_source: the two splits.
       sampler: which training images a step sees.
       finished: the final metrics, where the run is complete already.
@@ -74,6 +79,11 @@ class Run:
     def mesh(self) -> Mesh:
         """The plan's."""
         return self.plan.mesh
+
+    @property
+    def folder(self) -> pathlib.Path:
+        """Where its small files are written: the workdir, or the local copy of it."""
+        return local_folder(self.workdir)
 
     @property
     def skipped(self) -> dict[str, str]:
@@ -132,7 +142,7 @@ def open_run(
         frozen=digest(frozen) if frozen else "",
         data=data,
     )
-    logger.info("workdir %s", os.path.relpath(path))
+    logger.info("workdir %s", storage.shown(path))
     return Run(
         plan=plan,
         workdir=path,
@@ -162,7 +172,10 @@ def agree_on_config(config: ConfigDict) -> None:
 def setup_compilation_cache(*, enabled: bool) -> None:
     """Keeps compiled programs in the user's cache folder, so that a rerun starts fast.
 
-    `JAX_COMPILATION_CACHE_DIR` chooses another folder.
+    `JAX_COMPILATION_CACHE_DIR` chooses another folder, which may be in a bucket.
+
+    Raises:
+      ValueError: what a bucket needs is not installed.
     """
     jax.config.update("jax_enable_compilation_cache", enabled)
     if not enabled:
@@ -175,6 +188,7 @@ def setup_compilation_cache(*, enabled: bool) -> None:
             jax.config.update("jax_enable_compilation_cache", False)
             return
         jax.config.update("jax_compilation_cache_dir", str(folder))
+    storage.as_path(jax.config.jax_compilation_cache_dir)  # type: ignore[attr-defined]
     # By default JAX keeps only what took over a second to compile.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

@@ -15,15 +15,18 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
+import importlib.util
+import io
 import logging
 import os
 import pathlib
 import re
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -154,6 +157,11 @@ def read(path: Path) -> bytes:
     return _content(path, _ask(path, lambda: store.read(key)))
 
 
+def open_file(path: Path) -> BinaryIO:
+    """A file to read from; one in a bucket is read whole into memory."""
+    return io.BytesIO(read(path)) if is_remote(path) else open(path, "rb")
+
+
 def read_text(path: Path) -> str:
     """A whole file as text; what is no UTF-8 is replaced."""
     return read(path).decode(errors="replace")
@@ -191,9 +199,26 @@ def write(path: Path, data: bytes) -> None:
         _ask(path, lambda: store.write(key, data))
         return
     temporary = pathlib.Path(f"{os.fspath(path)}.tmp")
-    temporary.parent.mkdir(parents=True, exist_ok=True)
     temporary.write_bytes(data)
     os.replace(temporary, path)
+
+
+def read_generation(path: Path) -> tuple[bytes | None, bytes]:
+    """An object of a bucket, None where there is none, and which version of it that is."""
+    store, key = _open(path)
+    found = _ask(path, lambda: store.read(key))
+    return (found.value if found.state == "value" else None), found.stamp.generation
+
+
+def swap(path: Path, data: bytes | None, generation: bytes) -> bytes | None:
+    """Writes an object, or removes it, where its version is still the one that was read.
+
+    Returns:
+      The version that was written; None where somebody else has written since.
+    """
+    store, key = _open(path)
+    stamp = _ask(path, lambda: store.write(key, data, if_equal=generation))
+    return stamp.generation or None
 
 
 def remove(path: Path) -> None:
@@ -221,6 +246,36 @@ def move(source: Path, target: Path) -> None:
     for found in walk(source):
         write(join(target, found), read(join(source, found)))
     remove(source)
+
+
+def as_path(path: Path) -> pathlib.Path:
+    """The path as an object that Orbax and JAX take.
+
+    Raises:
+      ValueError: it is in a bucket, and what they need for one is not installed.
+    """
+    if not is_remote(path):
+        return pathlib.Path(absolute(path))
+    # They come to a bucket through etils, which would take TensorFlow where it is there,
+    # and remembers whether it is from its first look at any path.
+    os.environ["EPATH_USE_TF"] = "0"
+    if gpath := sys.modules.get("etils.epath.gpath"):
+        gpath._is_tf_installed.cache_clear()
+    # An experiment of gcsfs that asks for a bucket's kind, with credentials of its own.
+    os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+    if importlib.util.find_spec("gcsfs") is None:
+        raise ValueError(
+            f"checkpoints in {os.fspath(path)} need the package gcsfs: pip install "
+            "gcsfs, or 'supcon_jax[gcs]'"
+        )
+    from etils import epath
+
+    return epath.Path(absolute(path))  # type: ignore[return-value]
+
+
+def shown(path: Path) -> str:
+    """The path as it is shown to people: relative where it is local."""
+    return absolute(path) if is_remote(path) else os.path.relpath(path)
 
 
 @functools.cache

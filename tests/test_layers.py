@@ -21,6 +21,8 @@ LAYERS = {
     "supcon_jax.data": 1,
     "supcon_jax.parallel": 1,
     "supcon_jax.storage": 1,
+    "supcon_jax.lock": 1,
+    "supcon_jax.mirror": 1,
     "supcon_jax.hosts": 1,
     "supcon_jax.logs": 1,
     "supcon_jax.cli": 1,

@@ -15,6 +15,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol, Self
 
 import numpy as np
 
+from supcon_jax import storage
 from supcon_jax.data.images import for_tensorflow
 
 logger = logging.getLogger(__name__)
@@ -218,7 +219,7 @@ class FileSource(Source):
         Raises:
           OSError: the file cannot be read, or is no image.
         """
-        with open(self.paths[index], "rb") as file:
+        with storage.open_file(str(self.paths[index])) as file:
             image, orientation = for_tensorflow(file)
         return Encoded(image, int(self.labels[index]), orientation)
 

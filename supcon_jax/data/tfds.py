@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from supcon_jax import storage
 from supcon_jax.data.index import Shards, record_lengths
 from supcon_jax.data.names import number_labels, numbering, pick_split
 from supcon_jax.data.records import FOOTER_BYTES, HEADER_BYTES, RecordSource
@@ -67,23 +68,19 @@ def _needs(package: str, error: ImportError) -> ValueError:
     )
 
 
-def _prepared_configs(
-    directory: pathlib.Path, name: str
-) -> dict[str, dict[str, pathlib.Path]]:
+def _prepared_configs(directory: str, name: str) -> dict[str, dict[str, str]]:
     """Config -> its prepared versions below a TFDS directory, newest first.
 
     A dataset without configs has one with the name "".
     """
-    found: dict[str, dict[str, pathlib.Path]] = {}
-    for pattern in ("*/dataset_info.json", "*/*/dataset_info.json"):
-        for info in directory.joinpath(name).glob(pattern):
-            version, config = info.parent.name, ""
-            if pattern.startswith("*/*"):
-                config = info.parent.parent.name
-            if re.fullmatch(r"\d+(\.\d+)*", version):
-                found.setdefault(config, {})[version] = info.parent
+    found: dict[str, dict[str, str]] = {}
+    dataset = storage.join(directory, name)
+    for place in _with_info(dataset):
+        config, _, version = place.rpartition("/")
+        if re.fullmatch(r"\d+(\.\d+)*", version):
+            found.setdefault(config, {})[version] = storage.join(dataset, place)
 
-    def newest_first(versions: dict[str, pathlib.Path]) -> dict[str, pathlib.Path]:
+    def newest_first(versions: dict[str, str]) -> dict[str, str]:
         def number(version: str) -> tuple[int, ...]:
             return tuple(int(x) for x in version.split("."))
 
@@ -92,7 +89,23 @@ def _prepared_configs(
     return {config: newest_first(found[config]) for config in sorted(found)}
 
 
-def _prepared_versions(directory: pathlib.Path, name: str) -> dict[str, pathlib.Path]:
+def _with_info(dataset: str) -> list[str]:
+    """The folders one or two below a dataset's that hold its dataset_info.json."""
+    if storage.is_remote(dataset):
+        folders = [path.split("/") for path in storage.walk(dataset)]
+    else:
+        patterns = ("*/dataset_info.json", "*/*/dataset_info.json")
+        root = pathlib.Path(dataset)
+        found = [path for pattern in patterns for path in root.glob(pattern)]
+        folders = [list(path.relative_to(root).parts) for path in found]
+    return [
+        "/".join(folder)
+        for *folder, name in folders
+        if name == "dataset_info.json" and len(folder) in (1, 2)
+    ]
+
+
+def _prepared_versions(directory: str, name: str) -> dict[str, str]:
     """The prepared versions of a dataset, "name" or "name/config", newest first.
 
     Raises:
@@ -173,11 +186,13 @@ def find_builder(name: str, dir: str, *, built_in: Sequence[str] = ()) -> Any:
             "NAME, NAME/CONFIG or NAME:VERSION (--config.data.name)"
         )
     name, version = match.groups()
-    directory = pathlib.Path(
-        dir or os.environ.get("TFDS_DATA_DIR", TFDS_HOME)
-    ).expanduser()
+    directory = dir or os.environ.get("TFDS_DATA_DIR", TFDS_HOME)
+    if storage.is_remote(directory):
+        directory = storage.absolute(directory)
+    else:
+        directory = os.path.expanduser(directory)
     how = _how_to_get(name)
-    if dir and not directory.is_dir():
+    if dir and not storage.is_dir(directory):
         raise ValueError(
             f"data directory {dir} does not exist (--config.data.dir); {how}"
         )
@@ -190,9 +205,9 @@ def find_builder(name: str, dir: str, *, built_in: Sequence[str] = ()) -> Any:
         )
     if prepared is None and dir:
         others = sorted(
-            entry.name
-            for entry in directory.iterdir()
-            if _prepared_configs(directory, entry.name)
+            entry
+            for entry in storage.names(directory)
+            if _prepared_configs(directory, entry)
         )
         holds = f"it holds {', '.join(others)}" if others else "it holds no dataset"
         raise ValueError(
@@ -202,7 +217,7 @@ def find_builder(name: str, dir: str, *, built_in: Sequence[str] = ()) -> Any:
         raise ValueError(f"no {name} in {directory} (--config.data.dir); {how}")
     tfds = _import_tensorflow_datasets()
     if prepared is not None:
-        builder = tfds.builder_from_directory(prepared)
+        builder = tfds.builder_from_directory(storage.as_path(prepared))
     else:
         builder = _download(tfds, name, directory, built_in)
     if builder.info.file_format.value != "tfrecord":
@@ -437,9 +452,7 @@ def _how_to_get(name: str) -> str:
     )
 
 
-def _download(
-    tfds: Any, name: str, directory: pathlib.Path, built_in: Sequence[str]
-) -> Any:
+def _download(tfds: Any, name: str, directory: str, built_in: Sequence[str]) -> Any:
     """Lets TFDS download and prepare a dataset into its default directory."""
     import jax
 
