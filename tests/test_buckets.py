@@ -76,10 +76,7 @@ def test_the_journey_of_the_digits_in_a_bucket(bucket, tmp_path, monkeypatch, me
     assert final["train/loss"] == expected["train/loss"]
     assert saved_steps(f"{bucket}/run") == saved_steps(tmp_path / "run") == [8, 12]
     # Every step once, as on a disk.
-    lines = [
-        [r["step"] for r in read_metrics(w)]
-        for w in (f"{bucket}/run", tmp_path / "run")
-    ]
+    lines = [[r["step"] for r in read_metrics(w)] for w in (f"{bucket}/run", tmp_path / "run")]
     assert lines[0] == lines[1]
     names = storage.walk(f"{bucket}/run")
     assert {"config.json", "run.json", "log.txt", "figures/curves.png"} <= set(names)
