@@ -8,6 +8,7 @@ import pytest
 import tensorflow as tf
 
 from configs import digits
+from supcon_jax import storage
 from supcon_jax.data import index
 from supcon_jax.data.datasets import open_source
 from supcon_jax.data.index import Shards, find_records, record_lengths
@@ -202,3 +203,26 @@ def test_the_tool_says_what_is_missing(tmp_path, capsys):
         run_tool(tmp_path / "imagenet2012" / "5.1.0")
     assert end.value.code == 2
     assert "--config.data.dir" in capsys.readouterr().err
+
+
+def test_in_a_bucket_the_index_spares_the_second_start(
+    folder, bucket, cache, walks, monkeypatch
+):
+    """The same records as on a disk; with an index no file is gone through again."""
+    for path in folder.iterdir():
+        storage.write(f"{bucket}/imagenet2012/5.1.0/{path.name}", path.read_bytes())
+    plain = open_source("imagenet2012", "train", dir=str(folder.parent.parent))
+    monkeypatch.setattr(index, "CHUNK_BYTES", 200_000)
+    walks.clear()
+    for walked in (4, 4):
+        source = open_source("imagenet2012", "train", dir=bucket)
+        assert len(walks) == walked
+        np.testing.assert_array_equal(source.offset, plain.offset)
+        np.testing.assert_array_equal(source.length, plain.length)
+    assert storage.is_file(f"{bucket}/imagenet2012/5.1.0/{NAME}") and not cache.exists()
+    rows = [3, 4, 5, 80, 79]
+    assert source.read_many(rows) == plain.read_many(rows)
+    first = f"{bucket}/imagenet2012/5.1.0/{shards(folder).names[0]}"
+    storage.write(first, storage.read(first)[16:])
+    with pytest.raises(ValueError, match="00000-of-00004 is damaged|cannot read"):
+        open_source("imagenet2012", "train", dir=bucket)
