@@ -22,6 +22,7 @@ from supcon_jax.config import flatten
 from supcon_jax.data import sources as sources_of
 from supcon_jax.data.datasets import open_source
 from supcon_jax.data.identity import identify
+from supcon_jax.data.lanes import Lanes, block_size
 from supcon_jax.data.pipeline import (
     Batch,
     check_image_size,
@@ -30,6 +31,7 @@ from supcon_jax.data.pipeline import (
     on_host,
     train_batches,
 )
+from supcon_jax.data.records import RecordSource
 from supcon_jax.data.sampler import Sampler, class_balanced, shuffled
 from supcon_jax.data.sources import UNREAD, Source
 from supcon_jax.evaluation.predict import Predictor
@@ -115,6 +117,7 @@ def open_run(
     mesh = parallel.create_mesh()
     # Before the data are opened, which may take minutes.
     parallel.check_batch_size(config.batch_size, mesh)
+    check_hosts(config)
     train_source, eval_source = open_sources(config)
     check_positives(config, train_source)
     sampler = build_sampler(config, train_source)
@@ -315,8 +318,54 @@ def check_labels(config: ConfigDict, train: Source, evaluation: Source) -> None:
     logger.warning("warning: %s, so kNN says nothing (--config.data.root)", one)
 
 
+def check_hosts(config: ConfigDict) -> None:
+    """Refuses a number of processes that cannot share the lanes.
+
+    Raises:
+      ValueError: naming the key to change.
+    """
+    lanes, hosts = config.data.lanes, jax.process_count()
+    if lanes % hosts:
+        raise ValueError(
+            f"got data.lanes={lanes} on {hosts} hosts; allowed: a multiple of the hosts, "
+            f"so that each has lanes of its own (--config.data.lanes={hosts})"
+        )
+
+
+def build_lanes(config: ConfigDict, source: Source) -> Lanes | None:
+    """The lanes in which a split is read; None where it is shuffled as a whole.
+
+    Raises:
+      ValueError: it is no split of shuffled records in files.
+    """
+    count = config.data.lanes
+    if not count or source.synthetic:
+        return None
+    why = ""
+    if source.images is not None:
+        why = "is held in memory"
+    elif not isinstance(source, RecordSource):
+        why = "has no records"
+    elif not source.shuffled:
+        why = "was prepared without being shuffled, so neighbours may be of one class"
+    if why:
+        raise ValueError(
+            f"got data.lanes={count}, but {config.data.name} {why}; allowed: TFDS "
+            "records read from their files (--config.data.lanes=0)"
+        )
+    mean_bytes = (source.num_bytes or 0) / source.num_examples
+    return Lanes(source.num_examples, count, block_size(mean_bytes))
+
+
 def build_sampler(config: ConfigDict, source: Source) -> Sampler:
-    """Which training images a step sees: shuffled, or balanced over the classes."""
+    """Which training images a step sees: shuffled, in lanes or balanced over the classes.
+
+    Raises:
+      ValueError: the source cannot be read in lanes.
+    """
+    lanes = build_lanes(config, source)
+    if lanes is not None:
+        return lanes.sampler(config.batch_size, seed=config.seed)
     classes = config.data.classes_per_batch
     if not classes or source.synthetic:
         return shuffled(source.num_examples, config.batch_size, seed=config.seed)
@@ -342,6 +391,8 @@ def build_train_batches(
         augmentation=builders.build_view_augmentation(config),
         seed=config.seed,
         start_step=start_step,
+        lanes=build_lanes(config, source),
+        keep_bytes=int(config.data.keep_gib * 2**30),
     )
 
 

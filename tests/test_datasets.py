@@ -16,7 +16,7 @@ from sklearn.datasets import load_digits
 
 from supcon_jax.data import tfds as tfds_module
 from supcon_jax.data.datasets import open_source
-from supcon_jax.data.sources import RecordSource
+from supcon_jax.data.records import RecordSource
 
 
 def refusal(*args, **kwargs):

@@ -161,7 +161,7 @@ def test_no_module_parses_flags_or_loads_heavy_packages(name):
             {
                 "supcon_jax.data.autoaugment",
                 "supcon_jax.data.host",
-                "supcon_jax.data.sources",
+                "supcon_jax.data.records",
                 "supcon_jax.data.tfds",
             },
         ),
