@@ -9,10 +9,15 @@ restores without a word, so every array is compared with its digest after it was
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
 import json
 import logging
+import os
 import pathlib
+import re
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -82,12 +87,11 @@ class Checkpointer:
             ]
         )
         self._directory = checkpoint_dir(workdir)
-        self._manager = ocp.CheckpointManager(
-            self._directory,
-            options=ocp.CheckpointManagerOptions(
-                preservation_policy=policy, create=True, cleanup_tmp_directories=True
-            ),
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=policy, create=True, cleanup_tmp_directories=True
         )
+        with _failures_told(self._directory, "opened"):
+            self._manager = ocp.CheckpointManager(self._directory, options=options)
 
     def latest_step(self) -> int | None:
         """The newest complete step, or None."""
@@ -108,13 +112,17 @@ class Checkpointer:
           step: its number.
           metrics: of its evaluation, if there was one; the best step is kept.
           health: what the next save is judged against, see health.py.
+
+        Raises:
+          OSError: this save or the one before could not be written.
         """
         known = {self._best: metrics[self._best]} if self._best in metrics else None
         trees = _split(state)
         items: dict[str, Any] = {n: ocp.args.StandardSave(t) for n, t in trees.items()}
         record = {"digests": _digests(trees), "health": health or {}}
         items[RECORD] = ocp.args.JsonSave(record)
-        self._manager.save(step, args=ocp.args.Composite(**items), metrics=known)
+        with _failures_told(self._directory, "written"):
+            self._manager.save(step, args=ocp.args.Composite(**items), metrics=known)
 
     def restore_newest(
         self, abstract_state: TrainState
@@ -175,12 +183,22 @@ class Checkpointer:
         self._manager.reload()
 
     def wait(self) -> None:
-        """Returns when the last save is complete on disk."""
-        self._manager.wait_until_finished()
+        """Returns when the last save is complete on disk.
+
+        Raises:
+          OSError: it could not be written.
+        """
+        with _failures_told(self._directory, "written"):
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Waits for the last save and lets go of the folder."""
-        self._manager.close()
+        """Waits for the last save and lets go of the folder.
+
+        Raises:
+          OSError: it could not be written.
+        """
+        with _failures_told(self._directory, "written"):
+            self._manager.close()
 
 
 def checkpoint_dir(workdir: str | pathlib.Path) -> pathlib.Path:
@@ -264,6 +282,32 @@ def _read(
     return trees, restored[RECORD]
 
 
+@contextlib.contextmanager
+def _failures_told(directory: pathlib.Path, done: str) -> Iterator[None]:
+    """What Orbax and TensorStore raise for a full or broken disk, in one line.
+
+    Raises:
+      OSError: in place of theirs; of a device's failure its own.
+    """
+    try:
+        yield
+    except jax.errors.JaxRuntimeError:
+        raise
+    except Exception as error:
+        number = getattr(error, "errno", None) or errno.EIO
+        reason = _reason(error)
+        if code := re.search(r"os_error_code='(\d+)'", str(error)):  # of TensorStore
+            number = int(code[1])
+            reason = os.strerror(number)
+        steps = [int(p.name) for p in directory.glob("*") if p.name.isdigit()]
+        kept = f"step {max(steps)} is whole" if steps else "none was made before"
+        raise OSError(
+            number,
+            f"a checkpoint cannot be {done} ({reason}); {kept}",
+            directory,
+        ) from error
+
+
 def _any_process(failed: bool) -> bool:
     """Whether any process of the job says so; all of them must take the same step."""
     if jax.process_count() == 1:
@@ -272,7 +316,8 @@ def _any_process(failed: bool) -> bool:
 
 
 def _reason(error: Exception) -> str:
-    line = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+    told = getattr(error, "strerror", None) or str(error)
+    line = next(iter(told.strip().splitlines()), "") or type(error).__name__
     return line if len(line) < 200 else f"{line[:200]}..."
 
 

@@ -133,7 +133,12 @@ def report_end(run: Run, final: dict[str, Any]) -> dict[str, Any]:
                 logger.info("         %s: %s", name, reason)
         logger.info("Result:  %s", ", ".join(result) or "trained, not evaluated")
         logger.info("Workdir: %s", storage.shown(run.workdir))
-        if picture := plot_curves(run.folder):
+        try:
+            picture = plot_curves(run.folder)
+        except OSError as error:
+            logger.warning("warning: no curves are drawn: %s", error.strerror)
+            picture = None
+        if picture:
             where = storage.join(run.workdir, *picture.relative_to(run.folder).parts)
             logger.info("Curves:  %s", storage.shown(where))
         if run.config.next_config:

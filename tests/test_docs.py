@@ -135,7 +135,10 @@ RUN = {
     "python -m benchmarks.reading --data_dir=DIR": (
         "--hosts=0 --records=512 --read_batch=64 --rounds=1"
     ),
-    "python -m benchmarks.chaos --trials=20": "--trials=1",
+    "python -m benchmarks.chaos": "--faults=damage --trials=1",
+    "python -m benchmarks.chaos --faults=kill --trials=100": "--trials=1",
+    "python -m benchmarks.chaos --faults=preempt,rot --trials=20": "--trials=0",
+    "python -m benchmarks.chaos --faults=damage --trials=230": "--trials=1",
     "python -m benchmarks.loss": "--sizes 64 --rounds 1",
     "python -m benchmarks.loss --accuracy": "--sizes 64",
     "python -m benchmarks.train_step": TOY,
@@ -163,6 +166,8 @@ NOT_RUN = {
     "python -m pytest -m aot": "the tests themselves",
     "python -m pytest -m slow": "the tests themselves",
     "python -m pytest -m slow tests/test_jobs.py": "the tests themselves",
+    "python -m pytest -m slow -s tests/test_long_runs.py": "the tests themselves",
+    "python -m pytest -m slow -s tests/test_topologies.py": "the tests themselves",
     "python -m pytest tests/test_hosts.py tests/test_jobs.py": "the tests themselves",
     "python -m supcon_jax.tools.show_batch": "no command, the tool's name",
     "python -m pytest -m slow -n 0 -s tests/test_buckets.py": "the tests themselves",
