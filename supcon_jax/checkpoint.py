@@ -31,6 +31,7 @@ from orbax.checkpoint.checkpoint_managers import (
     LatestN,
 )
 
+from supcon_jax import epaths, storage
 from supcon_jax.metrics import best_metric
 from supcon_jax.steps.state import TrainState
 
@@ -174,9 +175,9 @@ class Checkpointer:
                 aside,
             )
             if jax.process_index() == 0:
-                aside.mkdir(exist_ok=True)
-                number = sum(1 for _ in aside.iterdir())
-                (self._directory / str(step)).rename(aside / f"{step}_{number}")
+                number = len(storage.names(aside))
+                damaged = self._directory / str(step)
+                storage.move(damaged, aside / f"{step}_{number}")
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("damaged checkpoints put aside")
         self._manager.reload()
@@ -202,14 +203,19 @@ class Checkpointer:
 
 def checkpoint_dir(workdir: str | pathlib.Path) -> pathlib.Path:
     """Where a workdir keeps its checkpoints (absolute, as Orbax wants it)."""
-    return pathlib.Path(workdir).expanduser().absolute() / "checkpoints"
+    return epaths.as_path(workdir) / "checkpoints"
 
 
 def saved_steps(workdir: str | pathlib.Path) -> list[int]:
     """The steps of a workdir's complete checkpoints, oldest first."""
-    directory = checkpoint_dir(workdir)
-    names = [p.name for p in directory.iterdir()] if directory.is_dir() else []
-    # A save under way has a longer name until it is whole.
+    directory = storage.join(storage.absolute(workdir), "checkpoints")
+    # A save under way has a longer name until it is whole. In a bucket nothing can be
+    # renamed, and a save is whole when Orbax has written this file.
+    if storage.is_remote(directory):
+        whole = [name.split("/") for name in storage.walk(directory)]
+        names = [name[0] for name in whole if name[1:] == ["commit_success.txt"]]
+    else:
+        names = storage.names(directory)
     return sorted(int(name) for name in names if name.isdigit())
 
 
@@ -248,7 +254,7 @@ def _read(
     items: dict[str, Any] = {
         name: ocp.args.StandardRestore(tree) for name, tree in abstract.items()
     }
-    recorded = (directory / str(step) / RECORD).is_dir()
+    recorded = storage.is_dir(directory / str(step) / RECORD)
     if recorded:
         items[RECORD] = ocp.args.JsonRestore()
     restored = manager.restore(step, args=ocp.args.Composite(**items))
@@ -344,7 +350,7 @@ def restore_encoder(
       embeddings = encoder.apply(variables, images, train=False)
     """
     directory = checkpoint_dir(workdir)
-    if not directory.is_dir():
+    if not storage.is_dir(directory):
         raise ValueError(f"no checkpoints in {workdir}: it is not a run's workdir")
     # Handlers named here, or Orbax warns about every item that it is not asked for.
     handlers: dict[str, Any] = {n: ocp.StandardCheckpointHandler() for n in ITEMS}
@@ -383,9 +389,9 @@ def restore_encoder(
 
 
 def _check_has_encoder(path: pathlib.Path, workdir: Any, item: str) -> None:
-    if not (path / "training").is_dir() or (path / item).is_dir():
+    if not storage.is_dir(path / "training") or storage.is_dir(path / item):
         return  # it has one, or is damaged, which shows when it is read
-    if (path / "encoder").is_dir():
+    if storage.is_dir(path / "encoder"):
         raise ValueError(
             f"the run in {workdir} kept no average of its encoder "
             "(--config.encoder_average.use=False, or pretrain with "

@@ -26,7 +26,7 @@ from supcon_jax.plan import Plan
 from supcon_jax.run import Run, build_train_batches
 from supcon_jax.steps.state import TrainState
 from supcon_jax.stop import Stopped, StopRequests, Unwritable, restart_command
-from supcon_jax.workdir import unlock
+from supcon_jax.workdir import before_save, leave
 from supcon_jax.writers import MetricWriter, read_metrics
 
 logger = logging.getLogger(__name__)
@@ -73,13 +73,14 @@ def train(
                 "warning: its checkpoints are gone, so nothing can be evaluated or "
                 "continued from it; another --workdir trains it again"
             )
-        unlock(run.workdir)
-        return report.report_end(run, run.finished)
+        try:
+            return report.report_end(run, run.finished)
+        finally:
+            leave(run.workdir)
     try:
-        final = _train_and_close(run, evaluate, on_log, stop)
+        return _train_and_close(run, evaluate, on_log, stop)
     except OSError as error:
         raise Unwritable(error.errno, error.strerror, error.filename) from error
-    return report.report_end(run, final)
 
 
 def _train_and_close(
@@ -89,14 +90,16 @@ def _train_and_close(
     stop: StopRequests | None,
 ) -> Metrics:
     """`train` between the opening of log and checkpoints and their end."""
-    log_file = add_log_file(run.workdir)
+    log_file = add_log_file(run.folder)
     checkpointer = Checkpointer(run.workdir, keep=run.config.keep_checkpoints)
     try:
         with contextlib.ExitStack() as stack:
             stack.enter_context(hosts.Watchdog(run.config.hosts.watchdog_minutes))
             stack.enter_context(memory.explained(run.plan))
             stop = stop or stack.enter_context(StopRequests())
-            return _Training(run, checkpointer, evaluate, on_log, stop).run()
+            final = _Training(run, checkpointer, evaluate, on_log, stop).run()
+        # Before the log is closed and the last small files go to the bucket.
+        return report.report_end(run, final)
     except jax.errors.JaxRuntimeError as error:
         hosts.check_peers(error)  # before the save under way waits for a dead one
         raise
@@ -110,9 +113,9 @@ def _train_and_close(
     finally:
         # Also after an interrupt: the save that is under way becomes whole.
         with contextlib.ExitStack() as stack:
+            stack.callback(leave, run.workdir)
             stack.callback(log_file.close)
             stack.callback(logging.getLogger("supcon_jax").removeHandler, log_file)
-            stack.callback(unlock, run.workdir)
             checkpointer.close()
 
 
@@ -155,7 +158,7 @@ class _Training:
             logger.info("compiled train_step in %.1f s", time.monotonic() - start)
         memory.check_memory(plan, compiled)
         self._writer = MetricWriter(
-            self._run.workdir,
+            self._run.folder,
             total_steps=plan.total_steps,
             steps_per_epoch=plan.steps_per_epoch,
             start_step=start_step,
@@ -285,6 +288,7 @@ class _Training:
         if step == self._checkpointer.latest_step():
             return
         hosts.beat(f"saving step {step}")
+        before_save(self._run.workdir)
         with self._goodput.spent("save"):
             loss = float(device_metrics["train/loss"])
             now = health.measure(state.params, state.batch_stats, loss)

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 
+from supcon_jax import storage
 from supcon_jax.logs import format_duration
 from supcon_jax.metrics import LINE_FIELDS, on_progress
 
@@ -341,9 +342,11 @@ def read_metrics(workdir: str | pathlib.Path) -> list[Record]:
 
     A process that was killed leaves half a line, a disk error may leave anything.
     """
-    path = pathlib.Path(workdir) / "metrics.jsonl"
     records = []
-    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    try:
+        text = storage.read_text(storage.join(workdir, "metrics.jsonl"))
+    except FileNotFoundError:
+        text = ""
     for line in text.split("\n"):
         try:
             record = json.loads(line)

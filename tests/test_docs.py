@@ -131,6 +131,10 @@ RUN = {
     "--config.batch_size=8 --config.total_steps=3": "--config.encoder.width=0.25",
     "python -m benchmarks.digits --seeds=5": "--seeds=1",
     "python -m benchmarks.input --data_dir=DIR --cifar": "--rounds=1",
+    "python -m benchmarks.reading": "--batch=65536",
+    "python -m benchmarks.reading --data_dir=DIR": (
+        "--hosts=0 --records=512 --read_batch=64 --rounds=1"
+    ),
     "python -m benchmarks.chaos": "--faults=damage --trials=1",
     "python -m benchmarks.chaos --faults=kill --trials=100": "--trials=1",
     "python -m benchmarks.chaos --faults=preempt,rot --trials=20": "--trials=0",
@@ -166,11 +170,17 @@ NOT_RUN = {
     "python -m pytest -m slow -s tests/test_topologies.py": "the tests themselves",
     "python -m pytest tests/test_hosts.py tests/test_jobs.py": "the tests themselves",
     "python -m supcon_jax.tools.show_batch": "no command, the tool's name",
+    "python -m pytest -m slow -n 0 -s tests/test_buckets.py": "the tests themselves",
+    "python -m pytest tests/test_buckets.py tests/test_lock.py": "the tests themselves",
+    "python -m supcon_jax.tools.index --config=configs/supcon_r50.py "
+    "--config.data.dir=DIR": "writes beside the data; run in test_index.py",
     "python -m venv .venv": "not ours",
     "python main.py --config=configs/supcon_cifar10.py:pytorch": "downloads CIFAR-10",
     "python main.py --config=configs/supcon_r50.py --config.data.dir=DIR": (
         "for a pod; the same with three steps is run"
     ),
+    "python main.py --config=configs/supcon_r50.py --config.data.dir=gs://BUCKET/tfds  "
+    "--workdir=gs://BUCKET/runs/r50": "for a pod; tests/test_buckets.py runs the digits",
 }
 
 
