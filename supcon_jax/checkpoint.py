@@ -86,11 +86,11 @@ class Checkpointer:
                 ),
             ]
         )
-        self._directory = checkpoint_dir(workdir)
+        self._workdir, self._directory = workdir, checkpoint_dir(workdir)
         options = ocp.CheckpointManagerOptions(
             preservation_policy=policy, create=True, cleanup_tmp_directories=True
         )
-        with _failures_told(self._directory, "opened"):
+        with _failures_told(self._workdir, "opened"):
             self._manager = ocp.CheckpointManager(self._directory, options=options)
 
     def latest_step(self) -> int | None:
@@ -121,7 +121,7 @@ class Checkpointer:
         items: dict[str, Any] = {n: ocp.args.StandardSave(t) for n, t in trees.items()}
         record = {"digests": _digests(trees), "health": health or {}}
         items[RECORD] = ocp.args.JsonSave(record)
-        with _failures_told(self._directory, "written"):
+        with _failures_told(self._workdir, "written"):
             self._manager.save(step, args=ocp.args.Composite(**items), metrics=known)
 
     def restore_newest(
@@ -188,7 +188,7 @@ class Checkpointer:
         Raises:
           OSError: it could not be written.
         """
-        with _failures_told(self._directory, "written"):
+        with _failures_told(self._workdir, "written"):
             self._manager.wait_until_finished()
 
     def close(self) -> None:
@@ -197,7 +197,7 @@ class Checkpointer:
         Raises:
           OSError: it could not be written.
         """
-        with _failures_told(self._directory, "written"):
+        with _failures_told(self._workdir, "written"):
             self._manager.close()
 
 
@@ -283,7 +283,7 @@ def _read(
 
 
 @contextlib.contextmanager
-def _failures_told(directory: pathlib.Path, done: str) -> Iterator[None]:
+def _failures_told(workdir: str | pathlib.Path, done: str) -> Iterator[None]:
     """What Orbax and TensorStore raise for a full or broken disk, in one line.
 
     Raises:
@@ -299,12 +299,14 @@ def _failures_told(directory: pathlib.Path, done: str) -> Iterator[None]:
         if code := re.search(r"os_error_code='(\d+)'", str(error)):  # of TensorStore
             number = int(code[1])
             reason = os.strerror(number)
-        steps = [int(p.name) for p in directory.glob("*") if p.name.isdigit()]
-        kept = f"step {max(steps)} is whole" if steps else "none was made before"
+        kept = "none was made before"
+        with contextlib.suppress(OSError):  # what keeps it from writing may be reading too
+            if steps := saved_steps(workdir):
+                kept = f"step {steps[-1]} is whole"
         raise OSError(
             number,
             f"a checkpoint cannot be {done} ({reason}); {kept}",
-            directory,
+            str(checkpoint_dir(workdir)),
         ) from error
 
 
