@@ -44,7 +44,7 @@ LAYERS = {
     "supcon_jax.pretrain": 3,
     "supcon_jax.linear_eval": 3,
 }
-L0_PACKAGES = {"jax", "flax", "optax", "numpy"}
+L0_PACKAGES = {"jax", "flax", "optax", "numpy", "scipy"}
 HEAVY = {
     "tensorflow",
     "tensorflow_datasets",
