@@ -5,12 +5,14 @@ from __future__ import annotations
 import itertools
 import logging
 import os
+import pathlib
 import shlex
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
+from ml_collections import ConfigDict
 
 from supcon_jax import optimizers
 from supcon_jax.builders import num_microbatches, scaled_learning_rate
@@ -123,29 +125,48 @@ def measure_input(batches: Iterator[Batch], batch_size: int) -> Iterator[Batch]:
 
 
 def report_end(run: Run, final: dict[str, Any]) -> dict[str, Any]:
-    """Prints the result, where it lies and the next command; returns the result."""
+    """Prints the result of a training run; returns it."""
     if jax.process_index() == 0:
-        result = on_end(final)
-        logger.info("")
-        if run.skipped:
-            logger.info("Skipped: %d images that cannot be decoded:", len(run.skipped))
-            for name, reason in run.skipped.items():
-                logger.info("         %s: %s", name, reason)
-        logger.info("Result:  %s", ", ".join(result) or "trained, not evaluated")
-        logger.info("Workdir: %s", os.path.relpath(run.workdir))
-        if picture := plot_curves(run.workdir):
-            logger.info("Curves:  %s", os.path.relpath(picture))
-        if run.config.next_config:
-            logger.info("Next:    %s", next_command(run))
+        report_result(
+            run.config,
+            run.workdir,
+            final,
+            skipped=run.skipped,
+            pictures=[plot_curves(run.workdir)],
+        )
     return final
 
 
-def next_command(run: Run) -> str:
+def report_result(
+    config: ConfigDict,
+    workdir: pathlib.Path,
+    final: dict[str, Any],
+    *,
+    skipped: dict[str, str],
+    pictures: Iterable[pathlib.Path | None],
+) -> None:
+    """Prints what came out, where it lies and the next command."""
+    logger.info("")
+    if skipped:
+        logger.info("Skipped: %d images that cannot be decoded:", len(skipped))
+        for name, reason in skipped.items():
+            logger.info("         %s: %s", name, reason)
+    result = on_end(final)
+    logger.info("Result:  %s", ", ".join(result) or "trained, not evaluated")
+    logger.info("Workdir: %s", os.path.relpath(workdir))
+    for picture in pictures:
+        if picture:
+            label = "Curves" if picture.stem == "curves" else "Figure"
+            logger.info("%s:  %s", label, os.path.relpath(picture))
+    if config.next_config:
+        logger.info("Next:    %s", next_command(config, workdir))
+
+
+def next_command(config: ConfigDict, workdir: pathlib.Path) -> str:
     """The command line that goes on from a run."""
-    config = run.config
     command = ["python", "main.py", f"--config={config.next_config}"]
-    if config.mode == "pretrain":
-        command.append(f"--config.pretrained={os.path.relpath(run.workdir)}")
+    if config.mode != "evaluate":  # what comes next takes the model of this run
+        command.append(f"--config.pretrained={os.path.relpath(workdir)}")
     for key in ("dir", "root"):
         if config.data[key]:
             command.append(f"--config.data.{key}={config.data[key]}")
