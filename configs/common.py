@@ -353,6 +353,13 @@ def base_temperature_scale(temperature: float) -> str:
     return repr(temperature / 0.07)
 
 
+def set_evaluate(config, stem: str, variant: str):
+    """Evaluation of the classifier that a linear config, given here, trains."""
+    config.mode = "evaluate"
+    config.pretrained = f"runs/{run_name(stem, variant)}"
+    config.next_config = ""
+
+
 def with_variant(file: str, variant: str) -> str:
     """How `--config` names a config's variant; the default needs no name."""
     return f"{file}:{variant}" if variant else file

@@ -92,4 +92,5 @@ def get_config(variant: str = ""):
     common.set_linear(config, pretrained)
     common.set_cifar(config, classes=10)
     recipe(config)
+    config.next_config = common.with_variant("configs/evaluate_cifar10.py", variant)
     return config

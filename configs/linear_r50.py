@@ -64,4 +64,5 @@ def get_config(variant: str = ""):
     pretrained, recipe = common.choose(variant, VARIANTS)
     recipe(config)
     common.set_linear(config, pretrained)
+    config.next_config = common.with_variant("configs/evaluate_r50.py", variant)
     return config

@@ -109,6 +109,7 @@ TOY = (
 RUN = {
     "python main.py --config=configs/digits.py": SHORT,
     "python main.py --config=configs/linear_digits.py": LINEAR,
+    "python main.py --config=configs/evaluate_digits.py": "",
     "python main.py --config=configs/cross_entropy_digits.py": SHORT,
     "python main.py --config=configs/digits.py --config.seed=$seed  "
     "--workdir=runs/digits_seed$seed": SHORT,

@@ -1,0 +1,16 @@
+"""Evaluation of a classifier on CIFAR-10: accuracy, calibration, confusion.
+
+    python main.py --config=configs/evaluate_cifar10.py --config.data.dir=DIR
+
+A variant evaluates the run of configs/linear_cifar10.py's variant of that name; another
+run with the same encoder by --config.pretrained. Only the evaluation split is read.
+Hardware: whatever the encoder needs. Expected: the linear config's.
+"""
+
+from configs import common, linear_cifar10
+
+
+def get_config(variant: str = ""):
+    config = linear_cifar10.get_config(variant)
+    common.set_evaluate(config, "linear_cifar10", variant)
+    return config
