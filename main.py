@@ -127,7 +127,8 @@ def _refuse(message: object, *, code: int = 2) -> NoReturn:
 def _stopped_early(*_: object) -> None:
     """A preemption while the program is still being loaded: there is nothing to save."""
     print("stopped before anything was saved; the same command starts anew", flush=True)
-    os._exit(0)
+    code = os.environ.get("SUPCON_STOPPED_CODE", "0")  # supcon_jax/stop.py
+    os._exit(int(code) if code.isdigit() and int(code) < 256 else 0)
 
 
 if __name__ == "__main__":

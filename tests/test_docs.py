@@ -161,6 +161,12 @@ NOT_RUN = {
     "python -m pytest -m slow tests/test_jobs.py": "the tests themselves",
     "python -m pytest tests/test_hosts.py tests/test_jobs.py": "the tests themselves",
     "python -m supcon_jax.tools.show_batch": "no command, the tool's name",
+    "python -m supcon_jax.tools.plan --config=configs/supcon_r50.py "
+    "--topology=v5e:16x16 --config.batch_size=8192": "libtpu; tests/test_forecast.py",
+    "python -m supcon_jax.tools.plan --config=configs/supcon_r50.py "
+    "--topology=v5e:16x16 --config.batch_size=8192 --host_rate=2000 --host_cores=112": (
+        "libtpu; tests/test_forecast.py"
+    ),
     "python -m venv .venv": "not ours",
     "python main.py --config=configs/supcon_cifar10.py:pytorch": "downloads CIFAR-10",
     "python main.py --config=configs/supcon_r50.py --config.data.dir=DIR": (
