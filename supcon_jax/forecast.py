@@ -176,7 +176,9 @@ def compile_step(plan: Plan, topology: Topology) -> Compiled:
     """Lowers and compiles the step, with a word on the time it takes."""
     start = time.monotonic()
     # Tuning on a GPU would need one.
-    options = {"xla_gpu_autotune_level": 0} if topology.chip.nvlink else None
+    options: dict[str, str | bool] | None = None
+    if topology.chip.nvlink:
+        options = {"xla_gpu_autotune_level": "0"}
     with _progress(f"compiling for {topology.name}"):
         lowered = plan.lower()
         try:
@@ -193,7 +195,7 @@ def compile_step(plan: Plan, topology: Topology) -> Compiled:
     return Compiled(
         step_memory(program),
         analysis.get("bytes accessed", 0.0) * loops,
-        find_collectives(program.as_text(), plan.mesh.size),
+        find_collectives(program.as_text() or "", plan.mesh.size),
         time.monotonic() - start,
     )
 

@@ -39,7 +39,7 @@ class Collective(NamedTuple):
       dtypes: of its arrays, "f32" or "f32+s32".
       bytes: of the whole result on one device (of a reduce-scatter, of its operand).
       devices: that take part together.
-      count: how often a step runs it; more than once in a loop.
+      times: how often a step runs it; more than once in a loop.
       asynchronous: whether the program goes on while it is under way.
     """
 
@@ -47,7 +47,7 @@ class Collective(NamedTuple):
     dtypes: str
     bytes: int
     devices: int
-    count: int = 1
+    times: int = 1
     asynchronous: bool = False
 
     @property
@@ -84,7 +84,7 @@ def find_collectives(program: str, num_devices: int) -> list[Collective]:
             if match := _COLLECTIVE.search(line):
                 of_line = _collective(line, match, num_devices)
                 asynchronous = aside or of_line.asynchronous
-                found.append(of_line._replace(count=times, asynchronous=asynchronous))
+                found.append(of_line._replace(times=times, asynchronous=asynchronous))
                 continue
             trips = _TRIPS.search(line) if " while(" in line else None
             often = times * (int(trips[1]) if trips else 1)
@@ -121,12 +121,12 @@ def _size(dtype: str, shape: str) -> int:
 
 
 def by_kind(collectives: Iterable[Collective]) -> list[Collective]:
-    """Those of one kind, type and extent as one, with the sums of count and bytes."""
+    """Those of one kind, type and extent as one, with the sums of times and bytes."""
     sums: dict[tuple, list[int]] = collections.defaultdict(lambda: [0, 0])
     for one in collectives:
         key = (one.kind, one.dtypes, one.devices, one.asynchronous)
-        sums[key][0] += one.count
-        sums[key][1] += one.count * one.bytes
+        sums[key][0] += one.times
+        sums[key][1] += one.times * one.bytes
     return [
         Collective(kind, dtypes, total, devices, count, aside)
         for (kind, dtypes, devices, aside), (count, total) in sums.items()
@@ -185,7 +185,7 @@ def step_time(
     seconds = {True: 0.0, False: 0.0}
     for one in collectives:
         each = one.sent / topology.link_bandwidth + LATENCY_S
-        seconds[one.asynchronous] += one.count * each
+        seconds[one.asynchronous] += one.times * each
     chip = topology.chip
     return StepTime(
         compute=flops / chip.flops,

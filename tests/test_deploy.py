@@ -112,6 +112,9 @@ def test_jobset():
     """Hosts and chips are those of the slice; only code 75 starts it again."""
     (jobset,) = yaml.safe_load_all((DEPLOY / "jobset.yaml").read_text())
     assert jobset["kind"] == "JobSet"
+    for policy in jobset["spec"]["failurePolicy"]["rules"]:
+        # As JobSet's own schema asks.
+        assert re.fullmatch(r"[A-Za-z]([\w,:]*\w)?", policy["name"])
     (replicated,) = jobset["spec"]["replicatedJobs"]
     job = replicated["template"]["spec"]
     pod = job["template"]["spec"]

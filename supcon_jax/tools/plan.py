@@ -121,11 +121,11 @@ def as_text(found: dict[str, Any]) -> str:
 
 def _collective_lines(found: dict[str, Any]) -> Iterator[str]:
     groups, step = found["collectives"], found["step"]
-    count = sum(one["count"] for one in groups)
+    count = sum(one["times"] for one in groups)
     if not count:
         yield "collectives  none"
         return
-    aside = sum(one["count"] for one in groups if one["asynchronous"])
+    aside = sum(one["times"] for one in groups if one["asynchronous"])
     yield (
         f"collectives  {count} a step, {aside} of them asynchronous: "
         f"{_ms(step['collectives_blocking'])} in which nothing else runs"
@@ -133,7 +133,7 @@ def _collective_lines(found: dict[str, Any]) -> Iterator[str]:
     for one in sorted(groups, key=lambda one: -one["bytes"]):
         how = ", asynchronous" if one["asynchronous"] else ""
         yield (
-            f"  {one['count']:>4} x {one['kind']} {one['dtypes']} over "
+            f"  {one['times']:>4} x {one['kind']} {one['dtypes']} over "
             f"{one['devices']} devices, together {_bytes(one['bytes'])}{how}"
         )
 
