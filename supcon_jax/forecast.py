@@ -193,10 +193,19 @@ def compile_step(plan: Plan, topology: Topology) -> Compiled:
     # A loop's body is counted once; nearly all of a step in microbatches is in loops.
     loops = builders.num_microbatches(plan.config)
     return Compiled(
-        step_memory(program),
+        _memory_of(program),
         analysis.get("bytes accessed", 0.0) * loops,
         find_collectives(program.as_text() or "", plan.mesh.size),
         time.monotonic() - start,
+    )
+
+
+def _memory_of(program: jax.stages.Compiled) -> StepMemory | None:
+    """What a step needs at its peak; the sum of its parts where the compiler has none."""
+    needs, stats = step_memory(program), program.memory_analysis()
+    peak = getattr(stats, "peak_memory_in_bytes", 0)
+    return (
+        StepMemory(needs.held, max(0, peak - needs.held)) if needs and peak else needs
     )
 
 

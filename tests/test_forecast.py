@@ -429,22 +429,30 @@ print("found", wrong)
 
 @pytest.mark.aot
 def test_a_plan_for_a_tpu():
-    """Gradients are summed in float32, nothing of the size of all embeddings is."""
+    """Gradients are summed in float32; only the forward pass sends all projections."""
     found = compiled_for_tpu(
         """
 import json
-from supcon_jax.forecast import plan_run
+from supcon_jax import forecast
 from supcon_jax.topologies import find_topology
 from tests.runs import pretrain_config
 
-config = pretrain_config(**{"batch_size": 4096, "encoder.dtype": "auto"})
-found = plan_run(config, find_topology("v5e:2x4"), host_rate=1e5)
-print("found", json.dumps(found))
+sent = []
+def find(*arguments, real=forecast.find_collectives):
+    sent.extend(real(*arguments))
+    return sent
+forecast.find_collectives = find
+config = pretrain_config(**{"batch_size": 1024, "encoder.dtype": "auto"})
+found = forecast.plan_run(config, find_topology("v5e:2x4"), host_rate=1e5)
+views = 4 * 1024 * 2 * config.projection.output_dim
+large = [one.kind for one in sent if one.bytes >= views]
+print("found", json.dumps([found, large]))
 """
     )
-    plan = json.loads(found)
-    assert plan["fits"] and plan["memory"]["needed"] > 1e7
+    plan, large = json.loads(found)
+    assert plan["fits"] and plan["memory"]["needed"] > 1e5
     assert plan["step"]["seconds"] > 0 and plan["traffic"] > 1e7
+    assert large in (["all-gather"], ["all-reduce"])
     sent = plan["collectives"]
     assert sum(one["times"] for one in sent) > 10
     assert not any("bf16" in one["dtypes"] for one in sent)
