@@ -26,7 +26,13 @@ from supcon_jax.flops import count_flops
 from supcon_jax.logs import format_duration
 from supcon_jax.memory import StepMemory, out_of_memory, step_memory
 from supcon_jax.plan import Plan, create_plan
-from supcon_jax.roofline import Collective, by_kind, find_collectives, step_time
+from supcon_jax.roofline import (
+    Collective,
+    by_kind,
+    find_collectives,
+    memory_traffic,
+    step_time,
+)
 from supcon_jax.run import build_train_batches, open_sources
 from supcon_jax.topologies import Topology, create_abstract_mesh, known_topologies
 
@@ -189,13 +195,17 @@ def compile_step(plan: Plan, topology: Topology) -> Compiled:
             seconds = time.monotonic() - start
             needs = _needs_of(plan, str(error))
             return Compiled(needs, 0.0, [], seconds, refusal=_first_line(error))
-    analysis = program.cost_analysis() or {}
-    # A loop's body is counted once; nearly all of a step in microbatches is in loops.
-    loops = builders.num_microbatches(plan.config)
+    text = program.as_text() or ""
+    if analysis := program.cost_analysis():
+        # A loop's body is counted once; nearly all of a step in microbatches is in loops.
+        loops = builders.num_microbatches(plan.config)
+        traffic = analysis["bytes accessed"] * loops
+    else:
+        traffic = memory_traffic(text)
     return Compiled(
         _memory_of(program),
-        analysis.get("bytes accessed", 0.0) * loops,
-        find_collectives(program.as_text() or "", plan.mesh.size),
+        traffic,
+        find_collectives(text, plan.mesh.size),
         time.monotonic() - start,
     )
 
@@ -404,7 +414,7 @@ def _notes(topology: Topology, data: Data) -> list[str]:
         )
     if topology.chip.nvlink:
         notes.append(
-            "compiled without a GPU, so nothing was tuned: the workspace of "
-            "convolutions is missing in the memory, and traffic inside them"
+            "compiled without a GPU, so nothing was tuned: the workspace of convolutions "
+            "may be missing in the memory; traffic is what kernels read and write once"
         )
     return notes

@@ -6,7 +6,7 @@ import collections
 import dataclasses
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from supcon_jax.topologies import Topology
@@ -28,6 +28,14 @@ _CALLED = re.compile(
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _TRIPS = re.compile(r'known_trip_count"?:\{"?n"?:"?(\d+)')
 _ARRAY = re.compile(r"\b(pred|[a-z]+\d+\w*)\[([\d,]*)\]")
+_OPERATION = re.compile(
+    r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*?)\)(?:,|$)"
+)
+_NAME = re.compile(r"%([\w.\-]+)")
+_MOVES_NOTHING = frozenset(
+    ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "call")
+    + ("conditional", "after-all", "async-start", "copy-start", "slice-start")
+)
 _GROUPS = re.compile(r"replica_groups=(?:\{\{([\d,]*)\}|\[\d+,(\d+)\])")
 
 
@@ -67,6 +75,42 @@ def find_collectives(program: str, num_devices: int) -> list[Collective]:
         compiler has found out how often that is; else once.
       num_devices: those of the program, for collectives over all of them.
     """
+    found = []
+    for line, times, aside in _executed(program):
+        if match := _COLLECTIVE.search(line):
+            one = _collective(line, match, num_devices)
+            asynchronous = aside or one.asynchronous
+            found.append(one._replace(times=times, asynchronous=asynchronous))
+    return found
+
+
+def memory_traffic(program: str) -> int:
+    """Bytes that the operations of a compiled program read and write, from its text.
+
+    What a fusion reads and writes counts once, what it holds in between does not. For
+    compilers that keep no such account (CUDA's).
+    """
+    sizes: dict[str, int] = {}
+    total = 0
+    for line, times, _ in _executed(program, fusions=False):
+        if not (match := _OPERATION.match(line)):
+            continue
+        name, result, operation, operands = match.groups()
+        sizes[name] = sum(_size(*array) for array in _ARRAY.findall(result))
+        if operation in _MOVES_NOTHING or operation.endswith("-done"):
+            continue
+        read = sum(sizes.get(name, 0) for name in _NAME.findall(operands))
+        total += times * (sizes[name] + read)
+    return total
+
+
+def _executed(program: str, *, fusions: bool = True) -> Iterator[tuple[str, int, bool]]:
+    """Lines of a program that run: how often, and whether beside something else.
+
+    Args:
+      program: HLO.
+      fusions: whether to enter those, too.
+    """
     bodies: dict[str, list[str]] = {}
     entry, lines = "", []
     for line in program.splitlines():
@@ -75,16 +119,12 @@ def find_collectives(program: str, num_devices: int) -> list[Collective]:
             entry = head[2] if head[1] else entry
         elif line.startswith(" "):
             lines.append(line)
-    found = []
-    # (computation, how often, whether something else runs meanwhile)
     waiting = [(entry, 1, False)]
     while waiting:
         name, times, aside = waiting.pop()
         for line in bodies.get(name, ()):
-            if match := _COLLECTIVE.search(line):
-                of_line = _collective(line, match, num_devices)
-                asynchronous = aside or of_line.asynchronous
-                found.append(of_line._replace(times=times, asynchronous=asynchronous))
+            yield line, times, aside
+            if _COLLECTIVE.search(line) or (not fusions and " fusion(" in line):
                 continue
             trips = _TRIPS.search(line) if " while(" in line else None
             often = times * (int(trips[1]) if trips else 1)
@@ -92,7 +132,6 @@ def find_collectives(program: str, num_devices: int) -> list[Collective]:
             for branches in _BRANCHES.findall(line):
                 called += re.findall(r"[\w.\-]+", branches)
             waiting += [(c, often, aside or " async-start(" in line) for c in called]
-    return found
 
 
 def _collective(line: str, match: re.Match[str], num_devices: int) -> Collective:
