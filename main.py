@@ -3,6 +3,7 @@
 Flags, the processes of a multi-host job, and dispatch on `config.mode`; no logic.
 """
 
+import contextlib
 import difflib
 import os
 import pathlib
@@ -14,6 +15,18 @@ from absl import app, flags
 from ml_collections import config_flags
 
 _HERE = pathlib.Path(__file__).resolve().parent
+# What launchers say to processes of a job; a mistake in a single one's flags is told before
+# the second that importing JAX takes.
+_OF_A_JOB = (
+    "JAX_COORDINATOR_ADDRESS",
+    "OMPI_COMM_WORLD_SIZE",
+    "PMI_SIZE",
+    "SKYPILOT_NUM_NODES",
+    "SLURM_STEP_NODELIST",
+    "TPU_WORKER_HOSTNAMES",
+    "WORLD_SIZE",
+    "JOB_COMPLETION_INDEX",
+)
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Path of the config file.")
 _WORKDIR = flags.DEFINE_string(
     "workdir",
@@ -25,8 +38,6 @@ _WORKDIR = flags.DEFINE_string(
 
 def main(_: list[str]) -> None:
     """Runs the mode that the config names; a refusal is one line and exit code 2."""
-    # What native libraries have to say comes as errors too, worded for the user.
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     # Imported here, so that --help and mistakes in flags answer at once.
     from supcon_jax import hosts
     from supcon_jax.cli import one_line_errors
@@ -120,8 +131,19 @@ def _unknown_key(argv: list[str]) -> str | None:
 
 def _refuse(message: object, *, code: int = 2) -> NoReturn:
     line = " ".join(str(message).split())
+    if any(name in os.environ for name in _OF_A_JOB):
+        _refuse_in_all(line, code)
     print(f"error: {line}", file=sys.stderr, flush=True)
     sys.exit(code)
+
+
+def _refuse_in_all(line: str, code: int) -> None:
+    """Ends the other processes of the job too, which would wait for this one."""
+    from supcon_jax import hosts
+
+    with contextlib.suppress(ValueError):  # nobody is found: it ends alone
+        hosts.initialize()
+    hosts.leave(line, code)
 
 
 def _stopped_early(*_: object) -> None:
@@ -132,5 +154,7 @@ def _stopped_early(*_: object) -> None:
 
 
 if __name__ == "__main__":
+    # What native libraries have to say comes as errors too, worded for the user.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     signal.signal(signal.SIGTERM, _stopped_early)
     app.run(main, flags_parser=parse_flags)

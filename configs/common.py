@@ -47,6 +47,9 @@ def get_config() -> ConfigDict:
     config.data.label_noise = 0.0  # share of training labels drawn anew from all
     config.data.split_seed = 0  # of the four keys above, whatever the run's seed
     config.data.classes_per_batch = 0  # P classes x batch_size / P images; 0: shuffled
+    # TFDS records: read blocks of megabytes in so many lanes, 64 for example (docs/data.md)
+    config.data.lanes = 0  # 0: single records in a permutation of all
+    config.data.keep_gib = 4.0  # lanes: of a host's share, kept in memory once read
     config.data.skip_errors = False  # go on without images that cannot be decoded
     config.data.fake = False  # noise instead of data: the speed of the device alone
     config.data.image_size = 32  # side in pixels

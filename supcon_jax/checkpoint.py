@@ -9,10 +9,15 @@ restores without a word, so every array is compared with its digest after it was
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
 import json
 import logging
+import os
 import pathlib
+import re
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -26,6 +31,7 @@ from orbax.checkpoint.checkpoint_managers import (
     LatestN,
 )
 
+from supcon_jax import epaths, storage
 from supcon_jax.metrics import best_metric
 from supcon_jax.steps.state import TrainState
 
@@ -80,13 +86,12 @@ class Checkpointer:
                 ),
             ]
         )
-        self._directory = checkpoint_dir(workdir)
-        self._manager = ocp.CheckpointManager(
-            self._directory,
-            options=ocp.CheckpointManagerOptions(
-                preservation_policy=policy, create=True, cleanup_tmp_directories=True
-            ),
+        self._workdir, self._directory = workdir, checkpoint_dir(workdir)
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=policy, create=True, cleanup_tmp_directories=True
         )
+        with _failures_told(self._workdir, "opened"):
+            self._manager = ocp.CheckpointManager(self._directory, options=options)
 
     def latest_step(self) -> int | None:
         """The newest complete step, or None."""
@@ -107,13 +112,17 @@ class Checkpointer:
           step: its number.
           metrics: of its evaluation, if there was one; the best step is kept.
           health: what the next save is judged against, see health.py.
+
+        Raises:
+          OSError: this save or the one before could not be written.
         """
         known = {self._best: metrics[self._best]} if self._best in metrics else None
         trees = _split(state)
         items: dict[str, Any] = {n: ocp.args.StandardSave(t) for n, t in trees.items()}
         record = {"digests": _digests(trees), "health": health or {}}
         items[RECORD] = ocp.args.JsonSave(record)
-        self._manager.save(step, args=ocp.args.Composite(**items), metrics=known)
+        with _failures_told(self._workdir, "written"):
+            self._manager.save(step, args=ocp.args.Composite(**items), metrics=known)
 
     def restore_newest(
         self, abstract_state: TrainState
@@ -166,32 +175,47 @@ class Checkpointer:
                 aside,
             )
             if jax.process_index() == 0:
-                aside.mkdir(exist_ok=True)
-                number = sum(1 for _ in aside.iterdir())
-                (self._directory / str(step)).rename(aside / f"{step}_{number}")
+                number = len(storage.names(aside))
+                damaged = self._directory / str(step)
+                storage.move(damaged, aside / f"{step}_{number}")
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("damaged checkpoints put aside")
         self._manager.reload()
 
     def wait(self) -> None:
-        """Returns when the last save is complete on disk."""
-        self._manager.wait_until_finished()
+        """Returns when the last save is complete on disk.
+
+        Raises:
+          OSError: it could not be written.
+        """
+        with _failures_told(self._workdir, "written"):
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Waits for the last save and lets go of the folder."""
-        self._manager.close()
+        """Waits for the last save and lets go of the folder.
+
+        Raises:
+          OSError: it could not be written.
+        """
+        with _failures_told(self._workdir, "written"):
+            self._manager.close()
 
 
 def checkpoint_dir(workdir: str | pathlib.Path) -> pathlib.Path:
     """Where a workdir keeps its checkpoints (absolute, as Orbax wants it)."""
-    return pathlib.Path(workdir).expanduser().absolute() / "checkpoints"
+    return epaths.as_path(workdir) / "checkpoints"
 
 
 def saved_steps(workdir: str | pathlib.Path) -> list[int]:
     """The steps of a workdir's complete checkpoints, oldest first."""
-    directory = checkpoint_dir(workdir)
-    names = [p.name for p in directory.iterdir()] if directory.is_dir() else []
-    # A save under way has a longer name until it is whole.
+    directory = storage.join(storage.absolute(workdir), "checkpoints")
+    # A save under way has a longer name until it is whole. In a bucket nothing can be
+    # renamed, and a save is whole when Orbax has written this file.
+    if storage.is_remote(directory):
+        whole = [name.split("/") for name in storage.walk(directory)]
+        names = [name[0] for name in whole if name[1:] == ["commit_success.txt"]]
+    else:
+        names = storage.names(directory)
     return sorted(int(name) for name in names if name.isdigit())
 
 
@@ -230,7 +254,7 @@ def _read(
     items: dict[str, Any] = {
         name: ocp.args.StandardRestore(tree) for name, tree in abstract.items()
     }
-    recorded = (directory / str(step) / RECORD).is_dir()
+    recorded = storage.is_dir(directory / str(step) / RECORD)
     if recorded:
         items[RECORD] = ocp.args.JsonRestore()
     restored = manager.restore(step, args=ocp.args.Composite(**items))
@@ -258,6 +282,36 @@ def _read(
     return trees, restored[RECORD]
 
 
+@contextlib.contextmanager
+def _failures_told(workdir: str | pathlib.Path, done: str) -> Iterator[None]:
+    """What Orbax and TensorStore raise for a full or broken disk, in one line.
+
+    Raises:
+      OSError: in place of theirs; of a device's failure its own.
+    """
+    try:
+        yield
+    except jax.errors.JaxRuntimeError:
+        raise
+    except Exception as error:
+        number = getattr(error, "errno", None) or errno.EIO
+        reason = _reason(error)
+        if code := re.search(r"os_error_code='(\d+)'", str(error)):  # of TensorStore
+            number = int(code[1])
+            reason = os.strerror(number)
+        kept = "none was made before"
+        with contextlib.suppress(
+            OSError
+        ):  # what keeps it from writing may be reading too
+            if steps := saved_steps(workdir):
+                kept = f"step {steps[-1]} is whole"
+        raise OSError(
+            number,
+            f"a checkpoint cannot be {done} ({reason}); {kept}",
+            str(checkpoint_dir(workdir)),
+        ) from error
+
+
 def _any_process(failed: bool) -> bool:
     """Whether any process of the job says so; all of them must take the same step."""
     if jax.process_count() == 1:
@@ -266,7 +320,8 @@ def _any_process(failed: bool) -> bool:
 
 
 def _reason(error: Exception) -> str:
-    line = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+    told = getattr(error, "strerror", None) or str(error)
+    line = next(iter(told.strip().splitlines()), "") or type(error).__name__
     return line if len(line) < 200 else f"{line[:200]}..."
 
 
@@ -299,7 +354,7 @@ def restore_encoder(
       embeddings = encoder.apply(variables, images, train=False)
     """
     directory = checkpoint_dir(workdir)
-    if not directory.is_dir():
+    if not storage.is_dir(directory):
         raise ValueError(f"no checkpoints in {workdir}: it is not a run's workdir")
     # Handlers named here, or Orbax warns about every item that it is not asked for.
     handlers: dict[str, Any] = {n: ocp.StandardCheckpointHandler() for n in ITEMS}
@@ -338,9 +393,9 @@ def restore_encoder(
 
 
 def _check_has_encoder(path: pathlib.Path, workdir: Any, item: str) -> None:
-    if not (path / "training").is_dir() or (path / item).is_dir():
+    if not storage.is_dir(path / "training") or storage.is_dir(path / item):
         return  # it has one, or is damaged, which shows when it is read
-    if (path / "encoder").is_dir():
+    if storage.is_dir(path / "encoder"):
         raise ValueError(
             f"the run in {workdir} kept no average of its encoder "
             "(--config.encoder_average.use=False, or pretrain with "

@@ -22,7 +22,13 @@ from typing import NoReturn
 import jax
 
 from supcon_jax import hosts
-from supcon_jax.stop import Stopped, leave, restart_command, stopped_code
+from supcon_jax.stop import (
+    Stopped,
+    Unwritable,
+    leave,
+    restart_command,
+    stopped_code,
+)
 
 # Errors that are raised in these folders are ours, and worded for the user.
 _OURS = pathlib.Path(__file__).resolve().parent
@@ -64,13 +70,13 @@ def one_line_errors() -> Iterator[None]:
             hosts.leave(f"a bug: {type(error).__name__}: {error}; {bug_report()}", 1)
             print(f"\n{bug_report()}", file=sys.stderr, flush=True)
             sys.exit(1)
-        _end(*told)
+        _end(*told, at_once=isinstance(error, Unwritable))
 
 
-def _end(message: str, code: int) -> NoReturn:
+def _end(message: str, code: int, *, at_once: bool = False) -> NoReturn:
     """Ends this process, and with it the others of its job."""
     hosts.leave(message, code)
-    refuse(message, code=code)
+    refuse(message, code=code, at_once=at_once)
 
 
 def describe(error: Exception) -> tuple[str, int] | None:
@@ -89,12 +95,12 @@ def describe(error: Exception) -> tuple[str, int] | None:
     return None
 
 
-def refuse(message: object, *, code: int = 2) -> NoReturn:
+def refuse(message: object, *, code: int = 2, at_once: bool = False) -> NoReturn:
     """Prints an error in one line and ends the process."""
     line = " ".join(str(message).split())
     with contextlib.suppress(OSError):
         print(f"error: {line}", file=sys.stderr, flush=True)
-    leave(code)
+    leave(code, at_once=at_once)
 
 
 def bug_report() -> str:

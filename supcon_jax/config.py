@@ -161,6 +161,8 @@ KEYS: dict[str, Key] = {
     "data.label_noise": Key(0.0, _number(0, 1)),
     "data.split_seed": Key(0, _number(0, 2**31 - 1)),
     "data.classes_per_batch": Key(0, _number(0)),
+    "data.lanes": Key(0, _number(0)),
+    "data.keep_gib": Key(4.0, _number(0), free=True),
     "data.skip_errors": Key(False, _FLAG, free=True),
     "data.fake": Key(False, _FLAG),
     "data.image_size": Key(32, _number(1)),
@@ -293,6 +295,7 @@ def check_config(config: ConfigDict) -> None:
             f"got data.eval_resize={config.data.eval_resize}; allowed: at least "
             f"data.image_size, {config.data.image_size} (--config.data.eval_resize)"
         )
+    _check_lanes(config)
     _check_momentum(config)
     pretraining = config.mode == "pretrain"
     contrastive = OBJECTIVES[config.loss.name].contrastive
@@ -330,6 +333,22 @@ def check_config(config: ConfigDict) -> None:
                 f"loss.name={config.loss.name}; allowed: with the cross-entropy "
                 f"baseline (--config.augment.{key}=0)"
             )
+
+
+def _check_lanes(config: ConfigDict) -> None:
+    """Refuses lanes that do not fit the batch."""
+    lanes = config.data.lanes
+    if lanes and config.batch_size % lanes:
+        raise ValueError(
+            f"got data.lanes={lanes} with batch_size={config.batch_size}; allowed: a "
+            "divisor of the batch size (--config.data.lanes, --config.batch_size)"
+        )
+    if lanes and config.data.classes_per_batch:
+        raise ValueError(
+            f"got data.lanes={lanes} and data.classes_per_batch="
+            f"{config.data.classes_per_batch}; allowed: one of them, both say which "
+            "images a step sees (--config.data.lanes=0)"
+        )
 
 
 def _check_momentum(config: ConfigDict) -> None:

@@ -13,7 +13,7 @@ import pathlib
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from typing import TextIO, TypeVar
+from typing import Any, TextIO, TypeVar
 
 from absl import logging as absl_logging
 
@@ -28,6 +28,7 @@ def setup_logging() -> None:
     logger.setLevel(logging.INFO)
     # Orbax and TFDS narrate every save through absl; their warnings stay.
     absl_logging.set_verbosity(absl_logging.WARNING)
+    _silence_failed_writes()
     logger.propagate = False
     if not logger.handlers:
         handler = _Terminal(sys.stdout)
@@ -35,6 +36,22 @@ def setup_logging() -> None:
         # Not jax.process_index: it would wait for the devices of all processes.
         handler.addFilter(lambda record: hosts.index() == 0)
         logger.addHandler(handler)
+
+
+def _silence_failed_writes() -> None:
+    """Each of Orbax's threads tells of a write that failed; the checkpointer raises it."""
+    absl_logging.get_absl_handler().addFilter(
+        lambda record: record.levelno < logging.ERROR or "orbax" not in record.pathname
+    )
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    tell = sys.unraisablehook
+
+    def tell_others(unraisable: Any) -> None:
+        # TensorStore answers those that do not wait any more.
+        if str(unraisable.exc_value) != "Event loop is closed":
+            tell(unraisable)
+
+    sys.unraisablehook = tell_others
 
 
 class _Terminal(logging.StreamHandler):
@@ -53,6 +70,20 @@ class _Terminal(logging.StreamHandler):
                 os.dup2(self.stream.fileno(), sys.stdout.fileno())
         else:
             super().handleError(record)
+
+
+class _LogFile(logging.FileHandler):
+    """log.txt; where its disk is full, the line of metrics.jsonl that fails too says so."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """The terminal has the line."""
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
+
+    def close(self) -> None:
+        """What could not be written is left."""
+        with contextlib.suppress(OSError):
+            super().close()
 
 
 def format_duration(seconds: float) -> str:
@@ -92,7 +123,7 @@ def add_log_file(workdir: pathlib.Path) -> logging.Handler:
     """Copies the log into `workdir/log.txt`, with the time in front."""
     first = hosts.index() == 0
     path = workdir / "log.txt" if first else os.devnull
-    handler = logging.FileHandler(path, encoding="utf-8")
+    handler = _LogFile(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     logger.addHandler(handler)
     return handler

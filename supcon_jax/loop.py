@@ -25,8 +25,8 @@ from supcon_jax.metrics import on_end
 from supcon_jax.plan import Plan
 from supcon_jax.run import Run, build_train_batches
 from supcon_jax.steps.state import TrainState
-from supcon_jax.stop import Stopped, StopRequests, restart_command
-from supcon_jax.workdir import unlock
+from supcon_jax.stop import Stopped, StopRequests, Unwritable, restart_command
+from supcon_jax.workdir import before_save, leave
 from supcon_jax.writers import MetricWriter, read_metrics
 
 logger = logging.getLogger(__name__)
@@ -63,6 +63,7 @@ def train(
     Raises:
       FloatingPointError: the run is not well (config.health); what was saved is whole.
       Stopped: a signal asked for it; the state is saved.
+      Unwritable: the disk is full or failed; what was saved is whole.
       ValueError: the step does not fit into memory.
     """
     if run.finished is not None:
@@ -72,9 +73,24 @@ def train(
                 "warning: its checkpoints are gone, so nothing can be evaluated or "
                 "continued from it; another --workdir trains it again"
             )
-        unlock(run.workdir)
-        return report.report_end(run, run.finished)
-    log_file = add_log_file(run.workdir)
+        try:
+            return report.report_end(run, run.finished)
+        finally:
+            leave(run.workdir)
+    try:
+        return _train_and_close(run, evaluate, on_log, stop)
+    except OSError as error:
+        raise Unwritable(error.errno, error.strerror, error.filename) from error
+
+
+def _train_and_close(
+    run: Run,
+    evaluate: Evaluate,
+    on_log: Callable[[int, Metrics], None],
+    stop: StopRequests | None,
+) -> Metrics:
+    """`train` between the opening of log and checkpoints and their end."""
+    log_file = add_log_file(run.folder)
     checkpointer = Checkpointer(run.workdir, keep=run.config.keep_checkpoints)
     try:
         with contextlib.ExitStack() as stack:
@@ -82,6 +98,7 @@ def train(
             stack.enter_context(memory.explained(run.plan))
             stop = stop or stack.enter_context(StopRequests())
             final = _Training(run, checkpointer, evaluate, on_log, stop).run()
+        # Before the log is closed and the last small files go to the bucket.
         return report.report_end(run, final)
     except jax.errors.JaxRuntimeError as error:
         hosts.check_peers(error)  # before the save under way waits for a dead one
@@ -95,10 +112,11 @@ def train(
         raise Stopped(message) from None
     finally:
         # Also after an interrupt: the save that is under way becomes whole.
-        checkpointer.close()
-        unlock(run.workdir)
-        logging.getLogger("supcon_jax").removeHandler(log_file)
-        log_file.close()
+        with contextlib.ExitStack() as stack:
+            stack.callback(leave, run.workdir)
+            stack.callback(log_file.close)
+            stack.callback(logging.getLogger("supcon_jax").removeHandler, log_file)
+            checkpointer.close()
 
 
 class _Training:
@@ -140,7 +158,7 @@ class _Training:
             logger.info("compiled train_step in %.1f s", time.monotonic() - start)
         memory.check_memory(plan, compiled)
         self._writer = MetricWriter(
-            self._run.workdir,
+            self._run.folder,
             total_steps=plan.total_steps,
             steps_per_epoch=plan.steps_per_epoch,
             start_step=start_step,
@@ -186,7 +204,7 @@ class _Training:
                 every > 0 and number % every == 0 and not final
                 for every in (config.eval_every, config.checkpoint_every)
             )
-            stop_due = self._stop.due(number)
+            stop_due = self._stop.due()
             if eval_due or save_due or stop_due:
                 self._check_step(number, device_metrics)
                 with self._meter.pause():
@@ -196,6 +214,8 @@ class _Training:
                     if save_due or stop_due:
                         self._save(state, number, metrics, device_metrics)
                 if stop_due:
+                    if pending:  # its line is that of a run that goes on
+                        self._log(number, device_metrics)
                     raise Stopped
         if before:
             self._check_step(total_steps, before)
@@ -268,6 +288,7 @@ class _Training:
         if step == self._checkpointer.latest_step():
             return
         hosts.beat(f"saving step {step}")
+        before_save(self._run.workdir)
         with self._goodput.spent("save"):
             loss = float(device_metrics["train/loss"])
             now = health.measure(state.params, state.batch_stats, loss)

@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 
-from supcon_jax import optimizers
+from supcon_jax import optimizers, storage
 from supcon_jax.builders import num_microbatches, scaled_learning_rate
 from supcon_jax.data.pipeline import Batch
 from supcon_jax.figures import plot_curves
@@ -132,9 +132,15 @@ def report_end(run: Run, final: dict[str, Any]) -> dict[str, Any]:
             for name, reason in run.skipped.items():
                 logger.info("         %s: %s", name, reason)
         logger.info("Result:  %s", ", ".join(result) or "trained, not evaluated")
-        logger.info("Workdir: %s", os.path.relpath(run.workdir))
-        if picture := plot_curves(run.workdir):
-            logger.info("Curves:  %s", os.path.relpath(picture))
+        logger.info("Workdir: %s", storage.shown(run.workdir))
+        try:
+            picture = plot_curves(run.folder)
+        except OSError as error:
+            logger.warning("warning: no curves are drawn: %s", error.strerror)
+            picture = None
+        if picture:
+            where = storage.join(run.workdir, *picture.relative_to(run.folder).parts)
+            logger.info("Curves:  %s", storage.shown(where))
         if run.config.next_config:
             logger.info("Next:    %s", next_command(run))
     return final
@@ -145,7 +151,7 @@ def next_command(run: Run) -> str:
     config = run.config
     command = ["python", "main.py", f"--config={config.next_config}"]
     if config.mode == "pretrain":
-        command.append(f"--config.pretrained={os.path.relpath(run.workdir)}")
+        command.append(f"--config.pretrained={storage.shown(run.workdir)}")
     for key in ("dir", "root"):
         if config.data[key]:
             command.append(f"--config.data.{key}={config.data[key]}")

@@ -16,12 +16,13 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from supcon_jax import builders, hosts, parallel
+from supcon_jax import builders, epaths, hosts, parallel, storage
 from supcon_jax.checkpoint import digest
 from supcon_jax.config import flatten
 from supcon_jax.data import sources as sources_of
 from supcon_jax.data.datasets import open_source
 from supcon_jax.data.identity import identify
+from supcon_jax.data.lanes import Lanes, block_size
 from supcon_jax.data.pipeline import (
     Batch,
     check_image_size,
@@ -30,12 +31,18 @@ from supcon_jax.data.pipeline import (
     on_host,
     train_batches,
 )
+from supcon_jax.data.records import RecordSource
 from supcon_jax.data.sampler import Sampler, class_balanced, shuffled
 from supcon_jax.data.sources import UNREAD, Source
 from supcon_jax.evaluation.predict import Predictor
 from supcon_jax.objectives import OBJECTIVES
 from supcon_jax.plan import Plan, create_plan
-from supcon_jax.workdir import check_shared, finished_metrics, open_workdir
+from supcon_jax.workdir import (
+    check_shared,
+    finished_metrics,
+    local_folder,
+    open_workdir,
+)
 from supcon_jax.writers import check_installed
 
 logger = logging.getLogger(__name__)
@@ -48,7 +55,7 @@ class Run:
 
     Attributes:
       plan: what is computed.
-      workdir: absolute path; holds config.json.
+      workdir: absolute path, or URL of a bucket; holds config.json.
       train_source, eval_source: the two splits.
       sampler: which training images a step sees.
       finished: the final metrics, where the run is complete already.
@@ -72,6 +79,11 @@ class Run:
     def mesh(self) -> Mesh:
         """The plan's."""
         return self.plan.mesh
+
+    @property
+    def folder(self) -> pathlib.Path:
+        """Where its small files are written: the workdir, or the local copy of it."""
+        return local_folder(self.workdir)
 
     @property
     def skipped(self) -> dict[str, str]:
@@ -105,6 +117,7 @@ def open_run(
     mesh = parallel.create_mesh()
     # Before the data are opened, which may take minutes.
     parallel.check_batch_size(config.batch_size, mesh)
+    check_hosts(config)
     train_source, eval_source = open_sources(config)
     check_positives(config, train_source)
     sampler = build_sampler(config, train_source)
@@ -129,7 +142,7 @@ def open_run(
         frozen=digest(frozen) if frozen else "",
         data=data,
     )
-    logger.info("workdir %s", os.path.relpath(path))
+    logger.info("workdir %s", storage.shown(path))
     return Run(
         plan=plan,
         workdir=path,
@@ -159,7 +172,10 @@ def agree_on_config(config: ConfigDict) -> None:
 def setup_compilation_cache(*, enabled: bool) -> None:
     """Keeps compiled programs in the user's cache folder, so that a rerun starts fast.
 
-    `JAX_COMPILATION_CACHE_DIR` chooses another folder.
+    `JAX_COMPILATION_CACHE_DIR` chooses another folder, which may be in a bucket.
+
+    Raises:
+      ValueError: what a bucket needs is not installed.
     """
     jax.config.update("jax_enable_compilation_cache", enabled)
     if not enabled:
@@ -172,6 +188,7 @@ def setup_compilation_cache(*, enabled: bool) -> None:
             jax.config.update("jax_enable_compilation_cache", False)
             return
         jax.config.update("jax_compilation_cache_dir", str(folder))
+    epaths.as_path(jax.config.jax_compilation_cache_dir)  # type: ignore[attr-defined]
     # By default JAX keeps only what took over a second to compile.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
@@ -301,8 +318,54 @@ def check_labels(config: ConfigDict, train: Source, evaluation: Source) -> None:
     logger.warning("warning: %s, so kNN says nothing (--config.data.root)", one)
 
 
+def check_hosts(config: ConfigDict) -> None:
+    """Refuses a number of processes that cannot share the lanes.
+
+    Raises:
+      ValueError: naming the key to change.
+    """
+    lanes, hosts = config.data.lanes, jax.process_count()
+    if lanes % hosts:
+        raise ValueError(
+            f"got data.lanes={lanes} on {hosts} hosts; allowed: a multiple of the hosts, "
+            f"so that each has lanes of its own (--config.data.lanes={hosts})"
+        )
+
+
+def build_lanes(config: ConfigDict, source: Source) -> Lanes | None:
+    """The lanes in which a split is read; None where it is shuffled as a whole.
+
+    Raises:
+      ValueError: it is no split of shuffled records in files.
+    """
+    count = config.data.lanes
+    if not count or source.synthetic:
+        return None
+    why = ""
+    if source.images is not None:
+        why = "is held in memory"
+    elif not isinstance(source, RecordSource):
+        why = "has no records"
+    elif not source.shuffled:
+        why = "was prepared without being shuffled, so neighbours may be of one class"
+    if why:
+        raise ValueError(
+            f"got data.lanes={count}, but {config.data.name} {why}; allowed: TFDS "
+            "records read from their files (--config.data.lanes=0)"
+        )
+    mean_bytes = (source.num_bytes or 0) / source.num_examples
+    return Lanes(source.num_examples, count, block_size(mean_bytes))
+
+
 def build_sampler(config: ConfigDict, source: Source) -> Sampler:
-    """Which training images a step sees: shuffled, or balanced over the classes."""
+    """Which training images a step sees: shuffled, in lanes or balanced over the classes.
+
+    Raises:
+      ValueError: the source cannot be read in lanes.
+    """
+    lanes = build_lanes(config, source)
+    if lanes is not None:
+        return lanes.sampler(config.batch_size, seed=config.seed)
     classes = config.data.classes_per_batch
     if not classes or source.synthetic:
         return shuffled(source.num_examples, config.batch_size, seed=config.seed)
@@ -328,6 +391,8 @@ def build_train_batches(
         augmentation=builders.build_view_augmentation(config),
         seed=config.seed,
         start_step=start_step,
+        lanes=build_lanes(config, source),
+        keep_bytes=int(config.data.keep_gib * 2**30),
     )
 
 

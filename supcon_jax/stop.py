@@ -8,6 +8,7 @@ interpreter, nothing is cut off. A second Ctrl-C ends the process at once.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import shlex
 import signal
@@ -21,10 +22,16 @@ import jax
 T = TypeVar("T")
 # Threads whose work nobody waits for any more. The interpreter cannot end beside them.
 _left_behind: list[threading.Thread] = []
+# How often this process has asked whether to stop; all of a job ask equally often.
+_questions = itertools.count(1)
 
 
 class Stopped(KeyboardInterrupt):
     """The run ended early because it was asked to; its text says how to go on."""
+
+
+class Unwritable(OSError):
+    """A disk failed under a run; threads that write to it would fail once more each."""
 
 
 class StopRequests(contextlib.AbstractContextManager):
@@ -61,13 +68,18 @@ class StopRequests(contextlib.AbstractContextManager):
             self._interruptible = False
             raise Stopped
 
-    def due(self, step: int) -> bool:
-        """Whether the run should stop after this step; all processes hear the same."""
+    def due(self) -> bool:
+        """Whether the run should stop now, asked after every step; all processes hear the
+        same.
+        """
         if not jax.distributed.is_initialized():
             return self._asked
         from jax.experimental import multihost_utils
 
-        return multihost_utils.reached_preemption_sync_point(step)
+        # JAX plans the stop at the largest number that any process has asked with, plus
+        # one. A resumed run whose first number is its step would pass that by, where the
+        # signal came before it: counted from 1, its first question is answered.
+        return multihost_utils.reached_preemption_sync_point(next(_questions))
 
     @contextlib.contextmanager
     def interruptible(self) -> Iterator[None]:
@@ -114,9 +126,9 @@ def stopped_code() -> int:
     return int(code) if code.isdigit() and int(code) < 256 else 0
 
 
-def leave(code: int) -> NoReturn:
+def leave(code: int, *, at_once: bool = False) -> NoReturn:
     """Ends the process; at once, where a compilation goes on that cannot be cut off."""
-    if any(thread.is_alive() for thread in _left_behind):
+    if at_once or any(thread.is_alive() for thread in _left_behind):
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

@@ -3,28 +3,36 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
-import os
 import pathlib
 import secrets
 import socket
 import time
 from collections.abc import Set as AbstractSet
-from typing import Any, TextIO
+from typing import Any, NamedTuple
 
 import jax
 from ml_collections import ConfigDict
 
-from supcon_jax import hosts
+from supcon_jax import epaths, hosts, storage
 from supcon_jax.checkpoint import saved_steps
 from supcon_jax.config import KEYS, flatten
+from supcon_jax.lock import Lock
+from supcon_jax.mirror import Mirror
 from supcon_jax.writers import read_metrics
 
 # Keys that set the length of a run, which its schedule depends on from the first step.
 LENGTH_KEYS = ("epochs", "total_steps")
-# Workdirs that this process is in.
-_LOCKS: dict[pathlib.Path, TextIO] = {}
+
+
+class _Open(NamedTuple):
+    """A workdir that this process writes to; `mirror` where it is in a bucket."""
+
+    lock: Lock
+    mirror: Mirror | None
+
+
+_OPEN: dict[str, _Open] = {}
 
 
 def read_config(workdir: str | pathlib.Path) -> dict[str, Any] | None:
@@ -33,7 +41,7 @@ def read_config(workdir: str | pathlib.Path) -> dict[str, Any] | None:
     Raises:
       ValueError: there is one that cannot be read.
     """
-    return _read_json(pathlib.Path(workdir).expanduser() / "config.json")
+    return _read_json(storage.join(storage.absolute(workdir), "config.json"))
 
 
 def open_workdir(
@@ -61,12 +69,7 @@ def open_workdir(
       ValueError: another config or other data made it (what differs is named), or it
         cannot be written.
     """
-    if "://" in str(workdir):
-        raise ValueError(
-            f"cannot write to {workdir}: --workdir takes a local or mounted path "
-            "(a bucket can be mounted with Cloud Storage FUSE)"
-        )
-    path = pathlib.Path(workdir).expanduser().absolute()
+    path = epaths.as_path(workdir)
     ours = json.loads(json.dumps(config.to_dict()))
     theirs = read_config(path)
     started = bool(saved_steps(path))
@@ -76,7 +79,7 @@ def open_workdir(
             "them; use another --workdir"
         )
     if theirs is not None and (started or finished_metrics(path)):
-        facts = _read_json(path / "run.json") or {}
+        facts = _read_json(storage.join(path, "run.json")) or {}
         known = facts.get("frozen", "")
         free = {"pretrained"} if frozen and known == frozen else set()
         _refuse_other_config(path, flatten(ours), flatten(theirs), free)
@@ -89,10 +92,10 @@ def open_workdir(
         _refuse_other_data(path, data or {}, facts.get("data", {}))
     if jax.process_index() == 0:
         try:
-            path.mkdir(parents=True, exist_ok=True)
-            _lock(path)
-            _write_json(path / "config.json", ours)
-            _write_json(path / "run.json", {"frozen": frozen, "data": data or {}})
+            _enter(path)
+            _write_json(storage.join(path, "config.json"), ours)
+            facts = {"frozen": frozen, "data": data or {}}
+            _write_json(storage.join(path, "run.json"), facts)
         except OSError as error:
             raise ValueError(
                 f"cannot write to workdir {path}: {error.strerror} (--workdir)"
@@ -100,42 +103,45 @@ def open_workdir(
     return path
 
 
-def _lock(path: pathlib.Path) -> None:
-    """Keeps a second process out of a workdir until this one unlocks it, or ends.
-
-    The operating system holds the lock, so a crash leaves none behind. Network file
-    systems pass it on to other machines where they support flock (NFS 4, Lustre with
-    -o flock); where they do not, two machines are not kept apart.
+def _enter(path: pathlib.Path) -> None:
+    """Locks a workdir; makes it, and where it is in a bucket its local copy.
 
     Raises:
       ValueError: another process is in it.
     """
-    if path in _LOCKS:
+    if str(path) in _OPEN:
         return
-    file = (path / "lock").open("a+")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.seek(0)
-        who = file.read().strip()
-        file.close()
-        raise ValueError(
-            f"workdir {path} is in use by another run ({who}); wait for it, or use "
-            "another --workdir"
-        ) from None
-    except OSError:  # a file system without locks
-        file.close()
-        return
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}")
-    file.flush()
-    _LOCKS[path] = file
+    if not storage.is_remote(path):
+        path.mkdir(parents=True, exist_ok=True)
+    lock = Lock(path)
+    mirror = Mirror(str(path)) if storage.is_remote(path) else None
+    _OPEN[str(path)] = _Open(lock, mirror)
 
 
-def unlock(path: pathlib.Path) -> None:
-    """Lets the next run into a workdir."""
-    if file := _LOCKS.pop(path, None):
-        file.close()
+def local_folder(path: pathlib.Path) -> pathlib.Path:
+    """Where metrics, log and figures of a workdir are written: itself, or its mirror."""
+    entered = _OPEN.get(str(path))
+    return entered.mirror.folder if entered and entered.mirror else path
+
+
+def before_save(path: pathlib.Path) -> None:
+    """What a save relies on: the workdir is ours, and the lines before it are there.
+
+    Raises:
+      ValueError: another process has taken it over.
+    """
+    if entered := _OPEN.get(str(path)):
+        entered.lock.held()
+        if entered.mirror:
+            entered.mirror.flush(patience_s=5.0)
+
+
+def leave(path: pathlib.Path) -> None:
+    """Uploads what is left, and lets the next run into a workdir."""
+    if entered := _OPEN.pop(str(path), None):
+        if entered.mirror:
+            entered.mirror.close()
+        entered.lock.release()
 
 
 def check_shared(workdir: str | pathlib.Path, *, wait_s: float = 5.0) -> None:
@@ -151,21 +157,23 @@ def check_shared(workdir: str | pathlib.Path, *, wait_s: float = 5.0) -> None:
     Raises:
       ValueError: in every process, naming one that does not see the file.
     """
-    if hosts.count() == 1 or "://" in str(workdir):
+    if hosts.count() == 1:
         return
-    path = pathlib.Path(workdir).expanduser().absolute()
+    path = storage.absolute(workdir)
     problem, made, name = "", [], f".seen-by-all-{secrets.token_hex(8)}"
     try:
         if hosts.index() == 0:
             try:
-                made = [p for p in (path, *path.parents) if not p.exists()]
-                path.mkdir(parents=True, exist_ok=True)
-                (path / name).touch()
+                if not storage.is_remote(path):
+                    folder = pathlib.Path(path)
+                    made = [p for p in (folder, *folder.parents) if not p.exists()]
+                    folder.mkdir(parents=True, exist_ok=True)
+                storage.write(storage.join(path, name), b"")
             except OSError as error:
                 problem = f"cannot write to workdir {path}: {error.strerror}"
         name = hosts.from_first("workdir", name)
         until = time.monotonic() + wait_s
-        while not problem and not (path / name).exists():
+        while not problem and not storage.is_file(storage.join(path, name)):
             if time.monotonic() > until:
                 problem = (
                     f"process {hosts.index()} ({socket.gethostname()}) does not see in its "
@@ -178,7 +186,7 @@ def check_shared(workdir: str | pathlib.Path, *, wait_s: float = 5.0) -> None:
     finally:
         if hosts.index() == 0:
             with contextlib.suppress(OSError):
-                (path / name).unlink(missing_ok=True)
+                storage.remove(storage.join(path, name))
                 for folder in made:
                     folder.rmdir()
 
@@ -254,16 +262,15 @@ def _refuse_other_data(
             )
 
 
-def _read_json(path: pathlib.Path) -> dict[str, Any] | None:
+def _read_json(path: str) -> dict[str, Any] | None:
     try:
-        return json.loads(path.read_text())
+        return json.loads(storage.read(path))
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
-        raise ValueError(f"cannot read {path}: {error}; is it a workdir?") from None
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ValueError(f"cannot read {path}: {reason}; is it a workdir?") from None
 
 
-def _write_json(path: pathlib.Path, content: dict[str, Any]) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(temporary, path)
+def _write_json(path: str, content: dict[str, Any]) -> None:
+    storage.write(path, (json.dumps(content, indent=2) + "\n").encode())

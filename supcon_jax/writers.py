@@ -7,6 +7,7 @@ that it can neither stop nor slow the run.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import json
@@ -17,11 +18,12 @@ import queue
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple, Protocol
 
 import jax
 
+from supcon_jax import storage
 from supcon_jax.logs import format_duration
 from supcon_jax.metrics import LINE_FIELDS, on_progress
 
@@ -73,8 +75,9 @@ class Jsonl:
 
     def write(self, record: Record) -> None:
         """Appends a line."""
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        with _named(self._file.name):
+            self._file.write(json.dumps(record) + "\n")
+            self._file.flush()
 
     def close(self) -> None:
         """Closes the file."""
@@ -87,8 +90,9 @@ class TensorBoard:
     def __init__(self, run: RunInfo):
         from tensorboardX import SummaryWriter
 
+        self._folder = str(run.workdir / "tensorboard")
         self._writer = SummaryWriter(
-            str(run.workdir / "tensorboard"),
+            self._folder,
             purge_step=run.start_step + 1 if run.resumed else None,
         )
 
@@ -96,11 +100,13 @@ class TensorBoard:
         """Adds the scalars of a line."""
         for name, value in _metrics(record).items():
             self._writer.add_scalar(name, value, record["step"])
-        self._writer.flush()
+        with _named(self._folder):
+            self._writer.flush()
 
     def close(self) -> None:
-        """Closes the files."""
-        self._writer.close()
+        """Closes the files; every line was flushed, so a full disk has been told."""
+        with contextlib.suppress(OSError):
+            self._writer.close()
 
 
 class WandB:
@@ -325,9 +331,10 @@ class MetricWriter:
         return self._wall_before + time.monotonic() - self._start_time
 
     def close(self) -> None:
-        """Flushes and closes all backends."""
-        for backend in self._backends:
-            backend.close()
+        """Flushes and closes all backends, also where one of them fails."""
+        with contextlib.ExitStack() as stack:
+            for backend in self._backends:
+                stack.callback(backend.close)
 
 
 def read_metrics(workdir: str | pathlib.Path) -> list[Record]:
@@ -335,9 +342,11 @@ def read_metrics(workdir: str | pathlib.Path) -> list[Record]:
 
     A process that was killed leaves half a line, a disk error may leave anything.
     """
-    path = pathlib.Path(workdir) / "metrics.jsonl"
     records = []
-    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    try:
+        text = storage.read_text(storage.join(workdir, "metrics.jsonl"))
+    except FileNotFoundError:
+        text = ""
     for line in text.split("\n"):
         try:
             record = json.loads(line)
@@ -346,6 +355,19 @@ def read_metrics(workdir: str | pathlib.Path) -> list[Record]:
         if isinstance(record, dict) and isinstance(record.get("step"), int):
             records.append({"epoch": 0.0, "wall_s": 0.0} | record)
     return records
+
+
+@contextlib.contextmanager
+def _named(path: str) -> Iterator[None]:
+    """A full disk is told with the file that did not find room there.
+
+    Raises:
+      OSError: with the path.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, path) from error
 
 
 def _metrics(record: Record) -> dict[str, float]:

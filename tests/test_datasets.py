@@ -16,7 +16,7 @@ from sklearn.datasets import load_digits
 
 from supcon_jax.data import tfds as tfds_module
 from supcon_jax.data.datasets import open_source
-from supcon_jax.data.sources import RecordSource
+from supcon_jax.data.records import RecordSource
 
 
 def refusal(*args, **kwargs):
@@ -385,10 +385,10 @@ def prepare(directory, name):
 def test_the_newest_version_by_number_is_chosen(tmp_path, config):
     for version in ("9.0.0", "10.0.0", "3.10.9", "incomplete.11.0.0"):
         prepare(tmp_path, f"caltech/{config}{version}")
-    found = tfds_module._prepared_versions(tmp_path, "caltech")
+    found = tfds_module._prepared_versions(str(tmp_path), "caltech")
     assert list(found) == ["10.0.0", "9.0.0", "3.10.9"]
-    assert found["10.0.0"] == tmp_path / "caltech" / config / "10.0.0"
-    assert tfds_module._prepared_versions(tmp_path, "other") == {}
+    assert found["10.0.0"] == str(tmp_path / "caltech" / config / "10.0.0")
+    assert tfds_module._prepared_versions(str(tmp_path), "other") == {}
 
 
 def test_another_version_is_refused_and_the_prepared_ones_named(tmp_path):

@@ -131,7 +131,14 @@ RUN = {
     "--config.batch_size=8 --config.total_steps=3": "--config.encoder.width=0.25",
     "python -m benchmarks.digits --seeds=5": "--seeds=1",
     "python -m benchmarks.input --data_dir=DIR --cifar": "--rounds=1",
-    "python -m benchmarks.chaos --trials=20": "--trials=1",
+    "python -m benchmarks.reading": "--batch=65536",
+    "python -m benchmarks.reading --data_dir=DIR": (
+        "--hosts=0 --records=512 --read_batch=64 --rounds=1"
+    ),
+    "python -m benchmarks.chaos": "--faults=damage --trials=1",
+    "python -m benchmarks.chaos --faults=kill --trials=100": "--trials=1",
+    "python -m benchmarks.chaos --faults=preempt,rot --trials=20": "--trials=0",
+    "python -m benchmarks.chaos --faults=damage --trials=230": "--trials=1",
     "python -m benchmarks.loss": "--sizes 64 --rounds 1",
     "python -m benchmarks.loss --accuracy": "--sizes 64",
     "python -m benchmarks.train_step": TOY,
@@ -159,6 +166,8 @@ NOT_RUN = {
     "python -m pytest -m aot": "the tests themselves",
     "python -m pytest -m slow": "the tests themselves",
     "python -m pytest -m slow tests/test_jobs.py": "the tests themselves",
+    "python -m pytest -m slow -s tests/test_long_runs.py": "the tests themselves",
+    "python -m pytest -m slow -s tests/test_topologies.py": "the tests themselves",
     "python -m pytest tests/test_hosts.py tests/test_jobs.py": "the tests themselves",
     "python -m supcon_jax.tools.show_batch": "no command, the tool's name",
     "python -m supcon_jax.tools.plan --config=configs/supcon_r50.py "
@@ -167,11 +176,17 @@ NOT_RUN = {
     "--topology=v5e:16x16 --config.batch_size=8192 --host_rate=2000 --host_cores=112": (
         "libtpu; tests/test_forecast.py"
     ),
+    "python -m pytest -m slow -n 0 -s tests/test_buckets.py": "the tests themselves",
+    "python -m pytest tests/test_buckets.py tests/test_lock.py": "the tests themselves",
+    "python -m supcon_jax.tools.index --config=configs/supcon_r50.py "
+    "--config.data.dir=DIR": "writes beside the data; run in test_index.py",
     "python -m venv .venv": "not ours",
     "python main.py --config=configs/supcon_cifar10.py:pytorch": "downloads CIFAR-10",
     "python main.py --config=configs/supcon_r50.py --config.data.dir=DIR": (
         "for a pod; the same with three steps is run"
     ),
+    "python main.py --config=configs/supcon_r50.py --config.data.dir=gs://BUCKET/tfds  "
+    "--workdir=gs://BUCKET/runs/r50": "for a pod; tests/test_buckets.py runs the digits",
 }
 
 

@@ -9,7 +9,7 @@ import jax
 import pytest
 
 from supcon_jax import hosts
-from supcon_jax.hosts import Join, how_to_join
+from supcon_jax.hosts import Join, how_to_join, joining
 
 THREE = {
     "JAX_COORDINATOR_ADDRESS": "host:1234",
@@ -249,7 +249,7 @@ def test_three_variables_are_passed_on_without_detection(calls, monkeypatch):
     ],
 )
 def test_tpu_chips_join_the_other_hosts(calls, monkeypatch, chips, platforms, joins):
-    monkeypatch.setattr(hosts.cloud_tpu_init, "running_in_cloud_tpu_vm", chips)
+    monkeypatch.setattr(joining.cloud_tpu_init, "running_in_cloud_tpu_vm", chips)
 
     class Config:
         jax_platforms = platforms
@@ -264,8 +264,8 @@ def test_a_tpu_that_is_part_of_nothing_is_a_single_host(calls, monkeypatch):
     def initialize(**options):
         raise ValueError("coordinator_address should be defined.")
 
-    monkeypatch.setattr(hosts.cloud_tpu_init, "running_in_cloud_tpu_vm", True)
-    monkeypatch.setattr(hosts, "_has_tpu_chips", lambda: True)
+    monkeypatch.setattr(joining.cloud_tpu_init, "running_in_cloud_tpu_vm", True)
+    monkeypatch.setattr(joining, "_has_tpu_chips", lambda: True)
     monkeypatch.setattr(jax.distributed, "initialize", initialize)
     hosts.initialize()
     assert (hosts.index(), hosts.count()) == (0, 1)

@@ -7,6 +7,8 @@ import time
 
 import pytest
 
+from supcon_jax.checkpoint import saved_steps
+from tests.faults import commands
 from tests.processes import Job, Process, flags, main_job
 from tests.runs import assert_trees_equal
 
@@ -29,19 +31,6 @@ def hook(event, arguments):
         touched.add(str(arguments[0]))
 sys.addaudithook(hook)
 atexit.register(lambda: print("TOUCHED", json.dumps(sorted(touched)), flush=True))
-"""
-# Alive, and its threads too, but the main one never gets on.
-STUCK = """
-import time
-from supcon_jax import hosts
-real = hosts.beat
-def beat(doing, patience=1.0):
-    if doing == {doing!r}:
-        stuck_here()
-    real(doing, patience)
-def stuck_here():
-    time.sleep(3600)
-hosts.beat = beat
 """
 
 
@@ -83,10 +72,10 @@ def run_both(tmp_path, size):
     """
     several, one = tmp_path / "several", tmp_path / "one"
     before = AUDITED.format(workdir=str(several))
-    commands = [["main.py", *flags(several)]] + [
+    audited = [["main.py", *flags(several)]] + [
         ["-c", WRAPPED.format(before=before), *flags(several)] for _ in range(1, size)
     ]
-    with Job(commands) as job, main_job(1, one, devices=size) as alone:
+    with Job(audited) as job, main_job(1, one, devices=size) as alone:
         assert set(job.wait().values()) == {0}, job[0].err
         assert alone.wait() == {0: 0}, alone[0].err
         for rank in range(1, size):
@@ -140,6 +129,21 @@ def test_another_seed_is_refused_by_name(tmp_path):
     with main_job(2, tmp_path / "run", seed=[0, 1]) as job:
         job.wait(60)
         one_end(job, 2, r"process 1 \(\S+\) has seed=1 where process 0 has 0")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_mistake_in_the_flags_of_one_process_ends_all(tmp_path):
+    """It is found before the processes have joined."""
+    arguments = flags(tmp_path / "run")
+    with Job(
+        [["main.py", *arguments], ["main.py", *arguments, "--config.sead=1"]]
+    ) as job:
+        job.wait(60)
+        one_end(
+            job,
+            2,
+            r"^error: process 1 \(\S+\): unknown config key 'sead'.*--config.seed",
+        )
     assert not (tmp_path / "run").exists()
 
 
@@ -208,6 +212,48 @@ def test_other_data_are_refused(tmp_path):
         one_end(job, 2, "process 1 .* train=.*same data")
 
 
+# --- A signal to one of them ---
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        "1 terminate@^step 5$",
+        *(
+            pytest.param(fault, marks=pytest.mark.slow)
+            for fault in (
+                "0 terminate@^step 5$",
+                "0 interrupt@^step 5$",
+                "1 interrupt@^step 5$",
+                "1 terminate@^compiling$",
+                "1 terminate@^saving step 20$",
+                "0 terminate@images",
+            )
+        ),
+    ],
+)
+def test_a_signal_to_one_process_saves_and_ends_all(tmp_path, fault):
+    """At the same step, with code 0; the same command goes on from there."""
+    victim, fault = fault.split(" ", 1)
+    changes = {"total_steps": 4000, "log_every": 20, "checkpoint_every": 20}
+    if "images" in fault:
+        changes["eval_every"] = 20
+    arguments = flags(tmp_path, **changes)
+    with Job(commands(2, arguments, {int(victim): fault})) as job:
+        assert job.wait(300) == {0: 0, 1: 0}, (job[0].err, job[1].err)
+        for rank in (0, 1):
+            assert "Traceback" not in job[rank].err and job[rank].errors == []
+        told = re.search(r"stopped; step (\d+) is saved; the same command", job[0].out)
+        begun = re.search(r"FAULT \w+ ([\d.]+) at (.*)", job[int(victim)].err)
+    step = int(told[1])
+    assert saved_steps(tmp_path)[-1] == step
+    assert max(record["step"] for record in metrics(tmp_path)) <= step < 4000
+    assert begun is not None
+    with main_job(2, tmp_path, **changes) as job:
+        job.wait_for(rf"resumed at step {step}\b")
+        job.wait_for(rf"step +{step + 1}/")
+
+
 # --- Dead, stuck and missing peers ---
 
 LONG = {"total_steps": 1_000_000, "log_every": 20, "knn__bank": 0}
@@ -252,10 +298,7 @@ def test_a_dead_or_stopped_process_ends_the_others(tmp_path, size, victim, numbe
 def test_a_stuck_process_ends_all_with_stacks(tmp_path, victim, doing):
     """It is alive, and so is its network: only the watchdog can tell."""
     arguments = flags(tmp_path / "run", hosts__watchdog_minutes=0.5)
-    stuck = ["-c", WRAPPED.format(before=STUCK.format(doing=doing)), *arguments]
-    commands = [["main.py", *arguments], ["main.py", *arguments]]
-    commands[victim] = stuck
-    with Job(commands) as job:
+    with Job(commands(2, arguments, {victim: f"stick@^{doing}$"})) as job:
         job.wait(150)
         for rank in (0, 1):
             assert job[rank].code == 75
@@ -273,8 +316,7 @@ def test_a_stuck_process_ends_all_with_stacks(tmp_path, victim, doing):
 @pytest.mark.slow
 def test_a_single_process_that_is_stuck_ends_too(tmp_path):
     arguments = flags(tmp_path / "run", hosts__watchdog_minutes=0.1)
-    before = STUCK.format(doing="step 5")
-    with Job([["-c", WRAPPED.format(before=before), *arguments]]) as job:
+    with Job(commands(1, arguments, {0: "stick@^step 5$"})) as job:
         job.wait(150)
         assert job[0].code == 75 and "in stuck_here" in job[0].err
         assert job[0].errors[0].startswith("error: stuck: no step")

@@ -198,8 +198,8 @@ def test_workdir_that_cannot_be_written(tmp_path):
     with pytest.raises(ValueError, match="cannot.*--workdir|is it a workdir"):
         pretrain.pretrain(pretrain_config(), tmp_path / "file" / "run")
     assert (tmp_path / "file").read_text() == ""
-    with pytest.raises(ValueError, match="--workdir takes a local or mounted path"):
-        pretrain.pretrain(pretrain_config(), "gs://bucket/run")
+    with pytest.raises(ValueError, match="allowed: local paths and gs://BUCKET/PATH"):
+        pretrain.pretrain(pretrain_config(), "s3://bucket/run")
 
 
 def test_batch_that_the_devices_cannot_share(tmp_path):

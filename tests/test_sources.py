@@ -12,12 +12,12 @@ from PIL import Image
 from supcon_jax.data import datasets
 from supcon_jax.data.datasets import open_source
 from supcon_jax.data.pipeline import load_small
+from supcon_jax.data.records import RecordSource
 from supcon_jax.data.sources import (
     UNREAD,
     ArraySource,
     Encoded,
     FileSource,
-    RecordSource,
     Source,
     SyntheticSource,
     Unreadable,

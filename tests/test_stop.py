@@ -182,10 +182,10 @@ def test_the_account_of_a_run_goes_on_over_a_restart(tmp_path):
 def test_requests_in_this_process():
     handler = signal.getsignal(signal.SIGTERM)
     with StopRequests() as stop:
-        assert not stop.due(1)
+        assert not stop.due()
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(0.01)
-        assert stop.due(2)
+        assert stop.due()
         with pytest.raises(Stopped), stop.interruptible():
             raise AssertionError("not reached")
     assert signal.getsignal(signal.SIGTERM) is handler
@@ -211,7 +211,7 @@ def test_other_threads_hear_nothing():
 
     def enter():
         with StopRequests() as stop:
-            found.append(stop.due(1))
+            found.append(stop.due())
 
     thread = threading.Thread(target=enter)
     thread.start()

@@ -1,15 +1,18 @@
 """TFDS data sets of other kinds than CIFAR: small ones, prepared here."""
 
+import itertools
+
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 from tensorflow_datasets.core import registered
 
+from supcon_jax import storage
 from supcon_jax.data.datasets import open_source
 from supcon_jax.data.pipeline import eval_batches, load_small
 from supcon_jax.data.sources import UNLABELLED, UNREAD, read_labels
 from supcon_jax.pretrain import pretrain
-from supcon_jax.run import open_sources
+from supcon_jax.run import build_sampler, build_train_batches, open_sources
 from tests.runs import pretrain_config
 
 kinds = tfds.features
@@ -289,3 +292,62 @@ def test_the_order_of_a_sum_of_splits_is_that_of_tfds(directory):
     source = open_source("plain", split, dir=directory)
     ours = [source.read(i).label for i in range(4)]
     assert ours == own_labels(directory, "plain", split)
+
+
+# --- lanes ---
+
+
+def test_lanes_read_blocks_of_the_same_images(directory, tmp_path, monkeypatch):
+    """Another order, the same images; what is kept in memory is not read again."""
+    requests = []
+
+    def counted(path, ranges, plain=storage.read_ranges):
+        requests.append(path)
+        return plain(path, ranges)
+
+    monkeypatch.setattr(storage, "read_ranges", counted)
+
+    def batches(count, start=0, **changes):
+        train, _ = open_sources(config(directory, "large", **changes))
+        changed = config(directory, "large", **changes)
+        sampler = build_sampler(changed, train)
+        requests.clear()
+        stream = build_train_batches(changed, train, sampler, start_step=start)
+        found = list(itertools.islice(stream, count))
+        stream.close()
+        return found
+
+    def images(found):
+        """Image of every (epoch, index), each of them once."""
+        seen = {}
+        for batch in found:
+            rows = zip(
+                batch["id"].tolist(), batch["image"], batch["label"], strict=True
+            )
+            for identity, image, label in rows:
+                assert tuple(identity) not in seen
+                seen[tuple(identity)] = (image.tobytes(), int(label))
+        return seen
+
+    lanes = {"data.lanes": 4}
+    single, laned = batches(20), batches(20, **lanes)
+    kept = len(requests)
+    assert not np.array_equal(single[0]["id"], laned[0]["id"])
+    one, other = images(single), images(laned)
+    common = one.keys() & other.keys()
+    assert len(common) > 300 and all(one[key] == other[key] for key in common)
+    again = batches(5, start=15, **lanes)
+    for late, early in zip(again, laned[15:], strict=True):
+        np.testing.assert_equal(late, early)
+    assert images(batches(20, **lanes, **{"data.keep_gib": 0.0})) == other
+    # Four blocks of ten examples: read once, or once an epoch of two and a half steps.
+    assert kept == 4 and len(requests) > 4 * 4
+    final = pretrain(config(directory, "large", **lanes), tmp_path)
+    assert final["knn/top1"] > 0.8
+
+
+def test_lanes_need_records_in_files(directory):
+    """Images of one size are decoded once and kept."""
+    train, _ = open_sources(config(directory, "small"))
+    with pytest.raises(ValueError, match="small is held in memory; allowed: TFDS"):
+        build_sampler(config(directory, "small", **{"data.lanes": 4}), train)

@@ -31,6 +31,7 @@ FREE = {
     "data.dir": "elsewhere",
     "data.root": "elsewhere",
     "data.skip_errors": True,
+    "data.keep_gib": 1.0,
     "compilation_cache": False,
     "next_config": "",
     "writers": ["trackio"],

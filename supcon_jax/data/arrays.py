@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import pathlib
 import zlib
 from collections.abc import Sequence
 from zipfile import BadZipFile
 
 import numpy as np
 
+from supcon_jax import storage
 from supcon_jax.data.images import LFS_POINTER
 from supcon_jax.data.names import find_split, number_labels, numbering
 from supcon_jax.data.sources import ArraySource
@@ -30,18 +30,19 @@ def open_arrays(split: str, dir: str, root: str) -> ArraySource:
       ValueError: one line that says what the file holds and what is wanted.
     """
     del dir
-    path = pathlib.Path(root).expanduser()
-    if not root or not path.is_file():
+    path = storage.absolute(root) if root else ""
+    if not root or not storage.is_file(path):
         raise ValueError(
             f"data.name='arrays' needs an .npz file with train_images, train_labels, "
             f"...; got {root!r} (--config.data.root)"
         )
     try:
-        with path.open("rb") as start:
-            if start.read(len(LFS_POINTER)) == LFS_POINTER:
-                raise ValueError("it is a pointer of git-lfs; run `git lfs pull`")
+        content = storage.open_file(path)
+        if content.read(len(LFS_POINTER)) == LFS_POINTER:
+            raise ValueError("it is a pointer of git-lfs; run `git lfs pull`")
+        content.seek(0)
         # Loading a pickled object may run code, and arrays of numbers need no pickling.
-        with np.load(path, allow_pickle=False) as file:
+        with content, np.load(content, allow_pickle=False) as file:
             names = _splits(list(file))
             split = _pick(split, names, list(file))
             images = file[names[split][0]]
@@ -53,8 +54,9 @@ def open_arrays(split: str, dir: str, root: str) -> ArraySource:
         hint = ""
         if "Object arrays" in str(error):
             hint = "; save words as np.asarray(words, dtype=str)"
+        reason = getattr(error, "strerror", None) or error
         raise ValueError(
-            f"cannot read {path} as .npz: {error}{hint} (--config.data.root)"
+            f"cannot read {path} as .npz: {reason}{hint} (--config.data.root)"
         ) from None
     image_key, label_key = names[split]
     try:

@@ -59,11 +59,17 @@ def open_source(
     Raises:
       ValueError: one line that says what is missing and which flag to change.
     """
-    if name in SOURCES:
-        source = SOURCES[name](split, dir, root)
-    else:
-        keys = {"image_key": image_key, "label_key": label_key}
-        source = open_tfds(name, split, dir, **keys, built_in=tuple(SOURCES))
+    try:
+        if name in SOURCES:
+            source = SOURCES[name](split, dir, root)
+        else:
+            keys = {"image_key": image_key, "label_key": label_key}
+            source = open_tfds(name, split, dir, **keys, built_in=tuple(SOURCES))
+    except PermissionError as error:  # of a bucket; local ones are told by the openers
+        raise ValueError(
+            f"cannot read {error.filename}: {error.strerror} (--config.data.dir, "
+            "--config.data.root)"
+        ) from None
     labels = _checked_labels(source)
     return dataclasses.replace(
         source, labels=labels, unreadable=Unreadable(skip=skip_errors)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import logging
 import os
 import pathlib
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
+from supcon_jax import storage
 from supcon_jax.data.names import TRAIN, find_split, is_split
 from supcon_jax.data.sources import FileSource
 
@@ -29,7 +33,7 @@ def open_folder(split: str, dir: str, root: str) -> FileSource:
       ValueError: one line that says what is missing there.
     """
     del dir
-    path = pathlib.Path(root).expanduser()
+    path = _open_root(root)
     if not root or not path.is_dir():
         raise ValueError(
             f"data.name='folder' needs a folder of images; got {root!r} "
@@ -64,7 +68,72 @@ def open_folder(split: str, dir: str, root: str) -> FileSource:
     return _image_folder(path, class_names)
 
 
-def _find_root(path: pathlib.Path) -> pathlib.Path:
+@dataclasses.dataclass(frozen=True)
+class _BucketFolder:
+    """A folder or file of a bucket, all of which was listed once.
+
+    It has what this file asks of a `pathlib.Path`.
+
+    Attributes:
+      url: where it is.
+      tree: what a folder holds, by name; None for a file, {} for what is not there.
+    """
+
+    url: str
+    tree: dict[str, Any] | None
+
+    @classmethod
+    def list(cls, url: str) -> _BucketFolder:
+        """Lists everything below a URL."""
+        tree: dict[str, Any] = {}
+        for path in storage.walk(url):
+            *folders, file = path.split("/")
+            at = tree
+            for folder in folders:
+                at = at.setdefault(folder, {})
+            if file:  # a name with a slash at its end stands for an empty folder
+                at[file] = None
+        return cls(url, tree)
+
+    def __truediv__(self, name: str) -> _BucketFolder:
+        return _BucketFolder(storage.join(self.url, name), (self.tree or {}).get(name))
+
+    def __str__(self) -> str:
+        return self.url
+
+    @property
+    def name(self) -> str:
+        return storage.name(self.url)
+
+    @property
+    def parent(self) -> _BucketFolder:
+        return _BucketFolder(self.url.rpartition("/")[0], {})  # it was not listed
+
+    def is_dir(self) -> bool:
+        return bool(self.tree)
+
+    def iterdir(self) -> Iterator[_BucketFolder]:
+        return (self / name for name in self.tree or {})
+
+    def files(self) -> Iterator[str]:
+        """The URLs of all files below it, without hidden folders."""
+        for entry in self.iterdir():
+            if not entry.is_dir():
+                yield entry.url
+            elif not _is_hidden(entry.name):
+                yield from entry.files()
+
+
+Folder = pathlib.Path | _BucketFolder
+
+
+def _open_root(root: str) -> Folder:
+    if storage.is_remote(root):
+        return _BucketFolder.list(storage.absolute(root))
+    return pathlib.Path(root).expanduser()
+
+
+def _find_root(path: Folder) -> Folder:
     """Where the splits or classes are: there, or in the only folder that there is."""
     found, folders = path, _folders(path)
     while len(folders) == 1 and not is_split(folders[0]) and not _images_in(found):
@@ -91,18 +160,19 @@ def _is_image(name: str) -> bool:
     return name.lower().endswith(IMAGE_SUFFIXES) and not _is_hidden(name)
 
 
-def _entries(path: pathlib.Path) -> list[pathlib.Path]:
+def _entries(path: Folder) -> list[Any]:
     try:
-        return sorted(p for p in path.iterdir() if not _is_hidden(p.name))
+        visible = (p for p in path.iterdir() if not _is_hidden(p.name))
+        return sorted(visible, key=lambda p: p.name)
     except OSError as error:
         raise _unreadable(error) from None
 
 
-def _folders(path: pathlib.Path) -> list[str]:
+def _folders(path: Folder) -> list[str]:
     return [entry.name for entry in _entries(path) if entry.is_dir()]
 
 
-def _images_in(path: pathlib.Path) -> int:
+def _images_in(path: Folder) -> int:
     return sum(_is_image(p.name) and not p.is_dir() for p in _entries(path))
 
 
@@ -112,7 +182,7 @@ def _unreadable(error: OSError) -> ValueError:
     )
 
 
-def _class_names(path: pathlib.Path) -> list[str]:
+def _class_names(path: Folder) -> list[str]:
     names = _folders(path)
     if not names:
         raise ValueError(
@@ -122,7 +192,7 @@ def _class_names(path: pathlib.Path) -> list[str]:
     return names
 
 
-def _image_folder(path: pathlib.Path, class_names: list[str]) -> FileSource:
+def _image_folder(path: Folder, class_names: list[str]) -> FileSource:
     paths, labels = [], []
     left_alone: collections.Counter[str] = collections.Counter()
     for label, name in enumerate(class_names):
@@ -154,10 +224,24 @@ def _listed(words: str, counts: collections.Counter[str]) -> str:
     return words + ", ".join(parts) if parts else ""
 
 
-def _files(folder: pathlib.Path) -> tuple[list[str], collections.Counter[str]]:
+def _files(folder: Folder) -> tuple[list[str], collections.Counter[str]]:
     """The images below a folder, in order, and what else is there by its suffix."""
     images: list[str] = []
     others: collections.Counter[str] = collections.Counter()
+    for path in _walk(folder):
+        name = os.path.basename(path)
+        if _is_image(name):
+            images.append(path)
+        elif not _is_hidden(name):
+            others[pathlib.PurePath(name).suffix.lower() or "without a suffix"] += 1
+    return sorted(images), others
+
+
+def _walk(folder: Folder) -> Iterator[str]:
+    """All files below a folder, without hidden folders."""
+    if isinstance(folder, _BucketFolder):
+        yield from folder.files()
+        return
 
     def identity(path: str | pathlib.Path) -> tuple[int, int]:
         found = os.stat(path)
@@ -176,9 +260,4 @@ def _files(folder: pathlib.Path) -> tuple[list[str], collections.Counter[str]]:
             if this not in seen:
                 seen.add(this)
                 folders.append(name)
-        for name in files:
-            if _is_image(name):
-                images.append(os.path.join(where, name))
-            elif not _is_hidden(name):
-                others[pathlib.PurePath(name).suffix.lower() or "without a suffix"] += 1
-    return sorted(images), others
+        yield from (os.path.join(where, name) for name in files)

@@ -8,19 +8,19 @@ this module before a batch is asked for.
 from __future__ import annotations
 
 import atexit
-import collections
 import functools
 import itertools
 import os
 import traceback
 import weakref
 from collections.abc import Callable, Generator, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import tensorflow as tf
 
 from supcon_jax.data import autoaugment
+from supcon_jax.data.blocks import BlockCache, read_examples
 from supcon_jax.data.sources import (
     PADDING,
     READERS,
@@ -56,6 +56,7 @@ def batches(
     start_step: int,
     stop_step: int | None,
     replace_unreadable: bool,
+    cache: BlockCache | None = None,
 ) -> Iterator[Batch]:
     """The rows of this process, step by step.
 
@@ -68,6 +69,7 @@ def batches(
       start_step, stop_step: the first step and the one after the last; None: endless.
       replace_unreadable: what takes the place of an example that cannot be decoded:
         the next one that can (training), or padding (evaluation).
+      cache: the blocks in which examples are read, if they are (lanes.py).
 
     Yields:
       `{"image": uint8 [rows, *shape], "label": int32 [rows], "id": int32 [rows, 2],
@@ -87,7 +89,7 @@ def batches(
             _readable, source, identities, unreadable, replace_unreadable
         )
         try:
-            stream = _dataset(source, rows, transform, shape, step, stop_step)
+            stream = _dataset(source, cache, rows, transform, shape, step, stop_step)
             _OPEN.add(stream)
             for batch in stream:
                 _check_labels(source, batch)
@@ -128,6 +130,7 @@ def _readable(
 
 def _dataset(
     source: Source,
+    cache: BlockCache | None,
     rows: Callable[[int], tuple[np.ndarray, np.ndarray]],
     transform: Callable[[tf.Tensor, tf.Tensor], tf.Tensor],
     shape: tuple[int, ...],
@@ -161,7 +164,9 @@ def _dataset(
     count = len(rows(start_step)[0])
     read: Callable[..., Iterator[tuple]]
     if source.images is None:
-        read = functools.partial(_read_encoded, most=min(count, CHUNK_ROWS))
+        read = functools.partial(
+            _read_encoded, most=min(count, CHUNK_ROWS), cache=cache
+        )
         image = tf.TensorSpec((None,), tf.string)
     else:
         read = _read_images
@@ -204,36 +209,29 @@ def _read_images(source: Source, rows, steps) -> Iterator[tuple]:
         yield images[index], source.labels[index], upright, index != PADDING, ids
 
 
-def _read_encoded(source: Source, rows, steps, *, most: int) -> Iterator[tuple]:
+def _read_encoded(
+    source: Source, rows, steps, *, most: int, cache: BlockCache | None = None
+) -> Iterator[tuple]:
     """Examples in order, at most `most` at a time.
 
     Not a step at a time: photos that are handed on as pixels would fill the memory.
     """
-
-    def read(index: int) -> Encoded:
-        if index == PADDING:
-            return Encoded(b"", 0)
-        try:
-            return source.read(index)
-        except OSError:
-            return Encoded(b"", 0)  # cannot be decoded, and _diagnose then says why
-
-    def submitted() -> Iterator[tuple[np.ndarray, int, Future[Encoded]]]:
-        for step in steps:
-            for ids, index in zip(*rows(step), strict=True):
-                yield ids, index, pool.submit(read, int(index))
-
     with ThreadPoolExecutor(READERS) as pool:
-        coming = submitted()
-        ahead = collections.deque(itertools.islice(coming, 2 * READERS))
-        while ahead:
+        coming = read_examples(source, map(rows, steps), pool, cache)
+        while True:
             chunk: list[tuple] = []
             size = 0
-            while ahead and len(chunk) < most and size < CHUNK_BYTES:
-                ids, index, future = ahead.popleft()
-                chunk.append((ids, index, *future.result()))
-                size += len(chunk[-1][2])
-                ahead.extend(itertools.islice(coming, 1))
+            while len(chunk) < most and size < CHUNK_BYTES:
+                ids, index, example = next(coming, (None, PADDING, None))
+                if example is None:
+                    break
+                if isinstance(example, OSError):
+                    # It cannot be decoded, and _diagnose then says why.
+                    example = Encoded(b"", 0)
+                chunk.append((ids, index, *example))
+                size += len(example.image)
+            if not chunk:
+                return
             all_ids, indices, images, labels, orientations = zip(*chunk, strict=True)
             yield (
                 np.asarray(images, object),

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 
-from supcon_jax.data.sources import Source
+from supcon_jax.data.sources import READERS, Source
 
 # Examples that are looked at, evenly spread; reading all would take hours on ImageNet.
 SAMPLED = 64
@@ -25,8 +26,9 @@ def identify(source: Source) -> dict[str, Any]:
     if not source.synthetic:
         sha.update(np.ascontiguousarray(source.labels, np.int64).data)
         count = min(SAMPLED, source.num_examples)
-        for index in np.linspace(0, source.num_examples - 1, count).astype(int):
-            sha.update(_content(source, int(index)))
+        rows = np.linspace(0, source.num_examples - 1, count).astype(int)
+        for content in _contents(source, rows):
+            sha.update(content)
     return {
         "examples": source.num_examples,
         "classes": source.num_classes,
@@ -34,10 +36,14 @@ def identify(source: Source) -> dict[str, Any]:
     }
 
 
-def _content(source: Source, index: int) -> bytes:
+def _contents(source: Source, rows: np.ndarray) -> list[bytes]:
     if source.images is not None:
-        return np.ascontiguousarray(source.images[index]).tobytes()
-    try:
-        return source.read(index).image
-    except OSError as error:
-        return f"unreadable: {error.strerror}".encode()
+        return [np.ascontiguousarray(image).tobytes() for image in source.images[rows]]
+    with ThreadPoolExecutor(READERS) as pool:
+        examples = source.read_many(rows, pool.map)
+    return [
+        f"unreadable: {example.strerror}".encode()
+        if isinstance(example, OSError)
+        else example.image
+        for example in examples
+    ]

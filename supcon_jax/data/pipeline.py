@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator
 import jax
 import numpy as np
 
+from supcon_jax.data.blocks import BlockCache
+from supcon_jax.data.lanes import Lanes
 from supcon_jax.data.sampler import Sampler, in_order
 from supcon_jax.data.sources import PADDING, ArraySource, Source
 from supcon_jax.data.views import Augmentation
@@ -49,6 +51,8 @@ def train_batches(
     augmentation: Augmentation,
     seed: int,
     start_step: int = 0,
+    lanes: Lanes | None = None,
+    keep_bytes: int = 0,
 ) -> Iterator[Batch]:
     """The endless stream of training batches, from a given step on.
 
@@ -61,6 +65,9 @@ def train_batches(
       augmentation: of the views; the host does its part (`Augmentation.host_part`).
       seed: seed of the augmentation.
       start_step: first step; nothing before it is read.
+      lanes: those whose order the sampler has, of a source of encoded images; they are
+        then read in blocks.
+      keep_bytes: of encoded images that are kept in memory for later epochs, with lanes.
 
     Yields:
       This process's rows of `{"image": uint8 [B, V, S, S, 3], "label": int32 [B],
@@ -78,6 +85,9 @@ def train_batches(
             ids = sampler(step)[rows]
             image, label = fetch(ids[:, 1])
             yield {"image": image, "label": label, "id": ids}
+    cache = None
+    if lanes is not None:
+        cache = BlockCache(source, lanes, batch_size=batch_size, keep_bytes=keep_bytes)
     host = _import_host()
     transform = functools.partial(
         host.crop_and_augment,
@@ -94,6 +104,7 @@ def train_batches(
         start_step=start_step,
         stop_step=None,
         replace_unreadable=True,
+        cache=cache,
     ):
         yield {key: batch[key] for key in ("image", "label", "id")}
 

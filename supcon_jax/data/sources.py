@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, ClassVar, NamedTuple, Protocol, Self
 
 import numpy as np
 
+from supcon_jax import storage
 from supcon_jax.data.images import for_tensorflow
 
 logger = logging.getLogger(__name__)
@@ -30,6 +30,8 @@ READ_AT_START_BYTES = 2**30
 PADDING = -1
 # Threads that read files; Python's lock is free while they wait for the disk.
 READERS = 16
+# `map`, or that of a pool of threads.
+Map = Callable[[Callable[[Any], Any], Iterable[Any]], Iterable[Any]]
 
 
 class Encoded(NamedTuple):
@@ -144,6 +146,28 @@ class Source(Protocol):
         """
         raise TypeError(f"{type(self).__name__} has no encoded images")
 
+    def runs(self, indices: np.ndarray) -> Iterable[np.ndarray]:
+        """Examples cut into parts, in order, each of which is best read at once."""
+        return indices[:, None]
+
+    def read_many(
+        self, indices: Iterable[int], map: Map = map
+    ) -> list[Encoded | OSError]:
+        """Examples in the order asked for; for one that cannot be read, the error.
+
+        Args:
+          indices: which.
+          map: how to do the work; the `map` of a pool does it in parallel.
+        """
+
+        def read(index: int) -> Encoded | OSError:
+            try:
+                return self.read(index)
+            except OSError as error:
+                return error
+
+        return list(map(read, (int(index) for index in indices)))
+
 
 @dataclasses.dataclass(frozen=True)
 class ArraySource(Source):
@@ -195,82 +219,9 @@ class FileSource(Source):
         Raises:
           OSError: the file cannot be read, or is no image.
         """
-        with open(self.paths[index], "rb") as file:
+        with storage.open_file(str(self.paths[index])) as file:
             image, orientation = for_tensorflow(file)
         return Encoded(image, int(self.labels[index]), orientation)
-
-
-@dataclasses.dataclass(frozen=True)
-class RecordSource(Source):
-    """A split of `tf.train.Example`s in TFRecord files, as TFDS prepares them.
-
-    Attributes:
-      files: paths of the TFRecord files.
-      file: `[n]` which of the files holds an example.
-      offset, length: `[n]` where its record's data begin in the file, and bytes.
-      labels: `[n]` int32; `UNREAD` where only the record says it.
-      num_classes, class_names, image_shape, unreadable, notes: see `Source`.
-      image_key, label_key: names of the two in a record.
-    """
-
-    images = None
-    files: tuple[str, ...]
-    file: np.ndarray
-    offset: np.ndarray
-    length: np.ndarray
-    labels: np.ndarray
-    num_classes: int
-    class_names: tuple[str, ...] = ()
-    image_shape: tuple[int | None, ...] = (None, None, 3)
-    unreadable: Unreadable = dataclasses.field(default_factory=Unreadable)
-    notes: tuple[str, ...] = ()
-    image_key: str = "image"
-    label_key: str = "label"
-
-    @property
-    def num_bytes(self) -> int:
-        """Length of all records."""
-        return int(self.length.sum())
-
-    def name(self, index: int) -> str:
-        """The file of an example and its place there."""
-        return f"{self.files[self.file[index]]} (byte {self.offset[index]})"
-
-    def read(self, index: int) -> Encoded:
-        """An example, encoded; TFDS images stay as the camera held them.
-
-        Raises:
-          OSError: the file cannot be read, or the record is no such example.
-        """
-        features = self.features(index)
-        if not features[self.image_key].bytes_list.value:
-            raise OSError(f"the record has no {self.image_key!r}")
-        image = features[self.image_key].bytes_list.value[0]
-        label, own = self.labels[index], features[self.label_key].int64_list.value
-        # An image without a label has none under label noise either.
-        if label == UNREAD or (own and own[0] < 0):
-            label = max(own[0], UNLABELLED) if own else UNLABELLED
-        return Encoded(image, int(label))
-
-    def features(self, index: int) -> Any:
-        """What the record of an example holds, by name.
-
-        Raises:
-          OSError: the file cannot be read, or the record is no example.
-        """
-        # Opening the dataset has imported it already.
-        import tensorflow as tf
-
-        with open(self.files[self.file[index]], "rb", buffering=0) as file:
-            record = os.pread(
-                file.fileno(), int(self.length[index]), int(self.offset[index])
-            )
-        try:
-            return tf.train.Example.FromString(record).features.feature
-        except (
-            Exception
-        ) as error:  # the class of protobuf's error depends on its version
-            raise OSError(f"not a tf.train.Example: {error}") from None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -309,20 +260,19 @@ def read_labels(source: Source) -> Source:
         return source
     logger.info("reading the labels of %s examples", f"{source.num_examples:,}")
 
-    def read(index: int) -> int | str:
-        try:
-            return source.read(index).label
-        except OSError as error:
-            return error.strerror or str(error)
-
     labels = np.full(source.num_examples, UNLABELLED, np.int32)
     with ThreadPoolExecutor(READERS) as pool:
-        for index, label in enumerate(pool.map(read, range(source.num_examples))):
-            if isinstance(label, str):
-                source.unreadable.add({source.name(index): label})
-            else:
-                check_label(source, index, label)
-                labels[index] = max(label, UNLABELLED)
+        for start in range(0, source.num_examples, 256):
+            indices = range(start, min(start + 256, source.num_examples))
+            for index, example in zip(
+                indices, source.read_many(indices, pool.map), strict=True
+            ):
+                if isinstance(example, OSError):
+                    reason = example.strerror or str(example)
+                    source.unreadable.add({source.name(index): reason})
+                else:
+                    check_label(source, index, example.label)
+                    labels[index] = max(example.label, UNLABELLED)
     return dataclasses.replace(source, labels=labels)
 
 

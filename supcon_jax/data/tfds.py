@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import functools
 import logging
 import os
 import pathlib
@@ -19,8 +18,11 @@ from typing import Any
 
 import numpy as np
 
+from supcon_jax import epaths, storage
+from supcon_jax.data.index import Shards, record_lengths
 from supcon_jax.data.names import number_labels, numbering, pick_split
-from supcon_jax.data.sources import READERS, UNLABELLED, UNREAD, RecordSource
+from supcon_jax.data.records import FOOTER_BYTES, HEADER_BYTES, RecordSource
+from supcon_jax.data.sources import READERS, UNLABELLED, UNREAD
 
 logger = logging.getLogger(__name__)
 TFDS_HOME = "~/tensorflow_datasets"
@@ -66,23 +68,19 @@ def _needs(package: str, error: ImportError) -> ValueError:
     )
 
 
-def _prepared_configs(
-    directory: pathlib.Path, name: str
-) -> dict[str, dict[str, pathlib.Path]]:
+def _prepared_configs(directory: str, name: str) -> dict[str, dict[str, str]]:
     """Config -> its prepared versions below a TFDS directory, newest first.
 
     A dataset without configs has one with the name "".
     """
-    found: dict[str, dict[str, pathlib.Path]] = {}
-    for pattern in ("*/dataset_info.json", "*/*/dataset_info.json"):
-        for info in directory.joinpath(name).glob(pattern):
-            version, config = info.parent.name, ""
-            if pattern.startswith("*/*"):
-                config = info.parent.parent.name
-            if re.fullmatch(r"\d+(\.\d+)*", version):
-                found.setdefault(config, {})[version] = info.parent
+    found: dict[str, dict[str, str]] = {}
+    dataset = storage.join(directory, name)
+    for place in _with_info(dataset):
+        config, _, version = place.rpartition("/")
+        if re.fullmatch(r"\d+(\.\d+)*", version):
+            found.setdefault(config, {})[version] = storage.join(dataset, place)
 
-    def newest_first(versions: dict[str, pathlib.Path]) -> dict[str, pathlib.Path]:
+    def newest_first(versions: dict[str, str]) -> dict[str, str]:
         def number(version: str) -> tuple[int, ...]:
             return tuple(int(x) for x in version.split("."))
 
@@ -91,7 +89,23 @@ def _prepared_configs(
     return {config: newest_first(found[config]) for config in sorted(found)}
 
 
-def _prepared_versions(directory: pathlib.Path, name: str) -> dict[str, pathlib.Path]:
+def _with_info(dataset: str) -> list[str]:
+    """The folders one or two below a dataset's that hold its dataset_info.json."""
+    if storage.is_remote(dataset):
+        folders = [path.split("/") for path in storage.walk(dataset)]
+    else:
+        patterns = ("*/dataset_info.json", "*/*/dataset_info.json")
+        root = pathlib.Path(dataset)
+        found = [path for pattern in patterns for path in root.glob(pattern)]
+        folders = [list(path.relative_to(root).parts) for path in found]
+    return [
+        "/".join(folder)
+        for *folder, name in folders
+        if name == "dataset_info.json" and len(folder) in (1, 2)
+    ]
+
+
+def _prepared_versions(directory: str, name: str) -> dict[str, str]:
     """The prepared versions of a dataset, "name" or "name/config", newest first.
 
     Raises:
@@ -135,52 +149,10 @@ def open_tfds(
     Raises:
       ValueError: one line that says what is missing and which flag to change.
     """
-    match = re.fullmatch(r"([a-zA-Z]\w*(?:/[\w.+-]*\w)?)(?::(\d+\.\d+\.\d+))?", name)
-    if not match:
-        raise ValueError(
-            f"unknown dataset {name!r}; allowed: {', '.join(built_in)}, or a TFDS name, "
-            "NAME, NAME/CONFIG or NAME:VERSION (--config.data.name)"
-        )
-    name, version = match.groups()
-    directory = pathlib.Path(
-        dir or os.environ.get("TFDS_DATA_DIR", TFDS_HOME)
-    ).expanduser()
-    how = _how_to_get(name)
-    if dir and not directory.is_dir():
-        raise ValueError(
-            f"data directory {dir} does not exist (--config.data.dir); {how}"
-        )
-    versions = _prepared_versions(directory, name)
-    prepared = versions.get(version) if version else next(iter(versions.values()), None)
-    if prepared is None and versions:
-        raise ValueError(
-            f"{directory} has {name} {', '.join(versions)}, not {version} "
-            "(--config.data.name, --config.data.dir)"
-        )
-    if prepared is None and dir:
-        others = sorted(
-            entry.name
-            for entry in directory.iterdir()
-            if _prepared_configs(directory, entry.name)
-        )
-        holds = f"it holds {', '.join(others)}" if others else "it holds no dataset"
-        raise ValueError(
-            f"data directory {dir} has no {name}; {holds} (--config.data.dir); {how}"
-        )
-    if prepared is None and name == "imagenet2012":
-        raise ValueError(f"no {name} in {directory} (--config.data.dir); {how}")
-    tfds = _import_tensorflow_datasets()
-    if prepared is not None:
-        builder = tfds.builder_from_directory(prepared)
-    else:
-        builder = _download(tfds, name, directory, built_in)
-    image = _image_feature(tfds, name, builder.info.features, image_key)
-    label = _label_feature(tfds, name, builder.info.features, label_key)
-    if builder.info.file_format.value != "tfrecord":
-        raise ValueError(
-            f"{name} in {directory} is prepared as {builder.info.file_format.value}; "
-            "this program reads tfrecord (--config.data.dir)"
-        )
+    builder = find_builder(name, dir, built_in=built_in)
+    tfds, features = _import_tensorflow_datasets(), builder.info.features
+    image = _image_feature(tfds, name, features, image_key)
+    label = _label_feature(tfds, name, features, label_key)
     for part in split.split("+"):
         pick_split(part.split("[")[0].strip(), [*builder.info.splits, "all"])
     source = _open_records(builder, split, image_key, label_key)
@@ -196,6 +168,83 @@ def open_tfds(
             class_names=tuple(label.names or ()),
         )
     return _number_records(builder, source, np.dtype(label.np_dtype) == np.uint64)
+
+
+def find_builder(name: str, dir: str, *, built_in: Sequence[str] = ()) -> Any:
+    """The TFDS builder of a prepared dataset, which is downloaded where that is allowed.
+
+    Args:
+      name, dir, built_in: as for `open_tfds`.
+
+    Raises:
+      ValueError: one line that says what is missing and which flag to change.
+    """
+    match = re.fullmatch(r"([a-zA-Z]\w*(?:/[\w.+-]*\w)?)(?::(\d+\.\d+\.\d+))?", name)
+    if not match:
+        raise ValueError(
+            f"unknown dataset {name!r}; allowed: {', '.join(built_in)}, or a TFDS name, "
+            "NAME, NAME/CONFIG or NAME:VERSION (--config.data.name)"
+        )
+    name, version = match.groups()
+    directory = dir or os.environ.get("TFDS_DATA_DIR", TFDS_HOME)
+    if storage.is_remote(directory):
+        directory = storage.absolute(directory)
+    else:
+        directory = os.path.expanduser(directory)
+    how = _how_to_get(name)
+    if dir and not storage.is_dir(directory):
+        raise ValueError(
+            f"data directory {dir} does not exist (--config.data.dir); {how}"
+        )
+    versions = _prepared_versions(directory, name)
+    prepared = versions.get(version) if version else next(iter(versions.values()), None)
+    if prepared is None and versions:
+        raise ValueError(
+            f"{directory} has {name} {', '.join(versions)}, not {version} "
+            "(--config.data.name, --config.data.dir)"
+        )
+    if prepared is None and dir:
+        others = sorted(
+            entry
+            for entry in storage.names(directory)
+            if _prepared_configs(directory, entry)
+        )
+        holds = f"it holds {', '.join(others)}" if others else "it holds no dataset"
+        raise ValueError(
+            f"data directory {dir} has no {name}; {holds} (--config.data.dir); {how}"
+        )
+    if prepared is None and name == "imagenet2012":
+        raise ValueError(f"no {name} in {directory} (--config.data.dir); {how}")
+    tfds = _import_tensorflow_datasets()
+    if prepared is not None:
+        builder = tfds.builder_from_directory(epaths.as_path(prepared))
+    else:
+        builder = _download(tfds, name, directory, built_in)
+    if builder.info.file_format.value != "tfrecord":
+        raise ValueError(
+            f"{name} in {directory} is prepared as {builder.info.file_format.value}; "
+            "this program reads tfrecord (--config.data.dir)"
+        )
+    return builder
+
+
+def index_tfds(name: str, dir: str, *, rebuild: bool) -> dict[str, int]:
+    """Keeps where the records of all splits begin in a file (index.py).
+
+    Args:
+      name, dir: as for `open_tfds`.
+      rebuild: whether to find them anew where they are known.
+
+    Returns:
+      How many records each split has.
+
+    Raises:
+      ValueError: the dataset is not there, or a file is damaged.
+    """
+    splits = describe(find_builder(name, dir))
+    for shards in splits:
+        record_lengths(shards, keep=True, rebuild=rebuild)
+    return {shards.split: sum(shards.records) for shards in splits}
 
 
 def _image_feature(tfds: Any, name: str, features: Any, key: str) -> Any:
@@ -275,22 +324,50 @@ def _open_records(
             f"{str(error).splitlines()[0]} "
             "(--config.data.train_split, --config.data.eval_split)"
         ) from None
-    with ThreadPoolExecutor(READERS) as pool:
-        indices = list(pool.map(_index_records, parts))
+    lengths: dict[str, np.ndarray] = {}
+    for shards in describe(builder):
+        paths = {shards.path(name): name for name in shards.names}
+        if any(str(part.filename) in paths for part in parts):
+            found = record_lengths(shards)
+            lengths |= {path: found[name] for path, name in paths.items()}
+    columns = [_records_of(part, lengths[str(part.filename)]) for part in parts]
     offset, length = (
-        np.concatenate([index[column] for index in indices]) if indices else np.empty(0)
-        for column in (0, 1)
+        np.concatenate([column[i] for column in columns]) if columns else np.empty(0)
+        for i in (0, 1)
     )
     return RecordSource(
         files=tuple(str(part.filename) for part in parts),
-        file=np.repeat(np.arange(len(parts)), [len(index[0]) for index in indices]),
+        file=np.repeat(np.arange(len(parts)), [len(column[0]) for column in columns]),
         offset=offset,
         length=length,
         labels=np.full(len(offset), UNREAD, np.int32),
         num_classes=1,
         image_key=image_key,
         label_key=label_key,
+        shuffled=not builder.info.disable_shuffling,
     )
+
+
+def describe(builder: Any) -> list[Shards]:
+    """The files of every split of a prepared dataset."""
+    return [
+        Shards(
+            directory=str(builder.info.data_dir),
+            split=name,
+            names=tuple(sorted(split.filenames)),
+            records=tuple(split.shard_lengths),
+            num_bytes=int(split.num_bytes),
+        )
+        for name, split in builder.info.splits.items()
+    ]
+
+
+def _records_of(part: Any, length: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Where the records of one file's share of a split begin, and how long they are."""
+    end = np.cumsum(HEADER_BYTES + length + FOOTER_BYTES)
+    begin = end - FOOTER_BYTES - length
+    take = slice(part.skip, None if part.take == -1 else part.skip + part.take)
+    return begin[take], length[take]
 
 
 def _number_records(builder: Any, source: RecordSource, unsigned: bool) -> RecordSource:
@@ -311,11 +388,7 @@ def _number_records(builder: Any, source: RecordSource, unsigned: bool) -> Recor
     for split in builder.info.splits:
         records = _open_records(builder, split, source.image_key, source.label_key)
         places += _places(records)
-        with ThreadPoolExecutor(READERS) as pool:
-            ids += pool.map(
-                functools.partial(_read_id, records, unsigned),
-                range(records.num_examples),
-            )
+        ids += _read_ids(records, unsigned)
     if any(isinstance(id, str) for id in ids):
         ids = [id if isinstance(id, str) else "" for id in ids]
     numbers, num_classes, names = number_labels({"labels": np.asarray(ids)})
@@ -335,62 +408,35 @@ def _places(source: RecordSource) -> list[tuple[str, int]]:
     return list(zip(files, source.offset.tolist(), strict=True))
 
 
-def _read_id(source: RecordSource, unsigned: bool, index: int) -> int | str:
-    """What a record has as its label; "" or -1 where it has none.
+def _read_ids(source: RecordSource, unsigned: bool) -> list[int | str]:
+    """What each record has as its label; "" or -1 where it has none.
 
     Raises:
       ValueError: it cannot be read, or is an unsigned number that int64 cannot hold.
     """
-    try:
-        feature = source.features(index)[source.label_key]
-    except OSError as error:
-        raise ValueError(
-            f"cannot read {source.name(index)}: {error} (--config.data.dir)"
-        ) from None
-    if feature.bytes_list.value:
-        return feature.bytes_list.value[0].decode(errors="replace")
-    if not feature.int64_list.value:
-        return UNLABELLED
-    label = int(feature.int64_list.value[0])
-    if unsigned and label < 0:
-        raise ValueError(
-            f"the label of {source.name(index)} is {label % 2**64}; allowed: up to "
-            f"{2**63 - 1} (--config.data.label_key)"
-        )
-    return label
 
+    def id_of(index: int, features: Any) -> int | str:
+        feature = features[source.label_key]
+        if feature.bytes_list.value:
+            return feature.bytes_list.value[0].decode(errors="replace")
+        if not feature.int64_list.value:
+            return UNLABELLED
+        label = int(feature.int64_list.value[0])
+        if unsigned and label < 0:
+            raise ValueError(
+                f"the label of {source.name(index)} is {label % 2**64}; allowed: up to "
+                f"{2**63 - 1} (--config.data.label_key)"
+            )
+        return label
 
-def _index_records(part: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Where the records of one file's share of a split begin, and how long they are.
-
-    A record is its length (8 bytes), a checksum (4), the data, a checksum (4). Only the
-    lengths are read.
-
-    Raises:
-      ValueError: the file ends too early or holds another number of records.
-    """
-    path = str(part.filename)
-    begin, offset, length = 0, [], []
-    try:
-        with open(path, "rb", buffering=0) as file:
-            size = os.fstat(file.fileno()).st_size
-            while begin < size:
-                header = os.pread(file.fileno(), 12, begin)
-                data = int.from_bytes(header[:8], "little")
-                offset.append(begin + 12)
-                length.append(data)
-                begin += 12 + data + 4
-    except OSError as error:
-        raise ValueError(
-            f"cannot read {path}: {error.strerror} (--config.data.dir)"
-        ) from None
-    if begin != size or len(offset) != part.examples_in_shard:
-        raise ValueError(
-            f"{path} is damaged: {len(offset)} records in {size} bytes, expected "
-            f"{part.examples_in_shard} (--config.data.dir)"
-        )
-    take = slice(part.skip, None if part.take == -1 else part.skip + part.take)
-    return np.asarray(offset)[take], np.asarray(length)[take]
+    with ThreadPoolExecutor(READERS) as pool:
+        ids = source.visit(range(source.num_examples), id_of, pool.map)
+    for index, id in enumerate(ids):
+        if isinstance(id, OSError):
+            raise ValueError(
+                f"cannot read {source.name(index)}: {id} (--config.data.dir)"
+            )
+    return ids
 
 
 def _how_to_get(name: str) -> str:
@@ -406,9 +452,7 @@ def _how_to_get(name: str) -> str:
     )
 
 
-def _download(
-    tfds: Any, name: str, directory: pathlib.Path, built_in: Sequence[str]
-) -> Any:
+def _download(tfds: Any, name: str, directory: str, built_in: Sequence[str]) -> Any:
     """Lets TFDS download and prepare a dataset into its default directory."""
     import jax
 

@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import pathlib
 import statistics
 from typing import Any
 
+from supcon_jax import storage
 from supcon_jax.cli import one_line_errors
 from supcon_jax.config import flatten
 from supcon_jax.metrics import is_result, is_share
@@ -37,7 +37,7 @@ def main(arguments: list[str] | None = None) -> None:
     with one_line_errors():
         summary = summarize(options.workdirs)
         if options.out:
-            write(summary, pathlib.Path(options.out))
+            write(summary, options.out)
         print(markdown(summary))
 
 
@@ -129,14 +129,14 @@ def markdown(summary: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def write(summary: dict[str, Any], path: pathlib.Path) -> None:
+def write(summary: dict[str, Any], path: str) -> None:
     """Writes the summary as JSON.
 
     Raises:
       ValueError: the file cannot be written.
     """
     try:
-        path.write_text(json.dumps(summary, indent=2) + "\n")
+        storage.write(path, (json.dumps(summary, indent=2) + "\n").encode())
     except OSError as error:
         raise ValueError(f"cannot write {path}: {error.strerror} (--out)") from None
 

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import argparse
 import ast
+import io
+import os
 import pathlib
 import runpy
 import sys
@@ -20,7 +22,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from supcon_jax import builders, parallel
+from supcon_jax import builders, parallel, storage
 from supcon_jax.cli import one_line_errors
 from supcon_jax.config import KEYS, check_config, unknown_key
 from supcon_jax.data.pipeline import eval_batches, on_host
@@ -42,9 +44,10 @@ def main(arguments: list[str] | None = None) -> None:
     if len(changes) < len(rest):
         parser.error(f"unexpected {' '.join(a for a in rest if '--config.' not in a)}")
     with one_line_errors():
-        out = pathlib.Path(options.out)
-        if not out.parent.is_dir():
-            raise ValueError(f"cannot write {out}: no folder {out.parent} (--out)")
+        out = options.out
+        folder = os.path.dirname(os.path.abspath(out))
+        if not storage.is_remote(out) and not storage.is_dir(folder):
+            raise ValueError(f"cannot write {out}: no folder {folder} (--out)")
         config = load_config(options.config, changes)
         draw(config, out, rows=options.rows)
         print(f"wrote {out}")
@@ -79,7 +82,7 @@ def load_config(name: str, changes: list[str]) -> ConfigDict:
     return config
 
 
-def draw(config: ConfigDict, out: pathlib.Path, *, rows: int) -> None:
+def draw(config: ConfigDict, out: str, *, rows: int) -> None:
     """Writes the picture of the first images of the first training step."""
     from matplotlib.figure import Figure
 
@@ -102,7 +105,9 @@ def draw(config: ConfigDict, out: pathlib.Path, *, rows: int) -> None:
                 axis.set_title(f"view {column}" if column else "image", fontsize=9)
         axes[row, 0].set_ylabel(name[:20], fontsize=8)
     figure.tight_layout(pad=0.4)
-    figure.savefig(out, dpi=110)
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=110, format=pathlib.PurePath(out).suffix[1:] or "png")
+    storage.write(out, picture.getvalue())
 
 
 def first_views(

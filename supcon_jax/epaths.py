@@ -1,0 +1,77 @@
+"""Paths for the libraries that go to a bucket by themselves, through etils and gcsfs.
+
+Orbax (for what is not an array), TFDS and JAX's compilation cache do; all else is in
+storage.py.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import logging
+import os
+import pathlib
+import sys
+import time
+from typing import Any
+
+from supcon_jax import storage
+
+logger = logging.getLogger(__name__)
+
+
+def as_path(path: storage.Path) -> pathlib.Path:
+    """A path, or what stands for one of a bucket and can do the same.
+
+    Raises:
+      ValueError: it is in a bucket, and gcsfs is not installed.
+    """
+    if not storage.is_remote(path):
+        return pathlib.Path(storage.absolute(path))
+    if importlib.util.find_spec("gcsfs") is None:
+        raise ValueError(
+            f"{os.fspath(path)} needs the package gcsfs: pip install gcsfs, or "
+            "'supcon_jax[gcs]'"
+        )
+    _set_up_gcsfs()
+    from etils import epath
+
+    return epath.Path(storage.absolute(path))  # type: ignore[return-value]
+
+
+@functools.cache
+def _set_up_gcsfs() -> None:
+    # etils takes TensorFlow's files where TensorFlow is installed, and remembers whether
+    # it is from its first look at any path.
+    os.environ["EPATH_USE_TF"] = "0"
+    if gpath := sys.modules.get("etils.epath.gpath"):
+        gpath._is_tf_installed.cache_clear()
+    # An experiment of gcsfs that asks for the kind of each bucket, with other credentials.
+    os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+    import fsspec
+    import gcsfs
+    from gcsfs.retry import is_retriable
+
+    class PatientFileSystem(gcsfs.GCSFileSystem):
+        """gcsfs, which gives a bucket up after half a minute, as patient as we are.
+
+        It keeps no listings: others write to the same folders, tensorstore for one.
+        """
+
+        def __init__(self, *args: Any, **options: Any):
+            super().__init__(*args, **options | {"use_listings_cache": False})
+
+        async def _request(self, *args: Any, **options: Any) -> Any:
+            start = time.monotonic()
+            while True:
+                try:
+                    return await super()._request(*args, **options)
+                except Exception as error:
+                    waited = time.monotonic() - start
+                    if not is_retriable(error) or waited > storage.PATIENCE_S:
+                        raise
+
+    # What it logs as errors is tried again, or raised.
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
+    for name in ("gs", "gcs"):  # etils asks for the second
+        fsspec.register_implementation(name, PatientFileSystem, clobber=True)
