@@ -32,9 +32,10 @@ _OPERATION = re.compile(
     r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*?)\)(?:,|$)"
 )
 _NAME = re.compile(r"%([\w.\-]+)")
+_CALLS = ("while", "call", "conditional")
 _MOVES_NOTHING = frozenset(
-    ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "call")
-    + ("conditional", "after-all", "async-start", "copy-start", "slice-start")
+    ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all")
+    + ("async-start", "copy-start", "slice-start", *_CALLS)
 )
 _GROUPS = re.compile(r"replica_groups=(?:\{\{([\d,]*)\}|\[\d+,(\d+)\])")
 
@@ -79,8 +80,7 @@ def find_collectives(program: str, num_devices: int) -> list[Collective]:
     for line, times, aside in _executed(program):
         if match := _COLLECTIVE.search(line):
             one = _collective(line, match, num_devices)
-            asynchronous = aside or one.asynchronous
-            found.append(one._replace(times=times, asynchronous=asynchronous))
+            found.append(one._replace(times=times, asynchronous=aside))
     return found
 
 
@@ -105,7 +105,7 @@ def memory_traffic(program: str) -> int:
 
 
 def _executed(program: str, *, fusions: bool = True) -> Iterator[tuple[str, int, bool]]:
-    """Lines of a program that run: how often, and whether beside something else.
+    """Lines of a program that run: how often, and whether others run meanwhile.
 
     Args:
       program: HLO.
@@ -119,11 +119,14 @@ def _executed(program: str, *, fusions: bool = True) -> Iterator[tuple[str, int,
             entry = head[2] if head[1] else entry
         elif line.startswith(" "):
             lines.append(line)
+    overlapped = _overlapped(program)
     waiting = [(entry, 1, False)]
     while waiting:
         name, times, aside = waiting.pop()
         for line in bodies.get(name, ()):
-            yield line, times, aside
+            named = _OPERATION.match(line)
+            meanwhile = aside or (named is not None and named[1] in overlapped)
+            yield line, times, meanwhile
             if _COLLECTIVE.search(line) or (not fusions and " fusion(" in line):
                 continue
             trips = _TRIPS.search(line) if " while(" in line else None
@@ -131,7 +134,24 @@ def _executed(program: str, *, fusions: bool = True) -> Iterator[tuple[str, int,
             called = _CALLED.findall(line)
             for branches in _BRANCHES.findall(line):
                 called += re.findall(r"[\w.\-]+", branches)
-            waiting += [(c, often, aside or " async-start(" in line) for c in called]
+            waiting += [(c, often, meanwhile) for c in called]
+
+
+def _overlapped(program: str) -> set[str]:
+    """Names of what is started, and waited for only after something else has run."""
+    under_way: set[str] = set()
+    found: set[str] = set()
+    for line in program.splitlines():
+        if not (match := _OPERATION.match(line)):
+            continue
+        name, _, operation, operands = match.groups()
+        if operation.endswith("-start"):
+            under_way.add(name)
+        elif operation.endswith("-done"):
+            under_way -= set(_NAME.findall(operands))
+        elif operation in _CALLS or operation not in _MOVES_NOTHING:
+            found |= under_way
+    return found
 
 
 def _collective(line: str, match: re.Match[str], num_devices: int) -> Collective:
@@ -149,7 +169,7 @@ def _collective(line: str, match: re.Match[str], num_devices: int) -> Collective
     if kind == "reduce-scatter":
         total *= 1 if start else devices
     dtypes = "+".join(sorted({dtype for dtype, _ in arrays}))
-    return Collective(kind, dtypes, round(total), devices, asynchronous=start)
+    return Collective(kind, dtypes, round(total), devices)
 
 
 def _size(dtype: str, shape: str) -> int:
