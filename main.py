@@ -3,6 +3,7 @@
 Flags, the processes of a multi-host job, and dispatch on `config.mode`; no logic.
 """
 
+import atexit
 import contextlib
 import difflib
 import os
@@ -41,11 +42,12 @@ def main(_: list[str]) -> None:
     # Imported here, so that --help and mistakes in flags answer at once.
     from supcon_jax import hosts
     from supcon_jax.cli import one_line_errors
+    from supcon_jax.evaluate import evaluate
     from supcon_jax.linear_eval import linear_eval
     from supcon_jax.logs import setup_logging
     from supcon_jax.pretrain import pretrain
 
-    modes = {"pretrain": pretrain, "linear_eval": linear_eval}
+    modes = {"pretrain": pretrain, "linear_eval": linear_eval, "evaluate": evaluate}
     config = _CONFIG.value
     with one_line_errors():
         setup_logging()
@@ -153,8 +155,24 @@ def _stopped_early(*_: object) -> None:
     os._exit(int(code) if code.isdigit() and int(code) < 256 else 0)
 
 
+def _end(code: int) -> NoReturn:
+    """Ends the process once all that is registered for its end has run.
+
+    Threads of native libraries may still be in Python code here. The interpreter's own end
+    would take it away under them, and abort the process instead of giving it its code.
+    """
+    atexit._run_exitfuncs()
+    with contextlib.suppress(OSError, ValueError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(code)
+
+
 if __name__ == "__main__":
     # What native libraries have to say comes as errors too, worded for the user.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     signal.signal(signal.SIGTERM, _stopped_early)
-    app.run(main, flags_parser=parse_flags)
+    try:
+        app.run(main, flags_parser=parse_flags)
+    except SystemExit as end:
+        _end(end.code if isinstance(end.code, int) else 0)

@@ -12,7 +12,7 @@ def get_config() -> ConfigDict:
     """The defaults; locked, so that a misspelt key is an error."""
     config = ConfigDict()
 
-    config.mode = "pretrain"  # "pretrain" | "linear_eval"
+    config.mode = "pretrain"  # "pretrain" | "linear_eval" | "evaluate"
     config.seed = 0  # of initialisation, example order and augmentation
     config.batch_size = 256  # global, in images (each gives data.views views)
     config.microbatch_size = 0  # images that the encoder takes at a time; 0: all
@@ -22,7 +22,9 @@ def get_config() -> ConfigDict:
     config.eval_every = 0  # steps between evaluations; 0: only at the end
     config.checkpoint_every = 0  # steps between checkpoints; 0: only at the end
     config.keep_checkpoints = 2  # newest ones kept, beside the best by kNN
-    config.pretrained = ""  # linear_eval: workdir of the pretraining run, or "random"
+    # linear_eval: workdir of the pretraining run, or "random"; evaluate: of a run with a
+    # classifier
+    config.pretrained = ""
     config.next_config = ""  # config named in the next command at the end of a run
     config.compilation_cache = True  # keep compiled programs in the user's cache
     # Beside metrics.jsonl: "tensorboard" | "wandb" | "trackio", any number of them

@@ -16,7 +16,7 @@ def get_config(variant: str = ""):
     config.batch_size = 256
     config.epochs = 20.0
     config.log_every = 25
-    config.next_config = "configs/cross_entropy_digits.py"
+    config.next_config = "configs/evaluate_digits.py"
     digits.set_digits(config)
     config.data.views = 1
     config.optimizer.name = "rmsprop"

@@ -17,7 +17,7 @@ import logging
 import os
 import pathlib
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -353,6 +353,47 @@ def restore_encoder(
       encoder = create_encoder("resnet8", stem="cifar")
       embeddings = encoder.apply(variables, images, train=False)
     """
+    item = "encoder_average" if average else "encoder"
+
+    def read(manager: ocp.CheckpointManager, directory: pathlib.Path, at: int) -> Any:
+        return _read_encoder(manager, directory, at, item, sharding)
+
+    return _read_newest(
+        workdir,
+        read,
+        step=step,
+        check=lambda path: _check_has_encoder(path, workdir, item),
+    )
+
+
+def restore_state(
+    workdir: str | pathlib.Path, abstract_state: TrainState
+) -> TrainState:
+    """The newest whole state of another run, which is left as it is.
+
+    Args:
+      workdir: the run's workdir.
+      abstract_state: shapes and shardings to restore into.
+
+    Raises:
+      ValueError: there is no checkpoint, or none that is whole.
+    """
+    abstract = _split(abstract_state)
+
+    def read(manager: ocp.CheckpointManager, directory: pathlib.Path, at: int) -> Any:
+        return _join(_read(manager, directory, at, abstract)[0])
+
+    return _read_newest(workdir, read)
+
+
+def _read_newest(
+    workdir: str | pathlib.Path,
+    read: Callable[[ocp.CheckpointManager, pathlib.Path, int], Any],
+    *,
+    step: int | None = None,
+    check: Callable[[pathlib.Path], None] = lambda path: None,
+) -> Any:
+    """What `read` makes of the newest step, or of the one named, that is whole."""
     directory = checkpoint_dir(workdir)
     if not storage.is_dir(directory):
         raise ValueError(f"no checkpoints in {workdir}: it is not a run's workdir")
@@ -360,7 +401,6 @@ def restore_encoder(
     handlers: dict[str, Any] = {n: ocp.StandardCheckpointHandler() for n in ITEMS}
     handlers[RECORD] = ocp.JsonCheckpointHandler()
     options = ocp.CheckpointManagerOptions(create=False, save_interval_steps=0)
-    item = "encoder_average" if average else "encoder"
     with ocp.CheckpointManager(
         directory, options=options, item_handlers=handlers
     ) as manager:
@@ -370,9 +410,9 @@ def restore_encoder(
             raise ValueError(f"no {wanted} in {directory}; has the run saved one yet?")
         reasons: dict[int, str] = {}
         for candidate in steps if step is None else [step]:
-            _check_has_encoder(directory / str(candidate), workdir, item)
+            check(directory / str(candidate))
             try:
-                found = _read_encoder(manager, directory, candidate, item, sharding)
+                found = read(manager, directory, candidate)
             except Exception as error:  # Orbax and what it stands on raise all kinds
                 reasons[candidate] = _reason(error)
                 continue

@@ -10,6 +10,7 @@ of them, with the same code and a line that names it.
 from __future__ import annotations
 
 import contextlib
+import dis
 import importlib.metadata
 import os
 import pathlib
@@ -122,14 +123,23 @@ def bug_report() -> str:
 
 
 def _raised_by_us(error: BaseException) -> bool:
-    """Whether the frame that raised it is in this package, in main.py or in a config."""
-    last = traceback.extract_tb(error.__traceback__)[-1:]
-    for frame in last:
-        path = pathlib.Path(frame.filename).resolve()
-        main = getattr(sys.modules.get("__main__"), "__file__", None)
-        ours = _OURS in path.parents or path.parent.name == "configs"
-        return ours or (main is not None and path == pathlib.Path(main).resolve())
-    return True
+    """Whether a `raise` in this package, in main.py or in a config made it.
+
+    What Python raises by itself in our lines (a tuple of the wrong length, a number that
+    cannot be read) has no words for the user: it is a bug.
+    """
+    place = error.__traceback__
+    if place is None:
+        return True
+    while place.tb_next is not None:
+        place = place.tb_next
+    code = place.tb_frame.f_code
+    if code.co_code[place.tb_lasti] != dis.opmap["RAISE_VARARGS"]:
+        return False
+    path = pathlib.Path(code.co_filename).resolve()
+    main = getattr(sys.modules.get("__main__"), "__file__", None)
+    ours = _OURS in path.parents or path.parent.name == "configs"
+    return ours or (main is not None and path == pathlib.Path(main).resolve())
 
 
 def _first_line(text: str) -> str:

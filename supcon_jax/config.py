@@ -132,7 +132,7 @@ _FLAG = Rule(lambda value: isinstance(value, bool), "True, False")
 # own again; tests hold the defaults to those of configs/common.py, where each key has its
 # meaning beside it.
 KEYS: dict[str, Key] = {
-    "mode": Key("pretrain", _one_of(("pretrain", "linear_eval"))),
+    "mode": Key("pretrain", _one_of(("pretrain", "linear_eval", "evaluate"))),
     "seed": Key(0, _number(0, 2**31 - 1)),
     "batch_size": Key(256, _number(1)),
     "microbatch_size": Key(0, _number(0)),
@@ -260,6 +260,21 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         path = f"{prefix}{key}"
         flat |= flatten(value, path + ".") if isinstance(value, dict) else {path: value}
     return flat
+
+
+def config_of(saved: dict[str, Any]) -> ConfigDict:
+    """The config of a run from its config.json; what it lacks has its default."""
+    flat = {key: known.default for key, known in KEYS.items()}
+    flat |= {key: value for key, value in flatten(saved).items() if key in KEYS}
+    nested: dict[str, Any] = {}
+    for key, value in flat.items():
+        *sections, name = key.split(".")
+        section = nested
+        for part in sections:
+            section = section.setdefault(part, {})
+        # JSON has no tuples.
+        section[name] = tuple(value) if isinstance(value, list) else value
+    return ConfigDict(nested)
 
 
 def unknown_key(key: str) -> str:

@@ -1,8 +1,12 @@
-"""Pictures of a run. matplotlib is imported when one is drawn; without it there is none."""
+"""Pictures of a run and of an evaluation. matplotlib is imported when one is drawn; without it there is none."""
 
 from __future__ import annotations
 
 import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
 
 from supcon_jax.metrics import METRICS
 from supcon_jax.writers import read_metrics
@@ -17,12 +21,9 @@ def plot_curves(workdir: pathlib.Path) -> pathlib.Path | None:
     records = read_metrics(workdir)
     if len(records) < 2:
         return None
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
+    if (figure := _figure(9, 3.5)) is None:
         return None
     panels = {"loss": (1, "loss"), "accuracy": (100, "accuracy (%)")}
-    figure = Figure(figsize=(9, 3.5), layout="constrained")
     axes = dict(zip(panels, figure.subplots(1, len(panels)), strict=True))
     for name, metric in METRICS.items():
         factor, _ = panels.get(metric.panel, (1, ""))
@@ -36,7 +37,97 @@ def plot_curves(workdir: pathlib.Path) -> pathlib.Path | None:
         if axis.lines:
             axis.legend(fontsize="small")
         axis.grid(alpha=0.3)
-    path = workdir / "figures" / "curves.png"
+    return _save(figure, workdir, "curves")
+
+
+def plot_reliability(
+    workdir: pathlib.Path,
+    before: tuple[np.ndarray, np.ndarray, np.ndarray],
+    after: tuple[np.ndarray, np.ndarray, np.ndarray],
+) -> pathlib.Path | None:
+    """Draws `figures/reliability.png`: how often predictions are right, by confidence.
+
+    Args:
+      workdir: a folder.
+      before, after: `calibration.reliability` without and with temperature scaling.
+    """
+    if (figure := _figure(8, 4)) is None:
+        return None
+    titles = ("as trained", "with temperature scaling")
+    panels = figure.subplots(1, 2, sharey=True)
+    for axis, title, (counts, mean, share) in zip(
+        panels, titles, (before, after), strict=True
+    ):
+        bins = len(counts)
+        centres = (np.arange(bins) + 0.5) / bins
+        full = counts > 0
+        axis.plot([0, 1], [0, 1], "k--", linewidth=1, label="calibrated")
+        axis.bar(
+            centres[full], share[full], width=0.9 / bins, alpha=0.8, label="share right"
+        )
+        axis.plot(mean[full], share[full], "o", markersize=3, color="tab:red")
+        axis.bar(
+            centres,
+            counts / max(counts.sum(), 1),
+            width=0.9 / bins,
+            color="0.6",
+            alpha=0.5,
+            label="share of predictions",
+        )
+        axis.set(title=title, xlabel="confidence", xlim=(0, 1), ylim=(0, 1))
+        axis.grid(alpha=0.3)
+    panels[0].set_ylabel("share")
+    panels[0].legend(fontsize="small", loc="upper left")
+    return _save(figure, workdir, "reliability")
+
+
+def plot_confusion(
+    workdir: pathlib.Path, matrix: np.ndarray, names: Sequence[str] = ()
+) -> pathlib.Path | None:
+    """Draws `figures/confusion.png`: classes by what they were taken for, in percent.
+
+    Args:
+      workdir: a folder.
+      matrix: `[C, C]` counts, rows are the true classes.
+      names: of the classes.
+    """
+    count = len(matrix)
+    side = min(max(4.0, 0.45 * count + 1.5), 14.0)
+    if (figure := _figure(side + 1, side)) is None:
+        return None
+    share = 100 * matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
+    axis = figure.subplots()
+    image = axis.imshow(share, cmap="Blues", vmin=0, vmax=100)
+    figure.colorbar(image, ax=axis, label="% of the class", shrink=0.8)
+    axis.set(xlabel="predicted", ylabel="class")
+    if count <= 30:
+        labels = [str(name)[:16] for name in names] or [str(c) for c in range(count)]
+        axis.set_xticks(range(count), labels, rotation=90 if names else 0)
+        axis.set_yticks(range(count), labels)
+        for row, column in np.argwhere(matrix > 0):
+            axis.text(
+                column,
+                row,
+                f"{share[row, column]:.0f}",
+                ha="center",
+                va="center",
+                fontsize=7,
+                color="white" if share[row, column] > 50 else "black",
+            )
+    return _save(figure, workdir, "confusion")
+
+
+def _figure(width: float, height: float) -> Any:
+    """An empty figure; None without matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return None
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _save(figure: Any, workdir: pathlib.Path, name: str) -> pathlib.Path:
+    path = workdir / "figures" / f"{name}.png"
     path.parent.mkdir(exist_ok=True)
     figure.savefig(path, dpi=120)
     return path

@@ -81,6 +81,17 @@ METRICS: dict[str, Metric] = {
     "eval/top1": Metric("top-1 {:.2%}", "accuracy", "o-", on_end=True),
     "eval/top5": Metric("top-5 {:.2%}", on_end=True),
     "eval/loss": Metric("test loss {:.4f}", "loss", "o-"),
+    "eval/mean_class_accuracy": Metric("mean per class {:.2%}"),
+    "eval/ece": Metric("ECE {:.4f}", on_end=True),
+    "eval/ece_adaptive": Metric("adaptive ECE {:.4f}"),
+    "eval/ece_classwise": Metric("classwise ECE {:.4f}"),
+    "eval/brier": Metric("Brier score {:.4f}"),
+    "eval/temperature": Metric("temperature {:.3f}"),
+    "eval/scaled_loss": Metric("test loss, scaled {:.4f}"),
+    "eval/scaled_ece": Metric("ECE, scaled {:.4f}", on_end=True),
+    "eval/scaled_ece_adaptive": Metric("adaptive ECE, scaled {:.4f}"),
+    "eval/scaled_ece_classwise": Metric("classwise ECE, scaled {:.4f}"),
+    "eval/scaled_brier": Metric("Brier score, scaled {:.4f}"),
     "eval/num_examples": Metric("on {:,.0f} images", on_end=True),
 }
 

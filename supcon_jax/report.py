@@ -5,12 +5,14 @@ from __future__ import annotations
 import itertools
 import logging
 import os
+import pathlib
 import shlex
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
+from ml_collections import ConfigDict
 
 from supcon_jax import optimizers, storage
 from supcon_jax.builders import num_microbatches, scaled_learning_rate
@@ -123,35 +125,58 @@ def measure_input(batches: Iterator[Batch], batch_size: int) -> Iterator[Batch]:
 
 
 def report_end(run: Run, final: dict[str, Any]) -> dict[str, Any]:
-    """Prints the result, where it lies and the next command; returns the result."""
+    """Prints the result of a training run; returns it."""
     if jax.process_index() == 0:
-        result = on_end(final)
-        logger.info("")
-        if run.skipped:
-            logger.info("Skipped: %d images that cannot be decoded:", len(run.skipped))
-            for name, reason in run.skipped.items():
-                logger.info("         %s: %s", name, reason)
-        logger.info("Result:  %s", ", ".join(result) or "trained, not evaluated")
-        logger.info("Workdir: %s", storage.shown(run.workdir))
         try:
             picture = plot_curves(run.folder)
         except OSError as error:
             logger.warning("warning: no curves are drawn: %s", error.strerror)
             picture = None
-        if picture:
-            where = storage.join(run.workdir, *picture.relative_to(run.folder).parts)
-            logger.info("Curves:  %s", storage.shown(where))
-        if run.config.next_config:
-            logger.info("Next:    %s", next_command(run))
+        report_result(
+            run.config, run.workdir, final, skipped=run.skipped, pictures=[picture]
+        )
     return final
 
 
-def next_command(run: Run) -> str:
+def report_result(
+    config: ConfigDict,
+    workdir: pathlib.Path,
+    final: dict[str, Any],
+    *,
+    skipped: dict[str, str],
+    pictures: Iterable[pathlib.Path | None],
+) -> None:
+    """Prints what came out, where it lies and the next command.
+
+    Args:
+      config: of the run.
+      workdir: where everything is, or will be when it has been uploaded.
+      final: metrics.
+      skipped: images that could not be decoded, and why.
+      pictures: in `figures/`, of the workdir or of its local copy.
+    """
+    logger.info("")
+    if skipped:
+        logger.info("Skipped: %d images that cannot be decoded:", len(skipped))
+        for name, reason in skipped.items():
+            logger.info("         %s: %s", name, reason)
+    result = on_end(final)
+    logger.info("Result:  %s", ", ".join(result) or "trained, not evaluated")
+    logger.info("Workdir: %s", storage.shown(workdir))
+    for picture in pictures:
+        if picture:
+            label = "Curves" if picture.stem == "curves" else "Figure"
+            where = storage.join(workdir, "figures", picture.name)
+            logger.info("%s:  %s", label, storage.shown(where))
+    if config.next_config:
+        logger.info("Next:    %s", next_command(config, workdir))
+
+
+def next_command(config: ConfigDict, workdir: pathlib.Path) -> str:
     """The command line that goes on from a run."""
-    config = run.config
     command = ["python", "main.py", f"--config={config.next_config}"]
-    if config.mode == "pretrain":
-        command.append(f"--config.pretrained={storage.shown(run.workdir)}")
+    if config.mode != "evaluate":  # what comes next takes the model of this run
+        command.append(f"--config.pretrained={storage.shown(workdir)}")
     for key in ("dir", "root"):
         if config.data[key]:
             command.append(f"--config.data.{key}={config.data[key]}")

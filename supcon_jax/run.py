@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import logging
 import os
@@ -201,19 +202,7 @@ def open_sources(config: ConfigDict) -> tuple[Source, Source]:
       ValueError: data or batch size cannot be used, in one line.
     """
     data = config.data
-
-    def open_split(split: str) -> Source:
-        source = open_source(
-            data.name,
-            split,
-            dir=data.dir,
-            root=data.root,
-            image_key=data.image_key,
-            label_key=data.label_key,
-            skip_errors=data.skip_errors,
-        )
-        return load_small(source, data.image_size)
-
+    open_split = functools.partial(_open_split, config)
     if data.fake:
         train, evaluation = (open_source("synthetic", s) for s in ("train", "test"))
     elif data.validation_fraction:
@@ -249,6 +238,42 @@ def open_sources(config: ConfigDict) -> tuple[Source, Source]:
         )
     check_labels(config, train, evaluation)
     return train, evaluation
+
+
+def open_eval_source(config: ConfigDict) -> Source:
+    """The evaluation split, all labels read, without opening the training split.
+
+    With `data.validation_fraction` it is the share of train that is held out.
+
+    Raises:
+      ValueError: the data cannot be used, or no image has a label.
+    """
+    data = config.data
+    if data.validation_fraction:
+        _, source = open_sources(config)
+    else:
+        source = sources_of.read_labels(_open_split(config, data.eval_split))
+        check_image_size(source, data.image_size)
+    if not sources_of.has_labels(source):
+        raise ValueError(
+            f"no image of split {data.eval_split!r} of {data.name} has a label "
+            "(--config.data.eval_split)"
+        )
+    return source
+
+
+def _open_split(config: ConfigDict, split: str) -> Source:
+    data = config.data
+    source = open_source(
+        data.name,
+        split,
+        dir=data.dir,
+        root=data.root,
+        image_key=data.image_key,
+        label_key=data.label_key,
+        skip_errors=data.skip_errors,
+    )
+    return load_small(source, data.image_size)
 
 
 def check_positives(config: ConfigDict, source: Source) -> None:

@@ -44,6 +44,11 @@ def read_config(workdir: str | pathlib.Path) -> dict[str, Any] | None:
     return _read_json(storage.join(storage.absolute(workdir), "config.json"))
 
 
+def read_facts(workdir: str | pathlib.Path) -> dict[str, Any]:
+    """What a workdir's run.json says of its data and of the arrays that it was given."""
+    return _read_json(storage.join(storage.absolute(workdir), "run.json")) or {}
+
+
 def open_workdir(
     config: ConfigDict,
     workdir: str | pathlib.Path,
@@ -79,7 +84,7 @@ def open_workdir(
             "them; use another --workdir"
         )
     if theirs is not None and (started or finished_metrics(path)):
-        facts = _read_json(storage.join(path, "run.json")) or {}
+        facts = read_facts(path)
         known = facts.get("frozen", "")
         free = {"pretrained"} if frozen and known == frozen else set()
         _refuse_other_config(path, flatten(ours), flatten(theirs), free)

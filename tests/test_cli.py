@@ -61,6 +61,16 @@ def test_a_value_error_of_a_library_is_a_bug(capsys):
     assert re.search(r"Python 3\.\d+\.\d+, jax \d", told)
 
 
+def test_what_python_raises_in_our_own_lines_is_a_bug(capsys):
+    """It has no words for the user."""
+
+    def numbers():
+        exec(compile("a, b = 1, 2, 3", config.__file__, "exec"))
+
+    code, told = ended(numbers, capsys)
+    assert code == 1 and "too many values" in told and "this is a bug" in told
+
+
 def test_a_wrong_call_of_the_loss_is_a_mistake(capsys):
     code, told = ended(lambda: supcon_loss(np.zeros((4, 2), np.float32)), capsys)
     assert code == 2 and told.count("\n") == 1

@@ -51,8 +51,10 @@ LAYERS = {
     "supcon_jax.loop": 3,
     "supcon_jax.pretrain": 3,
     "supcon_jax.linear_eval": 3,
+    "supcon_jax.evaluate": 3,
+    "supcon_jax.pretrained": 3,
 }
-L0_PACKAGES = {"jax", "flax", "optax", "numpy"}
+L0_PACKAGES = {"jax", "flax", "optax", "numpy", "scipy"}
 HEAVY = {
     "tensorflow",
     "tensorflow_datasets",

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from supcon_jax import linear_eval, parallel, pretrain
+from supcon_jax import pretrained as pretrained_model
 from supcon_jax.checkpoint import Checkpointer, restore_encoder
 from supcon_jax.plan import create_plan
 from supcon_jax.run import open_run
@@ -95,7 +96,7 @@ def test_microbatches_change_nothing(pretrained, tmp_path):
     for size in (0, 8):
         config = linear_config(pretrained, microbatch_size=size)
         run = open_run(config, tmp_path / str(size))
-        variables = linear_eval.load_encoder(run.plan)
+        variables = pretrained_model.load_encoder(run.plan)
         state = jax.jit(run.plan.init, out_shardings=parallel.replicated(run.mesh))()
         batch = parallel.to_global(next(first_batches(run)), run.mesh)
         compiled = run.plan.lower().compile()
@@ -112,7 +113,7 @@ def test_microbatches_change_nothing(pretrained, tmp_path):
 def test_random_encoder_differs(pretrained, tmp_path):
     mesh = parallel.create_mesh()
     trained, random = (
-        linear_eval.load_encoder(
+        pretrained_model.load_encoder(
             create_plan(linear_config(name), mesh, num_classes=10, num_examples=1297)
         )
         for name in (pretrained, "random")
@@ -198,7 +199,7 @@ def test_the_average_is_used_when_asked(tmp_path):
         run = open_run(
             config,
             tmp_path / f"open_{use}",
-            load_frozen=lambda plan: (linear_eval.load_encoder(plan),),
+            load_frozen=lambda plan: (pretrained_model.load_encoder(plan),),
         )
         assert_trees_equal(run.frozen[0], average if use else raw)
         results[use] = linear_eval.linear_eval(config, tmp_path / f"linear_{use}")
@@ -218,9 +219,9 @@ def test_an_unfinished_pretraining_run_is_told(pretrained, tmp_path, caplog):
     lines = (copy / "metrics.jsonl").read_text().splitlines()
     (copy / "metrics.jsonl").write_text("\n".join(lines[:-1]) + "\n")
     with caplog.at_level(logging.WARNING, logger="supcon_jax"):
-        linear_eval.check_pretrained(linear_config(pretrained))
+        pretrained_model.check_pretrained(linear_config(pretrained))
         assert not caplog.records
-        linear_eval.check_pretrained(linear_config(copy))
+        pretrained_model.check_pretrained(linear_config(copy))
     assert "is not finished; its newest save is of step 12" in caplog.text
 
 

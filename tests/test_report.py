@@ -14,7 +14,7 @@ def test_next_command(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     config = pretrain_config(next_config="configs/linear_digits.py")
     run = open_run(config, "a run")
-    assert report.next_command(run) == (
+    assert report.next_command(run.config, run.workdir) == (
         "python main.py --config=configs/linear_digits.py '--config.pretrained=a run'"
     )
 

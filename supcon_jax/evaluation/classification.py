@@ -40,6 +40,20 @@ def classification_sums(
     return hits | {"loss": jnp.sum(losses), "num_examples": jnp.sum(mask)}
 
 
+def confusion_matrix(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """How often an example of class i was taken for class j, `[C, C]` counts."""
+    count = logits.shape[1]
+    predicted = np.argmax(logits, axis=1)
+    cells = np.bincount(np.asarray(labels) * count + predicted, minlength=count * count)
+    return cells.reshape(count, count)
+
+
+def class_accuracies(matrix: np.ndarray) -> np.ndarray:
+    """Share of each class that was recognised, `[C]`; NaN where it has no example."""
+    with np.errstate(invalid="ignore"):
+        return np.diag(matrix) / matrix.sum(axis=1)
+
+
 def summarize(sums: Iterable[dict[str, jax.Array]]) -> dict[str, float]:
     """Means over a split from the sums of its batches, as `eval/*` metrics.
 

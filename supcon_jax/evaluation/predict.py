@@ -25,7 +25,7 @@ class Predictor:
     """Runs a frozen encoder, and a classifier on it, over the examples of a source.
 
     Variables are `{"encoder": {"params": ..., "batch_stats": ...}, "head": ...}`;
-    the head's are needed by `classify` only.
+    the head's are needed by `classify` and `predict`.
 
     Args:
       encoder: images `[N, S, S, 3]` to embeddings.
@@ -61,8 +61,13 @@ class Predictor:
         self._embed = jit(
             functools.partial(embed_step, encoder=encoder, normalize=normalize)
         )
-        self._classify = None
+        self._classify = self._logits = None
         if head is not None:
+            self._logits = jit(
+                functools.partial(
+                    logits_step, encoder=encoder, head=head, normalize=normalize
+                )
+            )
             self._classify = jit(
                 functools.partial(
                     classify_step, encoder=encoder, head=head, normalize=normalize
@@ -100,6 +105,24 @@ class Predictor:
             step(variables, batch) for batch in self._batches(source, label)
         )
 
+    def predict(
+        self, variables: Any, source: Source, *, label: str = "evaluating"
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Logits `[n, C]`, labels `[n]` and places in the source `[n]`, in order.
+
+        Raises:
+          ValueError: there is no head.
+        """
+        if self._logits is None:
+            raise ValueError("this Predictor has no head; it can only embed")
+        parts = [
+            jax.device_get(self._logits(variables, batch))
+            for batch in self._batches(source, label)
+        ]
+        logits, labels, mask = (np.concatenate(p) for p in zip(*parts, strict=True))
+        rows = np.flatnonzero(mask)  # batches hold the examples in order
+        return logits[rows], labels[rows], rows
+
     def _batches(self, source: Source, label: str) -> Iterator[Batch]:
         batches = parallel.prefetch_to_devices(self._eval_batches(source), self._mesh)
         total = num_eval_batches(source, self._batch_size)
@@ -121,6 +144,22 @@ def embed_step(
     return embeddings, batch["label"], batch["mask"]
 
 
+def logits_step(
+    variables: Any,
+    batch: Batch,
+    *,
+    encoder: nn.Module,
+    head: nn.Module,
+    normalize: Callable[[jax.Array], jax.Array],
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Logits, labels and mask of one padded batch."""
+    embeddings, labels, mask = embed_step(
+        variables, batch, encoder=encoder, normalize=normalize
+    )
+    logits: Any = head.apply(variables["head"], embeddings, train=False)
+    return logits, labels, mask
+
+
 def classify_step(
     variables: Any,
     batch: Batch,
@@ -130,8 +169,6 @@ def classify_step(
     normalize: Callable[[jax.Array], jax.Array],
 ) -> dict[str, jax.Array]:
     """`classification_sums` of one padded batch."""
-    embeddings, labels, mask = embed_step(
-        variables, batch, encoder=encoder, normalize=normalize
+    return classification_sums(
+        *logits_step(variables, batch, encoder=encoder, head=head, normalize=normalize)
     )
-    logits: Any = head.apply(variables["head"], embeddings, train=False)
-    return classification_sums(logits, labels, mask)

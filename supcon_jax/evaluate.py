@@ -1,0 +1,225 @@
+"""Evaluation of a finished classifier: accuracy, calibration, confusion, predictions."""
+
+from __future__ import annotations
+
+import csv
+import logging
+import os
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from supcon_jax import builders, parallel, storage
+from supcon_jax.checkpoint import digest
+from supcon_jax.config import check_config
+from supcon_jax.data.identity import identify
+from supcon_jax.data.sources import Source
+from supcon_jax.evaluation import calibration
+from supcon_jax.evaluation.classification import (
+    class_accuracies,
+    classification_sums,
+    confusion_matrix,
+    summarize,
+)
+from supcon_jax.evaluation.predict import Predictor
+from supcon_jax.figures import plot_confusion, plot_reliability
+from supcon_jax.logs import add_log_file
+from supcon_jax.pretrained import TrainedModel, check_encoder_keys, load_model
+from supcon_jax.report import report_result
+from supcon_jax.run import agree_on_config, open_eval_source, setup_compilation_cache
+from supcon_jax.stop import StopRequests
+from supcon_jax.workdir import (
+    check_shared,
+    finished_metrics,
+    leave,
+    local_folder,
+    open_workdir,
+)
+from supcon_jax.writers import MetricWriter, check_installed
+
+logger = logging.getLogger(__name__)
+FIGURES = ("reliability", "confusion")
+
+
+def evaluate(config: ConfigDict, workdir: str | pathlib.Path) -> dict[str, Any]:
+    """Evaluates the classifier of another run and returns the metrics.
+
+    Writes `metrics.jsonl` (`eval/...`), `predictions.npz` (logits `[n, C]`, labels `[n]`
+    and ids `[n]`, places in the split), `classes.csv`, `confusion.csv` and figures.
+
+    Args:
+      config: see configs/common.py; `mode` is "evaluate" and `pretrained` names the
+        workdir of a linear evaluation, or of a run with a classifier of its own.
+      workdir: folder of this evaluation; the same call prints what it holds.
+
+    Raises:
+      ValueError: a config, data, workdir or run that cannot be used, in one line.
+    """
+    check_config(config)
+    with StopRequests() as stop, stop.interruptible():
+        agree_on_config(config)
+        check_shared(workdir)
+        check_installed(config.writers)
+        setup_compilation_cache(enabled=config.compilation_cache)
+        mesh = parallel.create_mesh()
+        parallel.check_batch_size(config.batch_size, mesh)
+        model = load_model(config.pretrained, mesh, average=config.encoder_average.use)
+        check_encoder_keys(config, model.config.to_dict())
+        source = open_eval_source(config)
+        if source.num_classes != model.num_classes:
+            raise ValueError(
+                f"split {config.data.eval_split!r} of {config.data.name} has "
+                f"{source.num_classes} classes, the classifier in {config.pretrained} "
+                f"{model.num_classes} (--config.data.name, --config.pretrained)"
+            )
+        path = open_workdir(
+            config,
+            workdir,
+            frozen=digest(model.variables),
+            data={"evaluation": identify(source)},
+        )
+        try:
+            logger.info("workdir %s", storage.shown(path))
+            folder = local_folder(path)
+            metrics = finished_metrics(path)
+            if metrics is None:
+                metrics = _evaluate(config, folder, model, source, mesh)
+            else:
+                logger.info("this evaluation is complete; another --workdir repeats it")
+            if jax.process_index() == 0:
+                pictures = [folder / "figures" / f"{name}.png" for name in FIGURES]
+                report_result(
+                    config,
+                    path,
+                    metrics,
+                    skipped=source.unreadable.reasons,
+                    pictures=[picture for picture in pictures if picture.exists()],
+                )
+        finally:
+            leave(path)
+    return metrics
+
+
+def _evaluate(
+    config: ConfigDict,
+    path: pathlib.Path,
+    model: TrainedModel,
+    source: Source,
+    mesh: Mesh,
+) -> dict[str, float]:
+    """Runs the model over a source and writes what came out."""
+    log_file = add_log_file(path)
+    try:
+        logger.info(
+            "evaluating the classifier of step %d in %s on %s images of %s",
+            model.step,
+            config.pretrained,
+            f"{source.num_examples:,}",
+            config.data.name,
+        )
+        predictor = Predictor(
+            model.encoder,
+            model.head,
+            normalize=builders.build_normalization(config),
+            mesh=mesh,
+            batch_size=config.batch_size,
+            image_size=config.data.image_size,
+            resize=config.data.eval_resize,
+        )
+        logits, labels, ids = predictor.predict(model.variables, source)
+        known = labels >= 0
+        if left := int(np.sum(~known)):
+            logger.info("without a label, and left out: %s images", f"{left:,}")
+        predictions = logits[known], labels[known], ids[known]
+        metrics = classification_metrics(*predictions[:2])
+        if jax.process_index() == 0:
+            write_predictions(path, *predictions, source.class_names)
+        # Last, because a final line says that the evaluation is complete.
+        writer = MetricWriter(
+            path,
+            total_steps=max(model.step, 1),
+            steps_per_epoch=max(model.step, 1),
+            start_step=0,
+            writers=config.writers,
+            project=config.project,
+            config=config.to_dict(),
+        )
+        writer.write(model.step, metrics, final=True)
+        writer.close()
+        return metrics
+    finally:
+        logging.getLogger("supcon_jax").removeHandler(log_file)
+        log_file.close()
+
+
+def classification_metrics(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """Every `eval/*` number of logits `[n, C]` and labels `[n]`.
+
+    Those named `scaled` are of logits that were divided by a temperature; it is fitted on
+    one half of the split for the other (`calibration.scale_by_halves`).
+    """
+    arrays = map(jnp.asarray, (logits, labels, np.ones(len(labels), np.float32)))
+    metrics = summarize([classification_sums(*arrays)])
+    accuracies = class_accuracies(confusion_matrix(logits, labels))
+    metrics["eval/mean_class_accuracy"] = float(np.nanmean(accuracies))
+    scaled, metrics["eval/temperature"] = calibration.scale_by_halves(logits, labels)
+    for prefix, values in (("", logits), ("scaled_", scaled)):
+        functions = {
+            "loss": calibration.negative_log_likelihood,
+            "ece": calibration.expected_calibration_error,
+            "ece_adaptive": calibration.adaptive_calibration_error,
+            "ece_classwise": calibration.classwise_calibration_error,
+            "brier": calibration.brier_score,
+        }
+        metrics |= {
+            f"eval/{prefix}{name}": function(values, labels)
+            for name, function in functions.items()
+        }
+    return metrics
+
+
+def write_predictions(
+    path: pathlib.Path,
+    logits: np.ndarray,
+    labels: np.ndarray,
+    ids: np.ndarray,
+    names: tuple[str, ...],
+) -> None:
+    """Writes predictions, the two tables of classes and the figures of an evaluation."""
+    temporary = path / "predictions.tmp.npz"
+    np.savez_compressed(temporary, logits=logits, labels=labels, ids=ids)
+    os.replace(temporary, path / "predictions.npz")
+    matrix = confusion_matrix(logits, labels)
+    accuracies = class_accuracies(matrix)
+    known = names or tuple(str(number) for number in range(len(matrix)))
+    with (path / "classes.csv").open("w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["class", "name", "examples", "accuracy"])
+        for number, name in enumerate(known):
+            accuracy = accuracies[number]
+            shown = "" if np.isnan(accuracy) else f"{accuracy:.6f}"
+            table.writerow([number, name, matrix[number].sum(), shown])
+    with (path / "confusion.csv").open("w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["class", *known])
+        table.writerows(
+            [name, *row] for name, row in zip(known, matrix.tolist(), strict=True)
+        )
+    scaled, _ = calibration.scale_by_halves(logits, labels)
+    diagrams = []
+    for values in (logits, scaled):
+        p = np.exp(calibration.log_probabilities(values))
+        correct = p.argmax(axis=1) == labels
+        diagrams.append(calibration.reliability(p.max(axis=1), correct))
+    plot_reliability(path, *diagrams)
+    plot_confusion(path, matrix, names)
+    worst = np.argsort(np.nan_to_num(accuracies, nan=2.0), kind="stable")[:5]
+    logger.info(
+        "least recognised: %s",
+        ", ".join(f"{known[c]} {accuracies[c]:.1%}" for c in worst),
+    )

@@ -1,0 +1,115 @@
+"""Out-of-distribution detection: whether an image is unlike those of the training."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from supcon_jax.models.heads import l2_normalize
+
+
+class Detection(NamedTuple):
+    """How well a score tells in-distribution examples, the positives, from others.
+
+    Attributes:
+      auroc: chance that an in-distribution example has the higher score; ties count
+        half.
+      fpr95: share of the others whose score is at least the largest threshold that 95 %
+        of the in-distribution examples reach.
+      aupr: average precision, `sum_k (R_k - R_{k-1}) P_k` over falling thresholds.
+    """
+
+    auroc: float
+    fpr95: float
+    aupr: float
+
+
+def detection(inside: np.ndarray, outside: np.ndarray) -> Detection:
+    """Compares the scores of in-distribution examples with those of others.
+
+    Args:
+      inside: `[n]`, higher for what is more like the training images.
+      outside: `[m]`, of a second source of data.
+
+    Source: Hendrycks and Gimpel, arXiv 1610.02136, section 2; FPR at 95 % TPR as in
+    Liang et al., arXiv 1706.02690.
+    """
+    scores = np.concatenate([inside, outside]).astype(np.float64)
+    is_inside = np.arange(len(scores)) < len(inside)
+    order = np.argsort(-scores, kind="stable")
+    scores, is_inside = scores[order], is_inside[order]
+    # One threshold for each distinct score: what is tied is taken together.
+    last = np.append(np.flatnonzero(np.diff(scores)), len(scores) - 1)
+    true = np.cumsum(is_inside)[last].astype(np.float64)
+    false = np.cumsum(~is_inside)[last].astype(np.float64)
+    recall, fpr = true / len(inside), false / len(outside)
+    steps = np.diff(np.append(0.0, recall))
+    return Detection(
+        auroc=float(np.trapezoid(np.append(0.0, recall), np.append(0.0, fpr))),
+        fpr95=float(fpr[np.argmax(recall >= 0.95)]),
+        aupr=float(np.sum(steps * true / (true + false))),
+    )
+
+
+def max_softmax_scores(logits: np.ndarray) -> np.ndarray:
+    """The largest probability of each example, `[n]`.
+
+    Source: Hendrycks and Gimpel, arXiv 1610.02136.
+    """
+    return np.asarray(jax.nn.softmax(jnp.asarray(logits, jnp.float32)).max(axis=-1))
+
+
+def knn_scores(
+    bank: np.ndarray, queries: np.ndarray, *, k: int = 50, chunk: int = 1024
+) -> np.ndarray:
+    """Minus the distance to the k-th nearest training embedding, of unit length, `[n]`.
+
+    Args:
+      bank: `[n, D]` training embeddings.
+      queries: `[q, D]`.
+      k: neighbour; at most those that there are.
+      chunk: queries at a time.
+
+    Source: Sun et al., Out-of-Distribution Detection with Deep Nearest Neighbors, arXiv
+    2204.06507; k = 50 is theirs for CIFAR.
+    """
+    known = l2_normalize(jnp.asarray(bank, jnp.float32))
+    k, found = min(k, len(bank)), []
+    for start in range(0, len(queries), chunk):
+        part = l2_normalize(jnp.asarray(queries[start : start + chunk], jnp.float32))
+        cosine = jnp.matmul(part, known.T, precision=jax.lax.Precision.HIGHEST)
+        kth = jax.lax.top_k(cosine, k)[0][:, -1]
+        found.append(-jnp.sqrt(jnp.maximum(2.0 - 2.0 * kth, 0.0)))
+    return np.concatenate([np.asarray(part) for part in found])
+
+
+def mahalanobis_scores(
+    bank: np.ndarray, bank_labels: np.ndarray, queries: np.ndarray
+) -> np.ndarray:
+    """Minus the squared Mahalanobis distance to the nearest class mean, `[n]`.
+
+    `-min_c (x - m_c)^T S^+ (x - m_c)` with the covariance S of all classes about their
+    means, and its pseudo-inverse where embeddings do not fill their dimensions.
+
+    Args:
+      bank: `[n, D]` training embeddings.
+      bank_labels: `[n]`; examples with a label below 0 have none and are left out.
+      queries: `[q, D]`.
+
+    Source: Lee et al., arXiv 1807.03888, Equation 2, on the last embedding.
+    """
+    labels = np.asarray(bank_labels)
+    x = np.asarray(bank, np.float64)[labels >= 0]
+    _, place = np.unique(labels[labels >= 0], return_inverse=True)
+    means = np.stack([x[place == c].mean(axis=0) for c in range(place.max() + 1)])
+    centred = x - means[place]
+    precision = np.linalg.pinv(centred.T @ centred / len(x), hermitian=True)
+    # |W^T (x - m)|^2 with precision = W W^T: no [q, C, D] array.
+    values, vectors = np.linalg.eigh(precision)
+    root = vectors * np.sqrt(np.maximum(values, 0.0))
+    q, m = np.asarray(queries, np.float64) @ root, means @ root
+    squared = np.sum(q**2, 1)[:, None] - 2.0 * q @ m.T + np.sum(m**2, 1)
+    return -np.maximum(squared, 0.0).min(axis=1)

@@ -1,0 +1,223 @@
+"""The model of another run: its encoder for stage 2, with its classifier for evaluation."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+from typing import Any
+
+import flax.linen as nn
+import jax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from supcon_jax import parallel, storage
+from supcon_jax.checkpoint import (
+    digest,
+    restore_encoder,
+    restore_state,
+    saved_steps,
+)
+from supcon_jax.config import ENCODER_KEYS, config_of, flatten
+from supcon_jax.objectives import OBJECTIVES
+from supcon_jax.plan import Plan, create_plan, init_encoder
+from supcon_jax.workdir import finished_metrics, read_config, read_facts
+
+logger = logging.getLogger(__name__)
+PyTree = Any
+RANDOM = "random"
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainedModel:
+    """An encoder and the classifier that was trained on it.
+
+    Attributes:
+      config: of the run that trained the classifier.
+      step: of its checkpoint.
+      num_classes: C.
+      encoder: images to embeddings.
+      head: embeddings to logits.
+      variables: `{"encoder": ..., "head": ...}` of both, on every device.
+    """
+
+    config: ConfigDict
+    step: int
+    num_classes: int
+    encoder: nn.Module
+    head: nn.Module
+    variables: dict[str, PyTree]
+
+
+def check_pretrained(config: ConfigDict) -> None:
+    """Refuses a pretraining run that is missing or has another encoder.
+
+    Raises:
+      ValueError: naming both encoders, or the command that makes the run.
+    """
+    workdir = config.pretrained
+    if workdir == RANDOM:
+        return
+    theirs = read_config(workdir) if workdir else None
+    if theirs is None or theirs.get("mode") != "pretrain":
+        raise ValueError(
+            f"no pretraining run in {workdir!r}; run the pretraining config first, or "
+            "name its workdir (--config.pretrained; 'random' is an untrained encoder)"
+        )
+    _warn_if_unfinished(workdir)
+    check_encoder_keys(config, theirs)
+
+
+def check_encoder_keys(config: ConfigDict, theirs: dict[str, Any]) -> None:
+    """Refuses a config whose encoder or scaling of images is not that of another run.
+
+    Raises:
+      ValueError: naming the key and both values.
+    """
+    workdir = config.pretrained
+    ours, theirs = flatten(config.to_dict()), flatten(theirs)
+    for key in ENCODER_KEYS:
+        # config.json holds lists where a ConfigDict holds tuples.
+        ours_value, theirs_value = (
+            list(value) if isinstance(value, tuple) else value
+            for value in (ours[key], theirs.get(key))
+        )
+        if ours_value != theirs_value:
+            raise ValueError(
+                f"the run {workdir} has {key}={theirs_value!r}, this config "
+                f"has {ours_value!r}; set --config.{key} or another --config.pretrained"
+            )
+
+
+def load_encoder(plan: Plan) -> PyTree:
+    """The frozen encoder's variables, on every device."""
+    config, replicated = plan.config, parallel.replicated(plan.mesh)
+    if config.pretrained == RANDOM:
+        init = functools.partial(init_encoder, plan)
+        return jax.jit(init, out_shardings=replicated)()
+    variables = restore_encoder(
+        config.pretrained, average=config.encoder_average.use, sharding=replicated
+    )
+    (expected,) = plan.abstract_frozen()
+    shapes = [
+        {
+            jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape
+            for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+        }
+        for tree in (variables, expected)
+    ]
+    for name in sorted(shapes[0].keys() | shapes[1].keys()):
+        theirs, ours = (known.get(name) for known in shapes)
+        if theirs != ours:
+            raise ValueError(
+                f"the encoder of {config.pretrained} has {name} {theirs}, this config's "
+                f"{ours}; set --config.data.image_size or --config.encoder.* as there"
+            )
+    return variables
+
+
+def load_model(workdir: str, mesh: Mesh, *, average: bool = False) -> TrainedModel:
+    """Encoder and classifier of a run: linear evaluation, cross-entropy, or a probe.
+
+    Args:
+      workdir: of the run; where it is a linear evaluation, the run of its encoder must be
+        there too: where it was, or beside this one.
+      mesh: the devices.
+      average: the average of the encoder, where the run kept one; a linear evaluation has
+        chosen already.
+
+    Raises:
+      ValueError: there is no such run, it has no classifier, or the encoder that its
+        classifier was trained on is gone.
+    """
+    theirs = read_config(workdir) if workdir else None
+    if theirs is None:
+        raise ValueError(
+            f"no run in {workdir!r}; name the workdir of one that has a classifier "
+            "(--config.pretrained)"
+        )
+    _warn_if_unfinished(workdir)
+    config = config_of(theirs)
+    facts = read_facts(workdir)
+    if "train" not in facts.get("data", {}):
+        raise ValueError(
+            f"the run in {workdir} does not say how many classes it has (an older "
+            "version made it); the same command on it goes on and says so"
+        )
+    # Batches of these devices; what is restored does not depend on it.
+    config.batch_size, config.microbatch_size = mesh.size, 0
+    data = facts["data"]["train"]
+    plan = create_plan(
+        config, mesh, num_classes=data["classes"], num_examples=data["examples"]
+    )
+    name, head = _classifier(plan, workdir)
+    replicated = parallel.replicated(mesh)
+    abstract = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated),
+        plan.abstract_state(),
+    )
+    state = restore_state(workdir, abstract)
+    if config.mode == "linear_eval":
+        config.pretrained = _find_encoder_run(config.pretrained, workdir)
+        encoder = load_encoder(plan)
+        if facts.get("frozen") not in ("", None, digest((encoder,))):
+            raise ValueError(
+                f"the encoder in {config.pretrained} is not the one that the classifier "
+                f"in {workdir} was trained on (another run, or a later step of it)"
+            )
+    elif average and not state.encoder_average:
+        raise ValueError(
+            f"the run in {workdir} kept no average of its encoder "
+            "(--config.encoder_average.use=False)"
+        )
+    else:
+        encoder = state.encoder_average if average else state.encoder_variables()
+    return TrainedModel(
+        config=config,
+        step=int(state.step),
+        num_classes=plan.num_classes,
+        encoder=plan.modules.encoder,
+        head=head,
+        variables={"encoder": encoder, "head": {"params": state.params[name]}},
+    )
+
+
+def _classifier(plan: Plan, workdir: str) -> tuple[str, nn.Module]:
+    """Which head of a run gives classes, and under which name its parameters are."""
+    modules = plan.modules
+    contrastive = OBJECTIVES[plan.config.loss.name].contrastive
+    if plan.config.mode == "linear_eval" or not contrastive:
+        return "head", modules.head
+    for name in ("classifier", "probe"):
+        if module := getattr(modules, name):
+            return name, module
+    following = plan.config.next_config or "configs/linear_*.py"
+    raise ValueError(
+        f"the run in {workdir} has no classifier; train one: python main.py "
+        f"--config={following} --config.pretrained={workdir}"
+    )
+
+
+def _find_encoder_run(pretrained: str, workdir: str) -> str:
+    """Where the encoder of a linear evaluation is: where it was, or beside it."""
+    if pretrained == RANDOM:
+        return pretrained
+    beside = storage.absolute(workdir).rpartition("/")[0]
+    places = [pretrained, storage.join(beside, storage.name(pretrained))]
+    for place in places:
+        if saved_steps(place):
+            return place
+    raise ValueError(
+        f"the classifier in {workdir} belongs to an encoder that is neither in "
+        f"{places[0]} nor in {places[1]}; move that run there"
+    )
+
+
+def _warn_if_unfinished(workdir: str) -> None:
+    if finished_metrics(workdir) is None:
+        steps = saved_steps(workdir)
+        reached = (
+            f"its newest save is of step {steps[-1]}" if steps else "it saved nothing"
+        )
+        logger.warning("warning: the run %s is not finished; %s", workdir, reached)
