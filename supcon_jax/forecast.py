@@ -104,6 +104,11 @@ def plan_run(
     Raises:
       ValueError: a compiler is missing, or the config cannot run on so many devices.
     """
+    if config.mode == "evaluate":
+        raise ValueError(
+            "mode=evaluate trains nothing, so there is no step to plan; allowed: a config "
+            "of pretrain or linear_eval (--config)"
+        )
     if not topology.chip.nvlink:
         # The compiler needs no device; a CPU beside it is enough, and a TPU stays free.
         jax.config.update("jax_platforms", "cpu")

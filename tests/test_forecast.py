@@ -381,6 +381,10 @@ def test_data_that_are_not_here():
         (["--topology=v5e:5x5"], "no topology 'v5e:5x5'; known: v4:2x2x1"),
         (["--topology=v5e:2x4"], 'pip install "jax[tpu]"'),
         (["--topology=h100:1x8"], 'pip install "jax[cuda13]"'),
+        (
+            ["--topology=v5e:2x4", "--config.mode=evaluate"],
+            "mode=evaluate trains nothing",
+        ),
         (["--topology=v5e:2x4", "--host_rate=0"], "--host_rate=0.0 must be above 0"),
         (["--topology=v5e:2x4", "--config.batch_siz=8"], "--config.batch_size"),
     ],
