@@ -151,7 +151,8 @@ def _refuse_in_all(line: str, code: int) -> None:
 def _stopped_early(*_: object) -> None:
     """A preemption while the program is still being loaded: there is nothing to save."""
     print("stopped before anything was saved; the same command starts anew", flush=True)
-    os._exit(0)
+    code = os.environ.get("SUPCON_STOPPED_CODE", "0")  # supcon_jax/stop.py
+    os._exit(int(code) if code.isdigit() and int(code) < 256 else 0)
 
 
 def _end(code: int) -> NoReturn:

@@ -13,9 +13,9 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from benchmarks.flops import count_flops
 from configs import common, supcon_r50
 from supcon_jax import parallel
+from supcon_jax.flops import count_flops
 from supcon_jax.memory import step_memory
 from supcon_jax.plan import Plan, create_plan
 

@@ -19,7 +19,6 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from benchmarks.flops import count_flops, loss_flops
 from benchmarks.step_runs import (
     build_config,
     count_of,
@@ -30,6 +29,7 @@ from benchmarks.step_runs import (
     tell,
 )
 from supcon_jax import builders, loop, parallel
+from supcon_jax.flops import count_flops, loss_flops
 from supcon_jax.memory import StepMemory, device_memory, step_memory
 
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "collective-permute")

@@ -23,7 +23,13 @@ from typing import NoReturn
 import jax
 
 from supcon_jax import hosts
-from supcon_jax.stop import Stopped, Unwritable, leave, restart_command
+from supcon_jax.stop import (
+    Stopped,
+    Unwritable,
+    leave,
+    restart_command,
+    stopped_code,
+)
 
 # Errors that are raised in these folders are ours, and worded for the user.
 _OURS = pathlib.Path(__file__).resolve().parent
@@ -48,7 +54,7 @@ def one_line_errors() -> Iterator[None]:
         if not str(stopped):
             print("stopped before anything was saved; the same command starts anew:")
             print(restart_command(), flush=True)
-        leave(0)
+        leave(stopped_code())
     except KeyboardInterrupt as interrupt:
         _end(str(interrupt) or "interrupted", 130)
     except BrokenPipeError:

@@ -117,6 +117,15 @@ class StopRequests(contextlib.AbstractContextManager):
         return done[0]
 
 
+def stopped_code() -> int:
+    """What the process exits with after it was asked to stop: 0, or SUPCON_STOPPED_CODE.
+
+    Launchers that take 0 for a finished run need another one to start it again.
+    """
+    code = os.environ.get("SUPCON_STOPPED_CODE", "0")
+    return int(code) if code.isdigit() and int(code) < 256 else 0
+
+
 def leave(code: int, *, at_once: bool = False) -> NoReturn:
     """Ends the process; at once, where a compilation goes on that cannot be cut off."""
     if at_once or any(thread.is_alive() for thread in _left_behind):

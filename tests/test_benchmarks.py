@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import pytest
 
 from benchmarks import step_runs, step_tasks, train_step
-from benchmarks.flops import count_flops, loss_flops
 from supcon_jax.config import check_config
+from supcon_jax.flops import count_flops, loss_flops
 from supcon_jax.losses import supcon_loss
 
 

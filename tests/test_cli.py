@@ -9,6 +9,7 @@ import pytest
 from supcon_jax import config
 from supcon_jax.cli import one_line_errors
 from supcon_jax.losses import supcon_loss
+from supcon_jax.stop import Stopped
 
 
 def ended(action, capsys):
@@ -39,6 +40,18 @@ def refused_config():
     found = digits.get_config()
     found.batch_size = 0
     return found
+
+
+@pytest.mark.parametrize(
+    "given, code", [(None, 0), ("75", 75), ("0", 0), ("256", 0), ("soon", 0)]
+)
+def test_a_stop_exits_with_the_code_that_the_launcher_wants(
+    given, code, capsys, monkeypatch
+):
+    monkeypatch.delenv("SUPCON_STOPPED_CODE", raising=False)
+    if given is not None:
+        monkeypatch.setenv("SUPCON_STOPPED_CODE", given)
+    assert ended(raising(Stopped("saved")), capsys) == (code, "")
 
 
 def test_a_value_error_of_a_library_is_a_bug(capsys):

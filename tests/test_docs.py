@@ -174,6 +174,12 @@ NOT_RUN = {
     "python -m pytest -m slow -s tests/test_topologies.py": "the tests themselves",
     "python -m pytest tests/test_hosts.py tests/test_jobs.py": "the tests themselves",
     "python -m supcon_jax.tools.show_batch": "no command, the tool's name",
+    "python -m supcon_jax.tools.plan --config=configs/supcon_r50.py "
+    "--topology=v5e:16x16 --config.batch_size=8192": "libtpu; tests/test_forecast.py",
+    "python -m supcon_jax.tools.plan --config=configs/supcon_r50.py "
+    "--topology=v5e:16x16 --config.batch_size=8192 --host_rate=2000 --host_cores=112": (
+        "libtpu; tests/test_forecast.py"
+    ),
     "python -m pytest -m slow -n 0 -s tests/test_buckets.py": "the tests themselves",
     "python -m pytest tests/test_buckets.py tests/test_lock.py": "the tests themselves",
     "python -m supcon_jax.tools.index --config=configs/supcon_r50.py "
