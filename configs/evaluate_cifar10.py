@@ -4,7 +4,7 @@
 
 A variant evaluates the run of configs/linear_cifar10.py's variant of that name; another
 run with the same encoder by --config.pretrained. Only the evaluation split is read.
-Hardware: whatever the encoder needs. Expected: the linear config's.
+Hardware: whatever the encoder needs. Time: minutes. Expected: the linear config's.
 """
 
 from configs import common, linear_cifar10

@@ -162,9 +162,6 @@ RUN[
     "--batch 256 --dtype bfloat16"
 ] = TOY
 NOT_RUN = {
-    'python -m tests.faults "kill@saving step 16+0.05" FLAGS OF MAIN.PY': (
-        "run by the tests of faults"
-    ),
     "python -m benchmarks.train_step --large": "many minutes, whatever its flags",
     "python -m pytest": "the tests themselves",
     "python -m pytest -m aot": "the tests themselves",

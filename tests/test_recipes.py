@@ -34,7 +34,7 @@ CONTRASTIVE = {
     *("loss.temperature", "loss.scale", "loss.contrast_mode", "loss.summation"),
     *("loss.denominator", "loss.positives_cap"),
 }
-RECIPES = [(s, v) for s, v in ALL if "digits" not in s]
+RECIPES = [(s, v) for s, v in ALL if "digits" not in s and "evaluate" not in s]
 
 
 def recipe(name):
