@@ -5,6 +5,7 @@ import pathlib
 import re
 import shutil
 import subprocess
+import sys
 
 import pytest
 import yaml
@@ -158,7 +159,7 @@ def test_dockerfile(tmp_path):
     assert "ENV SUPCON_STOPPED_CODE=75" in text
     (entry,) = re.findall(r'^ENTRYPOINT \["python", "(\S+)"\]$', text, re.M)
     done = subprocess.run(
-        ["python", entry, "--config=configs/digits.py", "--config.batch_size=0"],
+        [sys.executable, entry, "--config=configs/digits.py", "--config.batch_size=0"],
         cwd=tmp_path,
         env=os.environ | {"PYTHONPATH": ""},
         capture_output=True,

@@ -2,11 +2,12 @@
 
 import pytest
 
-from supcon_jax import linear_eval, metrics, pretrain
+from configs import evaluate_digits
+from supcon_jax import evaluate, linear_eval, metrics, pretrain
 from supcon_jax.checkpoint import saved_steps
 from supcon_jax.metrics import LINE_FIELDS, METRICS
 from supcon_jax.writers import read_metrics
-from tests.runs import linear_config, pretrain_config
+from tests.runs import linear_config, pretrain_config, shrink
 
 
 def test_everything_that_runs_write_is_listed(tmp_path):
@@ -22,6 +23,9 @@ def test_everything_that_runs_write_is_listed(tmp_path):
     for name, config in runs.items():
         pretrain.pretrain(config, tmp_path / name)
     linear_eval.linear_eval(linear_config(tmp_path / "supcon"), tmp_path / "linear")
+    config = shrink(evaluate_digits.get_config())
+    config.pretrained = str(tmp_path / "linear")
+    evaluate.evaluate(config, tmp_path / "evaluation")
     for workdir in tmp_path.iterdir():
         for record in read_metrics(workdir):
             written |= record.keys()

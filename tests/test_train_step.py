@@ -77,7 +77,7 @@ MOMENTUM = {
         {"loss.name": "supcon", "probe.learning_rate": 0.1},
         {"loss.name": "simclr"},
         {"loss.name": "cross_entropy", "augment.mixup_alpha": 0.5},
-        MOMENTUM | {"loss.temperature": 0.5},
+        MOMENTUM | {"loss.temperature": 1.0},
     ],
     ids=["supcon+probe", "simclr", "cross_entropy+mixup", "momentum"],
 )
