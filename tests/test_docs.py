@@ -102,7 +102,7 @@ def test_module_commands_have_flags_that_exist(command):
 # Command -> arguments that make it short. They run in this order, in one folder.
 SHORT = "--config.total_steps=3 --config.log_every=1 --config.eval_every=0"
 LINEAR = "--config.total_steps=3 --config.log_every=1"
-CIFAR = f"{SHORT} --config.epochs=0 --config.batch_size=16 --config.encoder.width=0.25"
+CIFAR = f"{SHORT} --config.batch_size=16 --config.encoder.width=0.25"
 TOY = (
     "--encoder resnet8 --image_size 16 --batch 16 --rounds 1 --steps 1 --dtype float32"
 )
@@ -122,7 +122,7 @@ RUN = {
     "python -m supcon_jax.tools.show_batch --config=FILE --out=batch.png": "",
     "python main.py --config=configs/supcon_cifar10.py --config.data.dir=DIR": CIFAR,
     "python main.py --config=configs/linear_cifar10.py --config.data.dir=DIR": (
-        f"{LINEAR} --config.epochs=0 --config.batch_size=16"
+        f"{LINEAR} --config.batch_size=16 --config.encoder.width=0.25"
     ),
     "python main.py --config=configs/supcon_cifar10.py $F": (
         f"{CIFAR} --workdir=runs/40_epochs"
