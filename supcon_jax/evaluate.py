@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from supcon_jax import builders, parallel, storage
+from supcon_jax import builders, storage
 from supcon_jax.checkpoint import digest
 from supcon_jax.config import check_config
 from supcon_jax.data.identity import identify
@@ -31,16 +31,15 @@ from supcon_jax.figures import plot_confusion, plot_reliability
 from supcon_jax.logs import add_log_file
 from supcon_jax.pretrained import TrainedModel, check_encoder_keys, load_model
 from supcon_jax.report import report_result
-from supcon_jax.run import agree_on_config, open_eval_source, setup_compilation_cache
+from supcon_jax.run import open_eval_source, prepare
 from supcon_jax.stop import StopRequests
 from supcon_jax.workdir import (
-    check_shared,
     finished_metrics,
     leave,
     local_folder,
     open_workdir,
 )
-from supcon_jax.writers import MetricWriter, check_installed
+from supcon_jax.writers import MetricWriter
 
 logger = logging.getLogger(__name__)
 FIGURES = ("reliability", "confusion")
@@ -62,12 +61,7 @@ def evaluate(config: ConfigDict, workdir: str | pathlib.Path) -> dict[str, Any]:
     """
     check_config(config)
     with StopRequests() as stop, stop.interruptible():
-        agree_on_config(config)
-        check_shared(workdir)
-        check_installed(config.writers)
-        setup_compilation_cache(enabled=config.compilation_cache)
-        mesh = parallel.create_mesh()
-        parallel.check_batch_size(config.batch_size, mesh)
+        mesh = prepare(config, workdir)
         model = load_model(config.pretrained, mesh, average=config.encoder_average.use)
         check_encoder_keys(config, model.config.to_dict())
         source = open_eval_source(config)
@@ -136,9 +130,11 @@ def _evaluate(
         if left := int(np.sum(~known)):
             logger.info("without a label, and left out: %s images", f"{left:,}")
         predictions = logits[known], labels[known], ids[known]
-        metrics = classification_metrics(*predictions[:2])
+        scaled, temperature = calibration.scale_by_halves(*predictions[:2])
+        metrics = classification_metrics(*predictions[:2], scaled)
+        metrics["eval/temperature"] = temperature
         if jax.process_index() == 0:
-            write_predictions(path, *predictions, source.class_names)
+            write_predictions(path, *predictions, scaled, source.class_names)
         # Last, because a final line says that the evaluation is complete.
         writer = MetricWriter(
             path,
@@ -157,17 +153,17 @@ def _evaluate(
         log_file.close()
 
 
-def classification_metrics(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+def classification_metrics(
+    logits: np.ndarray, labels: np.ndarray, scaled: np.ndarray
+) -> dict[str, float]:
     """Every `eval/*` number of logits `[n, C]` and labels `[n]`.
 
-    Those named `scaled` are of logits that were divided by a temperature; it is fitted on
-    one half of the split for the other (`calibration.scale_by_halves`).
+    Those named `scaled` are of `scaled`, the logits after temperature scaling.
     """
     arrays = map(jnp.asarray, (logits, labels, np.ones(len(labels), np.float32)))
     metrics = summarize([classification_sums(*arrays)])
     accuracies = class_accuracies(confusion_matrix(logits, labels))
     metrics["eval/mean_class_accuracy"] = float(np.nanmean(accuracies))
-    scaled, metrics["eval/temperature"] = calibration.scale_by_halves(logits, labels)
     for prefix, values in (("", logits), ("scaled_", scaled)):
         functions = {
             "loss": calibration.negative_log_likelihood,
@@ -188,6 +184,7 @@ def write_predictions(
     logits: np.ndarray,
     labels: np.ndarray,
     ids: np.ndarray,
+    scaled: np.ndarray,
     names: tuple[str, ...],
 ) -> None:
     """Writes predictions, the two tables of classes and the figures of an evaluation."""
@@ -210,7 +207,6 @@ def write_predictions(
         table.writerows(
             [name, *row] for name, row in zip(known, matrix.tolist(), strict=True)
         )
-    scaled, _ = calibration.scale_by_halves(logits, labels)
     diagrams = []
     for values in (logits, scaled):
         p = np.exp(calibration.log_probabilities(values))

@@ -111,13 +111,7 @@ def open_run(
     Raises:
       ValueError: data, batch size or workdir cannot be used, in one line.
     """
-    agree_on_config(config)
-    check_shared(workdir)
-    check_installed(config.writers)
-    setup_compilation_cache(enabled=config.compilation_cache)
-    mesh = parallel.create_mesh()
-    # Before the data are opened, which may take minutes.
-    parallel.check_batch_size(config.batch_size, mesh)
+    mesh = prepare(config, workdir)
     check_hosts(config)
     train_source, eval_source = open_sources(config)
     check_positives(config, train_source)
@@ -153,6 +147,22 @@ def open_run(
         finished=finished_metrics(path),
         frozen=frozen,
     )
+
+
+def prepare(config: ConfigDict, workdir: str | pathlib.Path) -> Mesh:
+    """What can be checked before data are opened, which may take minutes; the devices.
+
+    Raises:
+      ValueError: processes that differ, or a workdir, tracker or batch size that cannot be
+        used.
+    """
+    agree_on_config(config)
+    check_shared(workdir)
+    check_installed(config.writers)
+    setup_compilation_cache(enabled=config.compilation_cache)
+    mesh = parallel.create_mesh()
+    parallel.check_batch_size(config.batch_size, mesh)
+    return mesh
 
 
 def agree_on_config(config: ConfigDict) -> None:

@@ -10,7 +10,7 @@ import sys
 import pytest
 import yaml
 
-from supcon_jax.tools.show_batch import load_config
+from supcon_jax.tools.arguments import load_config
 from supcon_jax.topologies import find_topology
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent

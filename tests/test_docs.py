@@ -20,7 +20,7 @@ import pytest
 
 from supcon_jax import pretrain
 from supcon_jax.config import check_config
-from supcon_jax.tools.show_batch import load_config
+from supcon_jax.tools.arguments import load_config
 from tests.runs import pretrain_config
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent

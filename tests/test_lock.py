@@ -116,7 +116,10 @@ def test_a_write_whose_answer_was_lost_is_still_ours(store, soon):
 def test_a_damaged_lease_is_waited_for_and_replaced(store, soon):
     for content in (b"", b"[]", b"\xff", b"null", b'{"machine": "", "pid": "x"}'):
         storage.write(f"{FOLDER}/lock", content)
-        Lock(FOLDER).release()
+        held = Lock(FOLDER)
+        assert storage.read(f"{FOLDER}/lock") != content
+        held.release()
+        assert not storage.exists(f"{FOLDER}/lock")
 
 
 def test_a_disk(tmp_path):

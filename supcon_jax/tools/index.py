@@ -9,29 +9,19 @@ that folder cannot be written to, in the user's cache (docs/data.md).
 
 from __future__ import annotations
 
-import argparse
-
 from supcon_jax.cli import one_line_errors
 from supcon_jax.data.tfds import index_tfds
 from supcon_jax.logs import setup_logging
-from supcon_jax.tools.show_batch import load_config
+from supcon_jax.tools.arguments import create_parser, load_config, parse
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Parses the command line and makes what is missing."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0],
-        epilog="--config.KEY=VALUE changes a config key, as for main.py",
-        allow_abbrev=False,
-    )
-    parser.add_argument("--config", required=True, help="FILE or FILE:VARIANT")
+    parser = create_parser(__doc__.splitlines()[0])
     parser.add_argument(
         "--rebuild", action="store_true", help="make it anew where there is one"
     )
-    options, rest = parser.parse_known_args(arguments)
-    changes = [a.removeprefix("--config.") for a in rest if a.startswith("--config.")]
-    if len(changes) < len(rest):
-        parser.error(f"unexpected {' '.join(a for a in rest if '--config.' not in a)}")
+    options, changes = parse(parser, arguments)
     setup_logging()
     with one_line_errors():
         data = load_config(options.config, changes).data

@@ -14,7 +14,6 @@ makes batches; else give --host_rate, from the `input:` line of any run on such 
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -22,18 +21,13 @@ from typing import Any
 from supcon_jax.cli import one_line_errors
 from supcon_jax.forecast import plan_run
 from supcon_jax.logs import format_duration
-from supcon_jax.tools.show_batch import load_config
+from supcon_jax.tools.arguments import create_parser, load_config, parse
 from supcon_jax.topologies import find_topology
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Parses the command line, compiles and prints the plan."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0],
-        epilog="--config.KEY=VALUE changes a config key, as for main.py",
-        allow_abbrev=False,
-    )
-    parser.add_argument("--config", required=True, help="FILE or FILE:VARIANT")
+    parser = create_parser(__doc__.splitlines()[0])
     parser.add_argument("--topology", required=True, help="v5e:16x16, v4-128, h100:4x8")
     parser.add_argument("--json", action="store_true", help="print the plan as JSON")
     parser.add_argument(
@@ -45,10 +39,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--host_cores", type=int, help="of the host of --host_rate; those of the slice"
     )
-    options, rest = parser.parse_known_args(arguments)
-    changes = [a.removeprefix("--config.") for a in rest if a.startswith("--config.")]
-    if len(changes) < len(rest):
-        parser.error(f"unexpected {' '.join(a for a in rest if '--config.' not in a)}")
+    options, changes = parse(parser, arguments)
     with one_line_errors():
         for name, value in (("rate", options.host_rate), ("cores", options.host_cores)):
             if value is not None and value <= 0:

@@ -10,13 +10,9 @@ sees them (before mean and standard deviation), with the name of its class.
 
 from __future__ import annotations
 
-import argparse
-import ast
 import io
 import os
 import pathlib
-import runpy
-import sys
 
 import jax
 import numpy as np
@@ -24,25 +20,17 @@ from ml_collections import ConfigDict
 
 from supcon_jax import builders, parallel, storage
 from supcon_jax.cli import one_line_errors
-from supcon_jax.config import KEYS, check_config, unknown_key
 from supcon_jax.data.pipeline import eval_batches, on_host
 from supcon_jax.run import build_sampler, build_train_batches, open_sources
+from supcon_jax.tools.arguments import create_parser, load_config, parse
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Parses the command line and draws the picture."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0],
-        epilog="--config.KEY=VALUE changes a config key, as for main.py",
-        allow_abbrev=False,
-    )
-    parser.add_argument("--config", required=True, help="FILE or FILE:VARIANT")
+    parser = create_parser(__doc__.splitlines()[0])
     parser.add_argument("--out", default="batch.png", help="the picture to write")
     parser.add_argument("--rows", type=int, default=8, help="images to show")
-    options, rest = parser.parse_known_args(arguments)
-    changes = [a.removeprefix("--config.") for a in rest if a.startswith("--config.")]
-    if len(changes) < len(rest):
-        parser.error(f"unexpected {' '.join(a for a in rest if '--config.' not in a)}")
+    options, changes = parse(parser, arguments)
     with one_line_errors():
         out = options.out
         folder = os.path.dirname(os.path.abspath(out))
@@ -51,35 +39,6 @@ def main(arguments: list[str] | None = None) -> None:
         config = load_config(options.config, changes)
         draw(config, out, rows=options.rows)
         print(f"wrote {out}")
-
-
-def load_config(name: str, changes: list[str]) -> ConfigDict:
-    """The config of a file, `FILE` or `FILE:VARIANT`, with `KEY=VALUE` changes.
-
-    Raises:
-      ValueError: no such file, key or value.
-    """
-    file, _, variant = name.partition(":")
-    path = pathlib.Path(file)
-    if not path.is_file():
-        raise ValueError(f"no config file {file!r} (--config)")
-    sys.path.insert(0, str(pathlib.Path.cwd()))  # configs import configs.common
-    module = runpy.run_path(str(path))
-    config = module["get_config"](*([variant] if variant else []))
-    for change in changes:
-        key, _, text = change.partition("=")
-        if key not in KEYS:
-            raise ValueError(unknown_key(key))
-        try:
-            value = ast.literal_eval(text)
-        except (SyntaxError, ValueError):
-            value = text
-        try:
-            config.update_from_flattened_dict({key: value})
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"cannot set --config.{change}: {error}") from None
-    check_config(config)
-    return config
 
 
 def draw(config: ConfigDict, out: str, *, rows: int) -> None:

@@ -1,0 +1,64 @@
+"""The command line of tools that take a config, with changes, as main.py does."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import pathlib
+import runpy
+import sys
+
+from ml_collections import ConfigDict
+
+from supcon_jax.config import KEYS, check_config, unknown_key
+
+
+def create_parser(description: str) -> argparse.ArgumentParser:
+    """A parser with `--config`; a tool adds what it takes beside it."""
+    parser = argparse.ArgumentParser(
+        description=description,
+        epilog="--config.KEY=VALUE changes a config key, as for main.py",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", required=True, help="FILE or FILE:VARIANT")
+    return parser
+
+
+def parse(
+    parser: argparse.ArgumentParser, arguments: list[str] | None
+) -> tuple[argparse.Namespace, list[str]]:
+    """The options, and the changes of the config as `KEY=VALUE`."""
+    options, rest = parser.parse_known_args(arguments)
+    changes = [a.removeprefix("--config.") for a in rest if a.startswith("--config.")]
+    if len(changes) < len(rest):
+        parser.error(f"unexpected {' '.join(a for a in rest if '--config.' not in a)}")
+    return options, changes
+
+
+def load_config(name: str, changes: list[str]) -> ConfigDict:
+    """The config of a file, `FILE` or `FILE:VARIANT`, with `KEY=VALUE` changes.
+
+    Raises:
+      ValueError: no such file, key or value.
+    """
+    file, _, variant = name.partition(":")
+    path = pathlib.Path(file)
+    if not path.is_file():
+        raise ValueError(f"no config file {file!r} (--config)")
+    sys.path.insert(0, str(pathlib.Path.cwd()))  # configs import configs.common
+    module = runpy.run_path(str(path))
+    config = module["get_config"](*([variant] if variant else []))
+    for change in changes:
+        key, _, text = change.partition("=")
+        if key not in KEYS:
+            raise ValueError(unknown_key(key))
+        try:
+            value = ast.literal_eval(text)
+        except (SyntaxError, ValueError):
+            value = text
+        try:
+            config.update_from_flattened_dict({key: value})
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"cannot set --config.{change}: {error}") from None
+    check_config(config)
+    return config
