@@ -28,6 +28,10 @@ ENCODER_KEYS = (
 )
 
 
+# Of a layer. Beyond it arrays have more elements than any device, and JAX, can count.
+WIDEST = 1_000_000
+
+
 class Rule(NamedTuple):
     """The values that a key may take.
 
@@ -96,9 +100,14 @@ def _number(low: float, high: float = math.inf, *, above: bool = False) -> Rule:
 
 
 def _numbers(
-    length: int | None, low: float, *, above: bool = False, whole: bool = False
+    length: int | None,
+    low: float,
+    high: float = math.inf,
+    *,
+    above: bool = False,
+    whole: bool = False,
 ) -> Rule:
-    single = _number(low, above=above)
+    single = _number(low, high, above=above)
     count = "any number of" if length is None else str(length)
     kinds = int if whole else (int, float)
 
@@ -191,14 +200,14 @@ KEYS: dict[str, Key] = {
     "augment.mixup_alpha": Key(0.0, _number(0)),
     "augment.cutmix_alpha": Key(0.0, _number(0)),
     "encoder.name": Key("resnet50", _one_of(ENCODERS)),
-    "encoder.width": Key(1.0, _number(0, above=True)),
+    "encoder.width": Key(1.0, _number(0, 100, above=True)),
     "encoder.stem": Key("imagenet", _one_of(STEMS)),
     "encoder.dtype": Key("float32", _one_of(("auto", "float32", "bfloat16"))),
     "encoder.normalize_embedding": Key(False, _FLAG),
     "encoder.batch_norm_devices": Key(0, _number(0)),
     "encoder.remat": Key(False, _FLAG, free=True),
-    "projection.hidden_dims": Key((2048,), _numbers(None, 1, whole=True)),
-    "projection.output_dim": Key(128, _number(1)),
+    "projection.hidden_dims": Key((2048,), _numbers(None, 1, WIDEST, whole=True)),
+    "projection.output_dim": Key(128, _number(1, WIDEST)),
     "projection.batch_norm": Key(False, _FLAG),
     "projection.bias": Key(False, _FLAG),
     "classifier.init": Key("glorot", _one_of(CLASSIFIER_INITS)),
