@@ -29,8 +29,8 @@ from benchmarks.step_runs import (
     tell,
 )
 from supcon_jax import builders, loop, parallel
-from supcon_jax.flops import count_flops, loss_flops
 from supcon_jax.memory import StepMemory, device_memory, step_memory
+from supcon_jax.planning.flops import count_flops, loss_flops
 
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "collective-permute")
 

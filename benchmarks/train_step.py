@@ -17,7 +17,7 @@ first, so that nobody pays for the caches that another left behind. "wall" and "
 medians over the rounds of the ratio to cross-entropy at equal views.
 
 "GFLOP" is what the step executes in matrix products and convolutions on all devices, read
-from the traced program with every loop unrolled (supcon_jax/flops.py); a microbatched or
+from the traced program with every loop unrolled (supcon_jax/planning/flops.py); a microbatched or
 rematerialised step computes (most of) the encoder's forward twice, 4/3 of the operations.
 "TFLOP/s" and the share of the peak count what the step would need without that.
 

@@ -31,9 +31,10 @@ from orbax.checkpoint.checkpoint_managers import (
     LatestN,
 )
 
-from supcon_jax import epaths, storage
+from supcon_jax import storage
 from supcon_jax.metrics import best_metric
 from supcon_jax.steps.state import TrainState
+from supcon_jax.storage import epaths
 
 logger = logging.getLogger(__name__)
 PyTree = Any

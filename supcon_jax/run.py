@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from supcon_jax import builders, epaths, hosts, parallel, storage
+from supcon_jax import builders, hosts, parallel, storage
 from supcon_jax.checkpoint import digest
 from supcon_jax.config import flatten
 from supcon_jax.data import sources as sources_of
@@ -38,6 +38,7 @@ from supcon_jax.data.sources import UNREAD, Source
 from supcon_jax.evaluation.predict import Predictor
 from supcon_jax.objectives import OBJECTIVES
 from supcon_jax.plan import Plan, create_plan
+from supcon_jax.storage import epaths
 from supcon_jax.workdir import (
     check_shared,
     finished_metrics,

@@ -14,11 +14,12 @@ from typing import Any, NamedTuple
 import jax
 from ml_collections import ConfigDict
 
-from supcon_jax import epaths, hosts, storage
+from supcon_jax import hosts, storage
 from supcon_jax.checkpoint import saved_steps
 from supcon_jax.config import KEYS, flatten
-from supcon_jax.lock import Lock
-from supcon_jax.mirror import Mirror
+from supcon_jax.storage import epaths
+from supcon_jax.storage.lock import Lock
+from supcon_jax.storage.mirror import Mirror
 from supcon_jax.writers import read_metrics
 
 # Keys that set the length of a run, which its schedule depends on from the first step.

@@ -8,8 +8,8 @@ import pytest
 
 from benchmarks import step_runs, step_tasks, train_step
 from supcon_jax.config import check_config
-from supcon_jax.flops import count_flops, loss_flops
 from supcon_jax.losses import supcon_loss
+from supcon_jax.planning.flops import count_flops, loss_flops
 
 
 def test_products_count_two_operations_a_multiply_add():

@@ -14,13 +14,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from supcon_jax import epaths, storage
+from supcon_jax import storage
 from supcon_jax.checkpoint import restore_encoder, saved_steps
 from supcon_jax.data.datasets import open_source
 from supcon_jax.linear_eval import linear_eval
-from supcon_jax.mirror import Mirror
 from supcon_jax.pretrain import pretrain
 from supcon_jax.run import setup_compilation_cache
+from supcon_jax.storage import epaths, files
+from supcon_jax.storage.mirror import Mirror
 from supcon_jax.tools import seeds
 from supcon_jax.writers import MetricWriter, read_metrics
 from tests.processes import Process, flags
@@ -213,7 +214,7 @@ def forbidden(monkeypatch):
     monkeypatch.setenv("TENSORSTORE_GCS_HTTP_URL", address)
     monkeypatch.setenv("GOOGLE_AUTH_TOKEN_FOR_TESTING", "x")
     store = ts.KvStore.open("gs://forbidden/", context=ts.Context()).result()
-    monkeypatch.setattr(storage, "_store", lambda bucket: store)
+    monkeypatch.setattr(files, "_store", lambda bucket: store)
     yield "gs://forbidden"
     server.shutdown()
     server.server_close()
@@ -243,7 +244,7 @@ def test_no_permission_is_told_in_one_line(forbidden):
 def test_a_bucket_that_is_away_is_waited_for_with_a_word(
     emulator, bucket, messages, monkeypatch
 ):
-    monkeypatch.setattr(storage, "WORD_AFTER_S", 0.1)
+    monkeypatch.setattr(files, "WORD_AFTER_S", 0.1)
     storage.write(f"{bucket}/x", b"here")
     emulator.stop()
     back = threading.Timer(6.0, emulator.start)
@@ -256,7 +257,7 @@ def test_a_bucket_that_is_away_is_waited_for_with_a_word(
 
 
 def test_a_bucket_that_stays_away_is_given_up(emulator, bucket, monkeypatch):
-    monkeypatch.setattr(storage, "PATIENCE_S", 0.1)
+    monkeypatch.setattr(files, "PATIENCE_S", 0.1)
     emulator.stop()
     try:
         with pytest.raises(ConnectionError, match="does not answer"):

@@ -5,11 +5,12 @@ import json
 import jax
 import pytest
 
-from supcon_jax import forecast, parallel, topologies
-from supcon_jax.forecast import Compiled, Data, describe
+from supcon_jax import parallel
 from supcon_jax.memory import StepMemory
 from supcon_jax.plan import create_plan
-from supcon_jax.roofline import (
+from supcon_jax.planning import forecast, topologies
+from supcon_jax.planning.forecast import Compiled, Data, describe
+from supcon_jax.planning.roofline import (
     LATENCY_S,
     Collective,
     by_kind,
@@ -17,9 +18,9 @@ from supcon_jax.roofline import (
     memory_traffic,
     step_time,
 )
+from supcon_jax.planning.topologies import CHIPS, SHAPES, Topology, find_topology
 from supcon_jax.tools import plan as tool
 from supcon_jax.tools.plan import as_text
-from supcon_jax.topologies import CHIPS, SHAPES, Topology, find_topology
 from tests.aot import compiled_for_tpu
 from tests.runs import pretrain_config
 
@@ -429,7 +430,7 @@ def test_the_compiler_knows_every_slice(kind):
     """libtpu has each listed slice, with as many devices and hosts."""
     found = compiled_for_tpu(
         f"""
-from supcon_jax.topologies import create_abstract_mesh, known_topologies
+from supcon_jax.planning.topologies import create_abstract_mesh, known_topologies
 wrong = []
 for topology in known_topologies({kind!r}):
     devices = create_abstract_mesh(topology).devices.flat
@@ -448,8 +449,8 @@ def test_a_plan_for_a_tpu():
     found = compiled_for_tpu(
         """
 import json
-from supcon_jax import forecast
-from supcon_jax.topologies import find_topology
+from supcon_jax.planning import forecast
+from supcon_jax.planning.topologies import find_topology
 from tests.runs import pretrain_config
 
 sent = []
@@ -479,8 +480,8 @@ def test_a_plan_that_does_not_fit_a_tpu():
     found = compiled_for_tpu(
         """
 from configs import supcon_cifar10
-from supcon_jax.forecast import plan_run
-from supcon_jax.topologies import find_topology
+from supcon_jax.planning.forecast import plan_run
+from supcon_jax.planning.topologies import find_topology
 
 config = supcon_cifar10.get_config()
 config.batch_size = 65536

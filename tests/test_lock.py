@@ -9,8 +9,9 @@ import threading
 
 import pytest
 
-from supcon_jax import lock, storage
-from supcon_jax.lock import Lock
+from supcon_jax import storage
+from supcon_jax.storage import files, lock
+from supcon_jax.storage.lock import Lock
 
 
 @pytest.fixture
@@ -19,7 +20,7 @@ def store(monkeypatch):
     import tensorstore as ts
 
     store = ts.KvStore.open("memory://").result()
-    monkeypatch.setattr(storage, "_store", lambda bucket: store)
+    monkeypatch.setattr(files, "_store", lambda bucket: store)
     return store
 
 
@@ -86,7 +87,7 @@ def test_of_many_that_want_a_free_folder_one_gets_it(store, monkeypatch):
             together.wait()
         return found
 
-    monkeypatch.setattr(storage, "read_generation", read_together)
+    monkeypatch.setattr(files, "read_generation", read_together)
     got, refused = [], []
 
     def want():

@@ -18,11 +18,12 @@ from typing import Any
 
 import numpy as np
 
-from supcon_jax import epaths, storage
+from supcon_jax import storage
 from supcon_jax.data.index import Shards, record_lengths
 from supcon_jax.data.names import number_labels, numbering, pick_split
 from supcon_jax.data.records import FOOTER_BYTES, HEADER_BYTES, RecordSource
 from supcon_jax.data.sources import READERS, UNLABELLED, UNREAD
+from supcon_jax.storage import epaths
 
 logger = logging.getLogger(__name__)
 TFDS_HOME = "~/tensorflow_datasets"

@@ -15,7 +15,7 @@ import tempfile
 import threading
 import time
 
-from supcon_jax import storage
+from supcon_jax.storage import files
 
 logger = logging.getLogger(__name__)
 # Seconds between uploads: a bucket takes one write of an object a second.
@@ -43,14 +43,14 @@ class Mirror:
         self._url = url
         self._temporary = tempfile.mkdtemp(prefix="supcon_jax_")
         # Trackers call a run by its folder's name.
-        self.folder = pathlib.Path(self._temporary) / storage.name(url)
+        self.folder = pathlib.Path(self._temporary) / files.name(url)
         self.folder.mkdir()
         self._sent: dict[str, tuple[int, int]] = {}
-        for name in storage.walk(url):
+        for name in files.walk(url):
             if not name.startswith(NOT_DOWNLOADED):
                 path = self.folder / name
                 path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_bytes(storage.read(storage.join(url, name)))
+                path.write_bytes(files.read(files.join(url, name)))
         self._sent = self._files()
         self._ended = threading.Event()
         self._uploading = threading.Lock()
@@ -69,7 +69,7 @@ class Mirror:
 
     def close(self) -> None:
         """Uploads what is left, and removes the local folder."""
-        whole = self.flush(patience_s=storage.PATIENCE_S + 5)
+        whole = self.flush(patience_s=files.PATIENCE_S + 5)
         self._ended.set()
         if whole:
             shutil.rmtree(self._temporary, ignore_errors=True)
@@ -92,7 +92,7 @@ class Mirror:
         except FileNotFoundError:  # a temporary file that has its name by now
             return
         try:
-            storage.write(storage.join(self._url, name), content)
+            files.write(files.join(self._url, name), content)
         except OSError as error:
             if not self._told:
                 logger.warning(
@@ -111,8 +111,8 @@ class Mirror:
     def _files(self) -> dict[str, tuple[int, int]]:
         """Time and length of every file, by its name."""
         found = {}
-        for where, _, files in os.walk(self.folder):
-            for file in files:
+        for where, _, names in os.walk(self.folder):
+            for file in names:
                 path = os.path.join(where, file)
                 try:
                     state = os.stat(path)

@@ -25,7 +25,7 @@ import threading
 import time
 from typing import Any, TextIO
 
-from supcon_jax import storage
+from supcon_jax.storage import files
 
 logger = logging.getLogger(__name__)
 LEASE_S, RENEW_S = 60.0, 15.0
@@ -42,9 +42,9 @@ class Lock:
       OSError: the lock cannot be written.
     """
 
-    def __init__(self, folder: storage.Path):
-        self._folder = storage.absolute(folder)
-        self._path = storage.join(self._folder, "lock")
+    def __init__(self, folder: files.Path):
+        self._folder = files.absolute(folder)
+        self._path = files.join(self._folder, "lock")
         self._file: TextIO | None = None
         self._me = {
             "who": f"process {os.getpid()} on {socket.gethostname()}",
@@ -56,7 +56,7 @@ class Lock:
         self._generation: bytes | None = None
         self._ended = threading.Event()
         self._one_at_a_time = threading.Lock()
-        if not storage.is_remote(self._folder):
+        if not files.is_remote(self._folder):
             self._lock_file()
             return
         self._take_lease()
@@ -85,7 +85,7 @@ class Lock:
             self._file.close()
         with self._one_at_a_time, contextlib.suppress(OSError):
             if self._generation and not self._lost:
-                storage.swap(self._path, None, self._generation)
+                files.swap(self._path, None, self._generation)
 
     def _lock_file(self) -> None:
         file = pathlib.Path(self._path).open("a+")
@@ -107,7 +107,7 @@ class Lock:
     def _take_lease(self) -> None:
         told, since, seen = False, time.monotonic(), b""
         while True:
-            content, generation = storage.read_generation(self._path)
+            content, generation = files.read_generation(self._path)
             holder = _parse(content)
             if seen and generation != seen and content is not None:
                 raise self._in_use(holder["who"])
@@ -124,9 +124,9 @@ class Lock:
                 )
             seen = generation
             time.sleep(min(2.0, LEASE_S / 10))
-        self._generation = storage.swap(self._path, self._lease(), generation)
+        self._generation = files.swap(self._path, self._lease(), generation)
         if self._generation is None:
-            raise self._in_use(_parse(storage.read_generation(self._path)[0])["who"])
+            raise self._in_use(_parse(files.read_generation(self._path)[0])["who"])
 
     def _keep(self) -> None:
         while not self._ended.wait(RENEW_S) and not self._lost:
@@ -140,9 +140,9 @@ class Lock:
             if self._ended.is_set() or self._lost:
                 return
             assert self._generation is not None
-            swapped = storage.swap(self._path, self._lease(), self._generation)
+            swapped = files.swap(self._path, self._lease(), self._generation)
             if swapped is None:
-                content, generation = storage.read_generation(self._path)
+                content, generation = files.read_generation(self._path)
                 holder = _parse(content)
                 # A write whose answer was lost on its way is tried again, and was ours.
                 if holder["id"] != self._me["id"]:

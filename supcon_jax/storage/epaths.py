@@ -1,7 +1,7 @@
 """Paths for the libraries that go to a bucket by themselves, through etils and gcsfs.
 
 Orbax (for what is not an array), TFDS and JAX's compilation cache do; all else is in
-storage.py.
+files.py.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ import sys
 import time
 from typing import Any
 
-from supcon_jax import storage
+from supcon_jax.storage import files
 
 logger = logging.getLogger(__name__)
 
 
-def as_path(path: storage.Path) -> pathlib.Path:
+def as_path(path: files.Path) -> pathlib.Path:
     """A path, or what stands for one of a bucket and can do the same.
 
     Raises:
       ValueError: it is in a bucket, and gcsfs is not installed.
     """
-    if not storage.is_remote(path):
-        return pathlib.Path(storage.absolute(path))
+    if not files.is_remote(path):
+        return pathlib.Path(files.absolute(path))
     if importlib.util.find_spec("gcsfs") is None:
         raise ValueError(
             f"{os.fspath(path)} needs the package gcsfs: pip install gcsfs, or "
@@ -36,7 +36,7 @@ def as_path(path: storage.Path) -> pathlib.Path:
     _set_up_gcsfs()
     from etils import epath
 
-    return epath.Path(storage.absolute(path))  # type: ignore[return-value]
+    return epath.Path(files.absolute(path))  # type: ignore[return-value]
 
 
 @functools.cache
@@ -68,7 +68,7 @@ def _set_up_gcsfs() -> None:
                     return await super()._request(*args, **options)
                 except Exception as error:
                     waited = time.monotonic() - start
-                    if not is_retriable(error) or waited > storage.PATIENCE_S:
+                    if not is_retriable(error) or waited > files.PATIENCE_S:
                         raise
 
     # What it logs as errors is tried again, or raised.

@@ -22,19 +22,23 @@ from supcon_jax import builders, parallel
 from supcon_jax.data.datasets import SOURCES
 from supcon_jax.data.pipeline import on_host
 from supcon_jax.data.sampler import shuffled
-from supcon_jax.flops import count_flops
 from supcon_jax.logs import format_duration
 from supcon_jax.memory import StepMemory, out_of_memory, step_memory
 from supcon_jax.plan import Plan, create_plan
-from supcon_jax.roofline import (
+from supcon_jax.planning.flops import count_flops
+from supcon_jax.planning.roofline import (
     Collective,
     by_kind,
     find_collectives,
     memory_traffic,
     step_time,
 )
+from supcon_jax.planning.topologies import (
+    Topology,
+    create_abstract_mesh,
+    known_topologies,
+)
 from supcon_jax.run import build_train_batches, open_sources
-from supcon_jax.topologies import Topology, create_abstract_mesh, known_topologies
 
 # Training images, classes and mean bytes of an encoded image, where the data are not here.
 KNOWN_DATA = {

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-from supcon_jax.topologies import Topology
+from supcon_jax.planning.topologies import Topology
 
 # A collective of a few bytes waits for all chips of the slice. Nobody publishes how long;
 # assumed here, of the size that users of pods report.
