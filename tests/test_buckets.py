@@ -14,9 +14,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from configs import evaluate_digits
 from supcon_jax import storage
 from supcon_jax.checkpoint import restore_encoder, saved_steps
 from supcon_jax.data.datasets import open_source
+from supcon_jax.evaluate import evaluate
 from supcon_jax.linear_eval import linear_eval
 from supcon_jax.pretrain import pretrain
 from supcon_jax.run import setup_compilation_cache
@@ -24,8 +26,8 @@ from supcon_jax.storage import epaths, files
 from supcon_jax.storage.mirror import Mirror
 from supcon_jax.tools import seeds
 from supcon_jax.writers import MetricWriter, read_metrics
-from tests.processes import Process, flags
-from tests.runs import assert_trees_equal, linear_config, pretrain_config
+from tests.processes import Process, flags, main_job
+from tests.runs import assert_trees_equal, linear_config, pretrain_config, shrink
 
 
 class Killed(Exception):
@@ -57,7 +59,7 @@ def arrays_in(place):
 
 
 def test_the_journey_of_the_digits_in_a_bucket(bucket, tmp_path, monkeypatch, messages):
-    """Pretraining, a kill, a resume, a move, linear evaluation: the bits of a disk."""
+    """Pretraining, a kill, a resume, a move, both evaluations: the bits of a disk."""
     (tmp_path / "data").mkdir()
     changes = {"data.name": "arrays", "checkpoint_every": 4, "log_every": 1}
     local = pretrain_config(**changes, **{"data.root": arrays_in(tmp_path / "data")})
@@ -94,6 +96,11 @@ def test_the_journey_of_the_digits_in_a_bucket(bucket, tmp_path, monkeypatch, me
         )
     ]
     assert results[0] == results[1]
+    for place in (bucket, tmp_path):
+        config = shrink(evaluate_digits.get_config())
+        config.pretrained = f"{place}/linear"
+        assert evaluate(config, f"{place}/evaluation")["eval/top1"] == results[0]
+    assert storage.is_file(f"{bucket}/evaluation/predictions.npz")
     # The same command again: it is complete, and says the same.
     assert pretrain(remote, f"{bucket}/moved")["train/loss"] == final["train/loss"]
     assert f"Workdir: {bucket}/moved" in messages
@@ -324,12 +331,38 @@ def test_a_folder_of_images_in_a_bucket(bucket, tmp_path):
         ]
 
 
-def test_a_dataset_of_tfds_in_a_bucket(bucket, tfds_dir):
+def test_hosts_that_write_the_same_file_at_once(tmp_path, monkeypatch):
+    """Each writes beside it under a name of its own, and leaves nothing of a failure."""
+    target, seen = tmp_path / "index.npz", []
+    replace = os.replace
+
+    def replaced(source, target):
+        seen.append(os.path.basename(source))
+        assert pathlib.Path(source).read_bytes() == b"whole"
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", replaced)
+    for host in ("a", "b"):
+        monkeypatch.setattr(files.socket, "gethostname", lambda host=host: host)
+        storage.write(target, b"whole")
+    assert len(set(seen)) == 2 and target.read_bytes() == b"whole"
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(OSError):
+        storage.write(tmp_path / "folder", b"whole")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["folder", "index.npz"]
+
+
+def upload_cifar10(tfds_dir, place):
+    """The test split, with what describes the dataset."""
     real = pathlib.Path(tfds_dir, "cifar10")
     for path in real.rglob("*"):
         if path.is_file() and "train" not in path.name:
             name = str(path.relative_to(real.parent))
-            storage.write(storage.join(bucket, name), path.read_bytes())
+            storage.write(storage.join(place, name), path.read_bytes())
+
+
+def test_a_dataset_of_tfds_in_a_bucket(bucket, tfds_dir):
+    upload_cifar10(tfds_dir, bucket)
     ours, theirs = (
         open_source("cifar10", "test[:20]+test[-5:]", dir=where)
         for where in (bucket, tfds_dir)
@@ -446,3 +479,38 @@ def test_twenty_kills_in_a_bucket(emulator, bucket, tmp_path):
         lines = [r["step"] for r in read_metrics(workdir)]
         # The first step after a resume is told too.
         assert lines == sorted(set(lines)) and set(lines) >= set(steps)
+
+
+@pytest.mark.slow
+def test_two_processes_read_lanes_of_one_bucket_and_write_to_it(
+    emulator, bucket, tmp_path, tfds_dir
+):
+    """Killed, and started again: the bits of a local disk, and of one process there."""
+    upload_cifar10(tfds_dir, f"{bucket}/data")
+    changes = {
+        "data.name": "cifar10",
+        "data.train_split": "test[:4000]",
+        "data.eval_split": "test[-100:]",
+        "data.lanes": 4,
+        "total_steps": 60,
+        "checkpoint_every": 20,
+        "log_every": 5,
+    }
+    local = changes | {"data.dir": tfds_dir}
+    remote = changes | {"data.dir": f"{bucket}/data"}
+    for size, devices in ((1, 2), (2, 1)):
+        with main_job(size, tmp_path / str(size), devices=devices, **local) as job:
+            assert set(job.wait(300).values()) == {0}, job[0].err
+    environs = [emulator.environ] * 2
+    with main_job(2, f"{bucket}/run", environs=environs, **remote) as job:
+        job.wait_for(r" 35/60")
+        for process in job.processes.values():
+            process.send(signal.SIGKILL)
+        job.wait(30)
+    with main_job(2, f"{bucket}/run", environs=environs, **remote) as job:
+        assert set(job.wait(300).values()) == {0}, job[0].err
+        assert "resumed at step" in job[0].out
+    assert saved_steps(f"{bucket}/run") == saved_steps(tmp_path / "2") == [40, 60]
+    ours = restore_encoder(f"{bucket}/run")
+    assert_trees_equal(ours, restore_encoder(tmp_path / "2"))
+    assert_trees_equal(ours, restore_encoder(tmp_path / "1"))

@@ -21,6 +21,7 @@ import os
 import pathlib
 import re
 import shutil
+import socket
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -196,9 +197,15 @@ def write(path: Path, data: bytes) -> None:
         store, key = _open(path)
         _ask(path, lambda: store.write(key, data))
         return
-    temporary = pathlib.Path(f"{os.fspath(path)}.tmp")
-    temporary.write_bytes(data)
-    os.replace(temporary, path)
+    # Of this process alone: hosts that share a folder may write the same file at once.
+    writer = f"{socket.gethostname()}.{os.getpid()}"
+    temporary = pathlib.Path(f"{os.fspath(path)}.{writer}.tmp")
+    try:
+        temporary.write_bytes(data)
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def read_generation(path: Path) -> tuple[bytes | None, bytes]:
