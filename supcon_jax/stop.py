@@ -22,6 +22,8 @@ import jax
 T = TypeVar("T")
 # Threads whose work nobody waits for any more. The interpreter cannot end beside them.
 _left_behind: list[threading.Thread] = []
+# The one that is entered.
+_listening: StopRequests | None = None
 # How often this process has asked whether to stop; all of a job ask equally often.
 _questions = itertools.count(1)
 
@@ -44,6 +46,8 @@ class StopRequests(contextlib.AbstractContextManager):
 
     def __enter__(self) -> StopRequests:
         """Takes the signals over."""
+        global _listening
+        _listening = self
         if threading.current_thread() is threading.main_thread():
             # In a job of several processes JAX listens for SIGTERM, and tells the others.
             joined = jax.distributed.is_initialized()
@@ -54,6 +58,8 @@ class StopRequests(contextlib.AbstractContextManager):
 
     def __exit__(self, *_: object) -> None:
         """Gives them back."""
+        global _listening
+        _listening = None
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         self._handlers = {}
@@ -81,9 +87,14 @@ class StopRequests(contextlib.AbstractContextManager):
         # signal came before it: counted from 1, its first question is answered.
         return multihost_utils.reached_preemption_sync_point(next(_questions))
 
+    @property
+    def asks_between_batches(self) -> bool:
+        """Whether no signal can cut off what goes on, but all processes together may."""
+        return self._interruptible and jax.distributed.is_initialized()
+
     @contextlib.contextmanager
     def interruptible(self) -> Iterator[None]:
-        """Inside, a signal raises `Stopped` at once (in a job of one process)."""
+        """Inside, a signal raises `Stopped`: at once, or in `check` of a job of several."""
         if self._asked and not jax.distributed.is_initialized():
             raise Stopped
         self._interruptible = True
@@ -115,6 +126,16 @@ class StopRequests(contextlib.AbstractContextManager):
         if failed:
             raise failed[0]
         return done[0]
+
+
+def check() -> None:
+    """Asked between two batches of an evaluation, which all processes have equally many of.
+
+    Raises:
+      Stopped: a process of this job was asked to stop; all of them hear it here.
+    """
+    if _listening and _listening.asks_between_batches and _listening.due():
+        raise Stopped
 
 
 def stopped_code() -> int:

@@ -254,6 +254,28 @@ def test_a_signal_to_one_process_saves_and_ends_all(tmp_path, fault):
         job.wait_for(rf"step +{step + 1}/")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_signal_in_an_evaluation_of_a_job_cuts_it_off(tmp_path, victim):
+    """40,000 images take far longer than the seconds until both have ended."""
+    changes = {
+        "total_steps": 1000,
+        "eval_every": 20,
+        "data.fake": True,
+        "data.image_size": 8,
+        "knn.bank": 40000,
+    }
+    fault = {victim: "terminate@^kNN: training images$"}
+    with Job(commands(2, flags(tmp_path, **changes), fault)) as job:
+        job.wait_for("FAULT terminate", rank=victim)
+        start = time.monotonic()
+        assert job.wait(300) == {0: 0, 1: 0}, (job[0].err, job[1].err)
+        seconds = time.monotonic() - start
+        assert "step 20 is saved" in job[0].out and "evaluated in" not in job[0].out
+    assert saved_steps(tmp_path) == [20]
+    print(f"SIGTERM to process {victim} of 2 in an evaluation: {seconds:.1f} s")
+
+
 # --- Dead, stuck and missing peers ---
 
 LONG = {"total_steps": 1_000_000, "log_every": 20, "knn__bank": 0}

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from supcon_jax import hosts, parallel
+from supcon_jax import hosts, parallel, stop
 from supcon_jax.data.pipeline import eval_batches, num_eval_batches
 from supcon_jax.data.sources import Source
 from supcon_jax.evaluation.classification import classification_sums, summarize
@@ -128,6 +128,7 @@ class Predictor:
         total = num_eval_batches(source, self._batch_size)
         for batch in progress(batches, total=total, label=label):
             hosts.beat(label)
+            stop.check()
             yield batch
 
 
