@@ -40,6 +40,7 @@ def patches(monkeypatch):
     monkeypatch.setitem(ENCODERS, "patches", build)
 
 
+@pytest.mark.slow
 def test_an_encoder_without_batch_norm_runs_both_stages(patches, tmp_path):
     config = pretrain_config(
         **{"encoder.name": "patches", "encoder_average.decay": 0.9}

@@ -6,11 +6,14 @@ import re
 import subprocess
 import sys
 
+import pytest
+
 import supcon_jax
 
 REPOSITORY = pathlib.Path(supcon_jax.__file__).resolve().parent.parent
 
 
+@pytest.mark.slow
 def test_the_examples_run(tmp_path):
     text = (REPOSITORY / "docs" / "extending.md").read_text()
     program = "\n\n".join(re.findall(r"^```python\n(.*?)^```", text, re.M | re.S))

@@ -215,21 +215,17 @@ def test_other_data_are_refused(tmp_path):
 # --- A signal to one of them ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "fault",
     [
         "1 terminate@^step 5$",
-        *(
-            pytest.param(fault, marks=pytest.mark.slow)
-            for fault in (
-                "0 terminate@^step 5$",
-                "0 interrupt@^step 5$",
-                "1 interrupt@^step 5$",
-                "1 terminate@^compiling$",
-                "1 terminate@^saving step 20$",
-                "0 terminate@images",
-            )
-        ),
+        "0 terminate@^step 5$",
+        "0 interrupt@^step 5$",
+        "1 interrupt@^step 5$",
+        "1 terminate@^compiling$",
+        "1 terminate@^saving step 20$",
+        "0 terminate@images",
     ],
 )
 def test_a_signal_to_one_process_saves_and_ends_all(tmp_path, fault):

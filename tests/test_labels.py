@@ -62,6 +62,7 @@ def partly(tmp_path):
     return save(tmp_path / "partly.npz", train=train, test=test)
 
 
+@pytest.mark.slow
 def test_unlabelled_images_in_every_kind_of_run(partly, tmp_path, caplog):
     caplog.set_level("INFO", "supcon_jax")
     supcon = pretrain(pretrain_config(**partly), tmp_path / "supcon")
@@ -247,6 +248,7 @@ def test_a_source_of_ones_own_is_held_to_its_classes(labels, monkeypatch):
 # --- folders, as README gives them to the digits' config ---
 
 
+@pytest.mark.slow
 def test_a_folder_with_train_and_val_needs_its_root_alone(tmp_path, messages):
     for split, count in (("train", 12), ("val", 4)):
         for label, name in enumerate(("red", "green")):

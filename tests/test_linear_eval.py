@@ -182,6 +182,7 @@ def test_pretraining_run_without_a_checkpoint(pretrained, tmp_path):
         linear_eval.linear_eval(linear_config(tmp_path), tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_the_average_is_used_when_asked(tmp_path):
     """It is saved beside the encoder, evaluated beside it, and read by stage 2."""
     config = pretrain_config(**{"encoder_average.decay": 0.9})

@@ -144,6 +144,7 @@ def test_a_device_that_is_not_there(tmp_path):
         assert "Traceback" not in done.stderr and not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_without_a_home(tmp_path):
     """No HOME and no such user: nothing is cached, and the run goes on."""
     environment = {k: v for k, v in os.environ.items() if k != "HOME"}
@@ -180,6 +181,7 @@ def test_a_closed_pipe_does_not_stop_a_run(tmp_path):
     assert "finished 2 steps" in (tmp_path / "run" / "log.txt").read_text()
 
 
+@pytest.mark.slow
 def test_an_odd_encoding_shows_what_it_can(tmp_path):
     """A folder of a name that ASCII does not have."""
     environment = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}

@@ -10,6 +10,7 @@ from supcon_jax.writers import read_metrics
 from tests.runs import linear_config, pretrain_config, shrink
 
 
+@pytest.mark.slow
 def test_everything_that_runs_write_is_listed(tmp_path):
     """And all that is listed is written by one of these runs."""
     runs = {

@@ -56,7 +56,7 @@ def momentum_by_hand(state, queue, decay):
     return value, gradients, average, everyone
 
 
-@pytest.mark.parametrize("devices", [1, 4])
+@pytest.mark.parametrize("devices", [pytest.param(1, marks=pytest.mark.slow), 4])
 def test_momentum_queue_against_a_loop(devices):
     """Three steps: keys of this step and of earlier ones, oldest out after 40."""
     decay = 0.8

@@ -115,6 +115,7 @@ def test_a_file_that_cannot_be_written(tmp_path, capsys):
     assert "(--out)" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_real_runs(tmp_path):
     """What a run writes is what this reads."""
     workdirs = []

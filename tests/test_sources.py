@@ -298,6 +298,7 @@ def zipped(tmp_path, monkeypatch):
     return {"data.name": "zip", "data.root": str(path), "data.skip_errors": True}
 
 
+@pytest.mark.slow
 def test_a_new_source_trains(zipped, tmp_path, caplog):
     config = pretrain_config(**zipped, **{"knn.bank": 61})
     with caplog.at_level(logging.INFO, "supcon_jax"):

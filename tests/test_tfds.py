@@ -145,7 +145,9 @@ def test_images_without_a_label_are_seen(name, directory):
     assert sum(labels == UNLABELLED) == 16
 
 
-@pytest.mark.parametrize("name", ["small", "large"])
+@pytest.mark.parametrize(
+    "name", ["small", pytest.param("large", marks=pytest.mark.slow)]
+)
 def test_runs_on_images_without_labels(name, directory, tmp_path, messages):
     final = pretrain(config(directory, name), tmp_path / "supcon")
     assert final["knn/top1"] > 0.8

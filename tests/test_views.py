@@ -97,6 +97,7 @@ def test_every_key_of_the_config_is_an_option():
 # --- crops ---
 
 
+@pytest.mark.slow
 def test_the_crop_of_the_step_makes_as_many_attempts_as_stated(monkeypatch):
     """Few rectangles of nearly the whole area fit; the fallback is the whole image."""
     keys = jax.random.split(jax.random.key(0), 500)

@@ -92,6 +92,7 @@ def test_bfloat16_and_remat():
     np.testing.assert_allclose(low, outputs[0], rtol=0.1, atol=0.05)
 
 
+@pytest.mark.slow
 def test_it_trains_over_devices(tmp_path):
     config = pretrain_config(**{"encoder.name": "wrn16_4", "encoder.width": 0.1})
     final = pretrain.pretrain(config, tmp_path)

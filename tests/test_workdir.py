@@ -104,6 +104,7 @@ def test_tuples_and_lists_are_the_same_value():
     assert differing_keys({"data.mean": (0.5,) * 3}, {"data.mean": [0.4] * 3})
 
 
+@pytest.mark.slow
 def test_the_cure_that_the_program_advises_works_in_the_same_folder(
     tmp_path, monkeypatch
 ):
