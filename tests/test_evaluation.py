@@ -118,6 +118,10 @@ def test_rankme_equals_its_definition():
     assert rankme(100 * embeddings) == pytest.approx(expected, rel=1e-4)
     assert rankme(np.outer(np.ones(40), np.arange(6.0))) == pytest.approx(1, rel=1e-4)
     assert rankme(np.zeros((5, 3))) == 0.0
+    assert rankme(1e37 * embeddings) == pytest.approx(expected, rel=1e-4)
+    assert rankme(1e-37 * embeddings) == pytest.approx(expected, rel=1e-4)
+    for value in (np.nan, np.inf):
+        assert np.isnan(rankme(np.where(embeddings > 0, embeddings, value)))
 
 
 def test_rankme_docstring_example():

@@ -16,7 +16,8 @@ def rankme(embeddings: np.ndarray, *, epsilon: float = 1e-7) -> float:
       epsilon: keeps the logarithm finite.
 
     Returns:
-      A number between 1 and about `min(n, D)`; 0 where all embeddings are zero.
+      A number between 1 and about `min(n, D)`; 0 where all embeddings are zero, NaN where
+      some are not finite.
 
     Example:
       >>> import numpy as np
@@ -25,7 +26,13 @@ def rankme(embeddings: np.ndarray, *, epsilon: float = 1e-7) -> float:
 
     Source: Garrido et al., arXiv 2210.02885, Equation 1.
     """
-    values = np.linalg.svd(np.asarray(embeddings, np.float32), compute_uv=False)
+    embeddings = np.asarray(embeddings, np.float32)
+    largest = np.max(np.abs(embeddings), initial=0.0)
+    if not np.isfinite(largest):
+        return float("nan")
+    # By a power of two, which changes no share: squares of large numbers are not finite.
+    embeddings = np.ldexp(embeddings, -np.frexp(largest)[1])
+    values = np.linalg.svd(embeddings, compute_uv=False)
     total = float(np.sum(values, dtype=np.float64))
     if total == 0:
         return 0.0
