@@ -5,6 +5,7 @@ import re
 import signal
 import time
 
+import numpy as np
 import pytest
 
 from supcon_jax.checkpoint import saved_steps
@@ -120,6 +121,33 @@ def test_each_step_from_one_state_equals_a_single_process(tmp_path, size):
             assert (
                 processes == 1 or float(told[3]) > 0
             )  # they were not one and the same
+
+
+@pytest.mark.slow
+def test_an_evaluation_by_two_processes_is_that_of_one(tmp_path):
+    """Counts to the last image; logits to the rounding of other shapes."""
+    model = {"loss.name": "cross_entropy", "knn.bank": 0}
+    with main_job(1, tmp_path / "run", **model) as job:
+        assert job.wait() == {0: 0}, job[0].err
+    metrics, predictions = [], []
+    for size in (1, 2):
+        out = tmp_path / str(size)
+        changes = {"mode": "evaluate", "pretrained": tmp_path / "run", **model}
+        with main_job(size, out, **changes) as job:
+            assert set(job.wait().values()) == {0}, job[0].err
+        metrics.append(json.loads((out / "metrics.jsonl").read_text()))
+        with np.load(out / "predictions.npz") as file:
+            predictions.append(dict(file))
+    one, two = metrics
+    for name in ("eval/top1", "eval/top5", "eval/num_examples"):
+        assert one[name] == two[name]
+    for name in filter(lambda name: name.startswith("eval/"), one):
+        assert one[name] == pytest.approx(two[name], rel=1e-5, abs=1e-6), name
+    for name in ("ids", "labels"):
+        np.testing.assert_array_equal(predictions[0][name], predictions[1][name])
+    np.testing.assert_allclose(
+        predictions[0]["logits"], predictions[1]["logits"], rtol=1e-4, atol=1e-5
+    )
 
 
 # --- Processes that differ ---
