@@ -46,8 +46,11 @@ def get_config() -> ConfigDict:
     config.data.validation_fraction = 0.0  # evaluate on this share of train instead
     config.data.fraction = 1.0  # train on this share of the training images
     config.data.samples_per_class = 0  # train on so many images of a class; 0: all
+    # Semi-supervised: all images are kept, and most of their labels hidden (docs/data.md)
+    config.data.labelled_fraction = 1.0  # share of the training labels that is kept
+    config.data.labelled_per_class = 0  # labels of each class that are kept; 0: all
     config.data.label_noise = 0.0  # share of training labels drawn anew from all
-    config.data.split_seed = 0  # of the four keys above, whatever the run's seed
+    config.data.split_seed = 0  # of the keys above, whatever the run's seed
     config.data.classes_per_batch = 0  # P classes x batch_size / P images; 0: shuffled
     # TFDS records: read blocks of megabytes in so many lanes, 64 for example (docs/data.md)
     config.data.lanes = 0  # 0: single records in a permutation of all

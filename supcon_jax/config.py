@@ -167,6 +167,8 @@ KEYS: dict[str, Key] = {
     "data.validation_fraction": Key(0.0, _number(0, 0.99)),
     "data.fraction": Key(1.0, _number(0, 1, above=True)),
     "data.samples_per_class": Key(0, _number(0)),
+    "data.labelled_fraction": Key(1.0, _number(0, 1, above=True)),
+    "data.labelled_per_class": Key(0, _number(0)),
     "data.label_noise": Key(0.0, _number(0, 1)),
     "data.split_seed": Key(0, _number(0, 2**31 - 1)),
     "data.classes_per_batch": Key(0, _number(0)),
@@ -320,6 +322,7 @@ def check_config(config: ConfigDict) -> None:
             f"data.image_size, {config.data.image_size} (--config.data.eval_resize)"
         )
     _check_lanes(config)
+    _check_hidden_labels(config)
     _check_momentum(config)
     pretraining = config.mode == "pretrain"
     contrastive = OBJECTIVES[config.loss.name].contrastive
@@ -372,6 +375,25 @@ def _check_lanes(config: ConfigDict) -> None:
             f"got data.lanes={lanes} and data.classes_per_batch="
             f"{config.data.classes_per_batch}; allowed: one of them, both say which "
             "images a step sees (--config.data.lanes=0)"
+        )
+
+
+def _check_hidden_labels(config: ConfigDict) -> None:
+    """Refuses two ways to hide labels at once, and batches that have no place for it."""
+    data = config.data
+    hides = data.labelled_fraction < 1 or data.labelled_per_class
+    if data.labelled_fraction < 1 and data.labelled_per_class:
+        raise ValueError(
+            f"got data.labelled_fraction={data.labelled_fraction} and "
+            f"data.labelled_per_class={data.labelled_per_class}; allowed: one of them, "
+            "both say which labels are kept (--config.data.labelled_fraction=1)"
+        )
+    contrastive = OBJECTIVES[config.loss.name].contrastive
+    if hides and data.classes_per_batch and config.mode == "pretrain" and contrastive:
+        raise ValueError(
+            f"got data.classes_per_batch={data.classes_per_batch} with hidden labels; "
+            "allowed: one of them, such batches hold no images without a label "
+            "(--config.data.classes_per_batch=0, or --config.data.samples_per_class)"
         )
 
 

@@ -12,11 +12,13 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 
 from supcon_jax import optimizers, storage
 from supcon_jax.builders import num_microbatches, scaled_learning_rate
 from supcon_jax.data.pipeline import Batch
+from supcon_jax.data.sources import UNLABELLED
 from supcon_jax.figures import plot_curves
 from supcon_jax.metrics import on_end
 from supcon_jax.run import Run
@@ -87,16 +89,20 @@ def log_start(run: Run, state: TrainState) -> None:
 
 def _without_labels(run: Run) -> str:
     """How many images of the two splits have no label, where some have none."""
-    counts = {
-        f"of {source.num_examples:,} {name}": source.num_unlabelled
-        for name, source in (
-            ("training images", run.train_source),
-            ("evaluation images", run.eval_source),
-        )
-        if not source.synthetic
-    }
-    parts = [f"{count:,} {of}" for of, count in counts.items() if count]
-    return f"; without a label: {', '.join(parts)}" if parts else ""
+    parts = []
+    for name, source in (
+        ("training images", run.train_source),
+        ("evaluation images", run.eval_source),
+    ):
+        count = int(np.sum(source.labels == UNLABELLED))
+        if count and not source.synthetic:
+            least = "at least " if source.num_unlabelled is None else ""
+            parts.append(f"{least}{count:,} of {source.num_examples:,} {name}")
+    if not parts:
+        return ""
+    labelled = int(np.sum(run.train_source.labels >= 0))
+    counted = f"; with one: {labelled:,} training images" if labelled else ""
+    return f"; without a label: {', '.join(parts)}{counted}"
 
 
 def measure_input(batches: Iterator[Batch], batch_size: int) -> Iterator[Batch]:

@@ -34,7 +34,7 @@ from supcon_jax.data.pipeline import (
 )
 from supcon_jax.data.records import RecordSource
 from supcon_jax.data.sampler import Sampler, class_balanced, shuffled
-from supcon_jax.data.sources import UNREAD, Source
+from supcon_jax.data.sources import UNLABELLED, UNREAD, Source
 from supcon_jax.evaluation.predict import Predictor
 from supcon_jax.objectives import OBJECTIVES
 from supcon_jax.plan import Plan, create_plan
@@ -231,8 +231,16 @@ def open_sources(config: ConfigDict) -> tuple[Source, Source]:
         train = sources_of.take_per_class(
             train, data.samples_per_class, seed=data.split_seed
         )
+    if not train.synthetic:
+        train = sources_of.hide_labels(
+            train,
+            fraction=data.labelled_fraction,
+            per_class=data.labelled_per_class,
+            seed=data.split_seed,
+        )
     train = sources_of.add_label_noise(train, data.label_noise, seed=data.split_seed)
     train, evaluation = map(sources_of.read_labels_at_start, (train, evaluation))
+    train = leave_out_unlabelled(config, train)
     check_same_size(train, evaluation)
     for source in (train, evaluation):
         check_image_size(source, data.image_size)
@@ -249,6 +257,25 @@ def open_sources(config: ConfigDict) -> tuple[Source, Source]:
         )
     check_labels(config, train, evaluation)
     return train, evaluation
+
+
+def leave_out_unlabelled(config: ConfigDict, train: Source) -> Source:
+    """The training images that a run can learn from: all, for a contrastive loss.
+
+    A classifier learns nothing from an image without a label, so it need not be read,
+    and epochs count the others. Where none has a label, `check_labels` says so.
+    """
+    contrastive = OBJECTIVES[config.loss.name].contrastive
+    if (config.mode == "pretrain" and contrastive) or not sources_of.has_labels(train):
+        return train
+    labelled = sources_of.take_labelled(train)
+    if left := train.num_examples - labelled.num_examples:
+        logger.info(
+            "without a label, and left out: %s of %s training images",
+            f"{left:,}",
+            f"{train.num_examples:,}",
+        )
+    return labelled
 
 
 def open_eval_source(config: ConfigDict) -> Source:
@@ -306,6 +333,12 @@ def check_positives(config: ConfigDict, source: Source) -> None:
         raise ValueError(
             f"no image has a positive: data.views=1, and {config.loss.name} finds no two "
             "images that belong together; set --config.data.views=2"
+        )
+    if objective.uses_labels and np.any(source.labels == UNLABELLED):
+        logger.warning(
+            "warning: %s images without a label have no positive with data.views=1 "
+            "(--config.data.views=2)",
+            f"{np.sum(source.labels == UNLABELLED):,}",
         )
     if len(labels) and np.any(counts == 1):
         logger.warning(
@@ -405,8 +438,16 @@ def build_sampler(config: ConfigDict, source: Source) -> Sampler:
     classes = config.data.classes_per_batch
     if not classes or source.synthetic:
         return shuffled(source.num_examples, config.batch_size, seed=config.seed)
+    source = sources_of.read_labels(source)
+    if source.num_unlabelled:
+        logger.warning(
+            "warning: %s training images without a label are in no batch of "
+            "data.classes_per_batch=%d classes (--config.data.classes_per_batch=0)",
+            f"{source.num_unlabelled:,}",
+            classes,
+        )
     return class_balanced(
-        sources_of.read_labels(source).labels,
+        source.labels,
         source.num_classes,
         config.batch_size,
         classes=classes,

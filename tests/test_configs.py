@@ -319,6 +319,13 @@ ELSEWHERE = {
     "data.validation_fraction": "test_configs.py::test_keys_that_choose_examples",
     "data.fraction": "test_configs.py::test_keys_that_choose_examples",
     "data.samples_per_class": "test_configs.py::test_keys_that_choose_examples",
+    "data.labelled_fraction": (
+        "test_semi_supervised.py::"
+        "test_the_labels_kept_are_those_that_the_keys_for_fewer_images_keep"
+    ),
+    "data.labelled_per_class": (
+        "test_semi_supervised.py::test_batches_have_minus_one_where_a_label_is_hidden"
+    ),
     "data.label_noise": "test_configs.py::test_keys_that_choose_examples",
     "data.split_seed": "test_configs.py::test_keys_that_choose_examples",
     "data.classes_per_batch": "test_configs.py::test_keys_that_choose_examples",
