@@ -62,6 +62,8 @@ class Run:
       sampler: which training images a step sees.
       finished: the final metrics, where the run is complete already.
       frozen: arrays that every step reads and none changes, on every device.
+      initial_encoder: variables of another run that training starts from, on every
+        device; None: from the seed. Given away with the state of step 0.
     """
 
     plan: Plan
@@ -71,6 +73,7 @@ class Run:
     sampler: Sampler
     finished: dict[str, Any] | None
     frozen: tuple[PyTree, ...] = ()
+    initial_encoder: PyTree = None
 
     @property
     def config(self) -> ConfigDict:
@@ -101,6 +104,7 @@ def open_run(
     workdir: str | pathlib.Path,
     *,
     load_frozen: Callable[[Plan], tuple[PyTree, ...]] = lambda plan: (),
+    load_initial: Callable[[Plan], PyTree] = lambda plan: None,
 ) -> Run:
     """Opens data and workdir of a checked config; refuses before it writes anything.
 
@@ -108,6 +112,7 @@ def open_run(
       config: a checked config.
       workdir: folder of the run.
       load_frozen: what the step reads and does not train, on every device of a plan.
+      load_initial: the encoder that training starts from, on every device; None: a new one.
 
     Raises:
       ValueError: data, batch size or workdir cannot be used, in one line.
@@ -131,11 +136,12 @@ def open_run(
         | {"number of devices": str(jax.local_device_count())},
         on="data and devices",
     )
-    frozen = load_frozen(plan)
+    frozen, initial_encoder = load_frozen(plan), load_initial(plan)
+    given = frozen if initial_encoder is None else (initial_encoder,)
     path = open_workdir(
         config,
         workdir,
-        frozen=digest(frozen) if frozen else "",
+        frozen=digest(given) if given else "",
         data=data,
     )
     logger.info("workdir %s", storage.shown(path))
@@ -147,6 +153,7 @@ def open_run(
         sampler=sampler,
         finished=finished_metrics(path),
         frozen=frozen,
+        initial_encoder=initial_encoder,
     )
 
 
@@ -359,7 +366,7 @@ def check_labels(config: ConfigDict, train: Source, evaluation: Source) -> None:
     """
     data, objective = config.data, OBJECTIVES[config.loss.name]
     needs = {
-        "mode=linear_eval": config.mode == "linear_eval",
+        f"mode={config.mode}": config.mode in ("linear_eval", "finetune"),
         f"loss.name={config.loss.name}": not objective.contrastive,
         "probe.learning_rate": bool(config.probe.learning_rate),
         "loss.cross_entropy_weight": bool(config.loss.cross_entropy_weight),

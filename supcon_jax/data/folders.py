@@ -223,7 +223,9 @@ def _image_folder(path: Folder, class_names: list[str]) -> FileSource:
         labels += [label] * len(files)
     if beside := _images_in(path):
         left_alone["images beside the folders of the classes"] += beside
-    notes = (f"{path}{_listed(': left alone ', left_alone)}",) if left_alone else ()
+    notes: tuple[str, ...] = ()
+    if left_alone:
+        notes = (f"{path}{_listed(': left alone ', left_alone)}",)
     for name in filter(_is_unlabelled, class_names):
         notes += (
             f"{path / name} is taken for a class; images without a label lie beside a "
