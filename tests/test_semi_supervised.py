@@ -1,7 +1,8 @@
 """Hidden labels and unlabelled images: who sees them, and who leaves them out."""
 
-import dataclasses
 import logging
+import pathlib
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -9,12 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from supcon_jax import pretrain, report
+from supcon_jax import pretrain
 from supcon_jax import run as run_module
 from supcon_jax.config import check_config
 from supcon_jax.data.sources import (
-    UNLABELLED,
-    UNREAD,
     ArraySource,
     FileSource,
     add_label_noise,
@@ -80,55 +79,43 @@ def test_noise_changes_no_hidden_label():
     assert not np.array_equal(noisy.labels, hidden.labels)
 
 
-def test_labels_that_only_records_know(tfds_dir):
-    """ImageNet's records: a share at random, unread; so many of a class, read through."""
-    data = {"data.name": "imagenet2012", "data.dir": tfds_dir, "batch_size": 8}
-    data |= {"data.image_size": 32, "data.eval_resize": 32}
-    data |= {"data.eval_split": "validation"}
-
-    def opened(**changes):
-        return open_sources(pretrain_config(**data, **changes))[0]
-
-    whole = opened()
-    share = opened(**{"data.labelled_fraction": 0.5})
-    assert share.num_examples == whole.num_examples
-    kept = share.labels >= 0
-    assert kept.sum() == round(0.5 * whole.num_examples)
-    np.testing.assert_array_equal(share.labels[kept], whole.labels[kept])
-    # What a record says of its label does not bring a hidden one back.
-    unread = dataclasses.replace(share, labels=np.where(kept, UNREAD, UNLABELLED))
-    examples = unread.read_many(range(unread.num_examples))
-    assert [e.label for e in examples] == np.where(kept, whole.labels, -1).tolist()
-    run = dataclasses.replace(run_of(share), train_source=unread)
-    hidden = f"{np.sum(~kept)} of {len(kept)} training images"
-    assert f"without a label: at least {hidden}" in report._without_labels(run)
-
-
 # --- what a run does with them ---
 
 
-def run_of(source):
-    """Enough of a run to say what its data are."""
-    return run_module.Run(
-        plan=None,
-        workdir=None,
-        train_source=source,
-        eval_source=source.take_rows(np.arange(0)),
-        sampler=None,
-        finished=None,
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """12 images of each of 2 classes, 4 for evaluation, and 9 beside them."""
+    root, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
+    for place, count in {
+        "train/red": 12,
+        "train/green": 12,
+        "val/red": 4,
+        "val/green": 4,
+        "unlabelled/more": 8,
+        "unlabelled": 1,
+    }.items():
+        (root / place).mkdir(parents=True, exist_ok=True)
+        channel = 0 if "red" in place else 1
+        for number in range(count):
+            pixels = rng.integers(0, 90, (8, 8, 3), np.uint8)
+            pixels[..., channel] += 160
+            Image.fromarray(pixels).save(root / place / f"{number}.png")
+    (root / "unlabelled" / "list.txt").write_text("")
+    return root
+
+
+def folder_config(folder, **changes):
+    return pretrain_config(
+        **{"data.name": "folder", "data.root": str(folder)} | changes
     )
 
 
 @pytest.fixture(scope="module")
-def semi(tmp_path_factory):
-    """A run of SupCon with five labels a class, and what it said."""
-    workdir = tmp_path_factory.mktemp("semi")
-    lines = []
-    handler = logging.Handler()
+def semi(images, tmp_path_factory):
+    """A run of SupCon with five labels a class and images beside, and what it said."""
+    workdir, lines, banks = tmp_path_factory.mktemp("semi"), [], []
+    handler, logger = logging.Handler(), logging.getLogger("supcon_jax")
     handler.emit = lambda record: lines.append(record.getMessage())
-    logging.getLogger("supcon_jax").addHandler(handler)
-    logging.getLogger("supcon_jax").setLevel("INFO")
-    banks = []
 
     def spy(bank, bank_labels, *queries, **options):
         banks.append(bank_labels)
@@ -136,18 +123,29 @@ def semi(tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pretrain, "knn_accuracy", spy)
-        final = pretrain.pretrain(pretrain_config(**FIVE, total_steps=4), workdir)
-    logging.getLogger("supcon_jax").removeHandler(handler)
+        patch.setattr(logger, "level", logging.INFO)
+        logger.addHandler(handler)
+        final = pretrain.pretrain(folder_config(images, **FIVE), workdir)
+    logger.removeHandler(handler)
     return workdir, final, lines, banks
 
 
 def test_the_start_line_counts_labels_and_the_bank_holds_no_others(semi):
     _, final, lines, banks = semi
-    said = "1,297 training images, 10 classes; without a label: 1,247 of 1,297 training"
+    said = "33 training images, 2 classes; without a label: 23 of 33 training images"
     line = next(line for line in lines if said in line)
-    assert line.endswith("; with one: 50 training images")
-    assert np.bincount(banks[0]).tolist() == [5] * 10
-    assert final["knn/top1"] > 0.1 and np.isfinite(final["train/loss"])
+    assert line.endswith("; with one: 10 training images")
+    assert any(line.endswith("unlabelled: left alone 1 .txt") for line in lines)
+    assert np.bincount(banks[0]).tolist() == [5, 5]
+    assert final["knn/top1"] > 0.8 and np.isfinite(final["train/loss"])
+
+
+def test_another_choice_of_labels_is_another_run(semi, images):
+    workdir, *_ = semi
+    for changes in ({"data.labelled_per_class": 6}, TENTH, {"data.split_seed": 1}):
+        kept = {} if changes is TENTH else FIVE
+        with pytest.raises(ValueError, match=r"differing: data\.(labelled|split_seed)"):
+            pretrain.pretrain(folder_config(images, **kept | changes), workdir)
 
 
 def test_batches_have_minus_one_where_a_label_is_hidden(tmp_path):
@@ -159,15 +157,6 @@ def test_batches_have_minus_one_where_a_label_is_hidden(tmp_path):
     known = labels >= 0
     assert 0 < known.sum() < 50
     np.testing.assert_array_equal(labels[known], whole.labels[batch["id"][:, 1]][known])
-
-
-def test_another_choice_of_labels_is_another_run(semi):
-    workdir, *_ = semi
-    for changes in ({"data.labelled_per_class": 6}, TENTH, {"data.split_seed": 1}):
-        kept = {} if changes is TENTH else FIVE
-        config = pretrain_config(**kept | changes, total_steps=4)
-        with pytest.raises(ValueError, match=r"differing: data\.(labelled|split_seed)"):
-            pretrain.pretrain(config, workdir)
 
 
 @pytest.mark.parametrize(
@@ -269,50 +258,20 @@ def test_batches_of_classes_serve_a_classifier(tmp_path):
 
 
 @pytest.fixture
-def folder(tmp_path):
-    """12 images of each of 2 classes, 4 for evaluation, and 9 beside them."""
-    rng = np.random.default_rng(0)
-    for place, count in {
-        "train/red": 12,
-        "train/green": 12,
-        "val/red": 4,
-        "val/green": 4,
-        "unlabelled/more": 8,
-        "unlabelled": 1,
-    }.items():
-        (tmp_path / place).mkdir(parents=True, exist_ok=True)
-        channel = 0 if "red" in place else 1
-        for number in range(count):
-            pixels = rng.integers(0, 90, (8, 8, 3), np.uint8)
-            pixels[..., channel] += 160
-            Image.fromarray(pixels).save(tmp_path / place / f"{number}.png")
-    return tmp_path
+def folder(images, tmp_path):
+    """A copy to change."""
+    return pathlib.Path(shutil.copytree(images, tmp_path / "images"))
 
 
-def folder_config(folder, **changes):
-    return pretrain_config(
-        **{"data.name": "folder", "data.root": str(folder)} | changes
-    )
-
-
-def test_a_folder_of_unlabelled_images_joins_the_training_images(
-    folder, tmp_path, messages
-):
-    (folder / "unlabelled" / "list.txt").write_text("")
-    final = pretrain.pretrain(folder_config(folder), tmp_path / "run")
-    assert final["knn/top1"] > 0.8
-    assert any("without a label: 9 of 33 training images" in m for m in messages)
-    assert any(m.endswith("unlabelled: left alone 1 .txt") for m in messages)
+def test_a_folder_of_unlabelled_images_joins_the_training_images(folder):
     train, test = open_sources(folder_config(folder))
     assert train.class_names == ("green", "red") and test.num_unlabelled == 0
+    assert (train.num_examples, train.num_unlabelled) == (33, 9)
     assert [str(p) for p in train.paths[-9:]] == sorted(
         str(p) for p in folder.glob("unlabelled/**/*.png")
     )
     classifier = {"loss.name": "cross_entropy"}
     assert open_sources(folder_config(folder, **classifier))[0].num_examples == 24
-    # With fewer labels they are still there.
-    few, _ = open_sources(folder_config(folder, **{"data.labelled_per_class": 2}))
-    assert (few.num_examples, few.num_unlabelled) == (33, 29)
     (folder / "unlabelled").rename(folder / "Unlabeled")
     assert open_sources(folder_config(folder))[0].num_examples == 33
 

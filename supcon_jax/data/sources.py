@@ -351,7 +351,8 @@ def hide_labels(
     """The same examples, all but some of them without their label.
 
     Those that keep it are the ones that `take_fraction` or `take_per_class` would keep:
-    the same share of every class where labels are known, or so many of each.
+    the same share of every class, or so many of each. A share of labels that have not been
+    read is drawn from all examples.
 
     Args:
       source: a training split.
@@ -367,6 +368,12 @@ def hide_labels(
     if per_class:
         source = read_labels(source)
         kept = _draw_per_class(source, per_class, seed, "labelled_per_class")
+    elif UNREAD in source.labels:
+        # `_split_rows` would draw as the sampler does for its first epoch, which would
+        # then begin with all the examples without a label.
+        count = source.num_examples
+        order = np.random.default_rng((seed, 0, 2)).permutation(count)
+        kept = order[: round(fraction * count)]
     else:
         kept, _ = _split_rows(source, 1.0 - fraction, seed=seed)
     labels = np.full_like(source.labels, UNLABELLED)
