@@ -272,8 +272,11 @@ def leave_out_unlabelled(config: ConfigDict, train: Source) -> Source:
     A classifier learns nothing from an image without a label, so it need not be read,
     and epochs count the others. Where none has a label, `check_labels` says so.
     """
-    contrastive = OBJECTIVES[config.loss.name].contrastive
-    if (config.mode == "pretrain" and contrastive) or not sources_of.has_labels(train):
+    baseline = (
+        config.mode == "pretrain" and not OBJECTIVES[config.loss.name].contrastive
+    )
+    of_classifier = baseline or config.mode in ("linear_eval", "finetune")
+    if not of_classifier or not sources_of.has_labels(train):
         return train
     labelled = sources_of.take_labelled(train)
     if left := train.num_examples - labelled.num_examples:
