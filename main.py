@@ -43,11 +43,17 @@ def main(_: list[str]) -> None:
     from supcon_jax import hosts
     from supcon_jax.cli import one_line_errors
     from supcon_jax.evaluate import evaluate
+    from supcon_jax.finetune import finetune
     from supcon_jax.linear_eval import linear_eval
     from supcon_jax.logs import setup_logging
     from supcon_jax.pretrain import pretrain
 
-    modes = {"pretrain": pretrain, "linear_eval": linear_eval, "evaluate": evaluate}
+    modes = {
+        "pretrain": pretrain,
+        "linear_eval": linear_eval,
+        "finetune": finetune,
+        "evaluate": evaluate,
+    }
     config = _CONFIG.value
     with one_line_errors():
         setup_logging()

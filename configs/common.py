@@ -12,7 +12,8 @@ def get_config() -> ConfigDict:
     """The defaults; locked, so that a misspelt key is an error."""
     config = ConfigDict()
 
-    config.mode = "pretrain"  # "pretrain" | "linear_eval" | "evaluate"
+    # "pretrain" | "linear_eval" | "finetune" | "evaluate"
+    config.mode = "pretrain"
     config.seed = 0  # of initialisation, example order and augmentation
     config.batch_size = 256  # global, in images (each gives data.views views)
     config.microbatch_size = 0  # images that the encoder takes at a time; 0: all
@@ -22,8 +23,10 @@ def get_config() -> ConfigDict:
     config.eval_every = 0  # steps between evaluations; 0: only at the end
     config.checkpoint_every = 0  # steps between checkpoints; 0: only at the end
     config.keep_checkpoints = 2  # newest ones kept, beside the best by kNN
-    # linear_eval: workdir of the pretraining run, or "random"; evaluate: of a run with a
-    # classifier
+    # What a classifier's result is told by: "top1" | "mean_class_accuracy"
+    config.eval_metric = "top1"
+    # linear_eval, finetune: workdir of the pretraining run, or "random"; evaluate: of a
+    # run with a classifier
     config.pretrained = ""
     config.next_config = ""  # config named in the next command at the end of a run
     config.compilation_cache = True  # keep compiled programs in the user's cache
@@ -46,8 +49,11 @@ def get_config() -> ConfigDict:
     config.data.validation_fraction = 0.0  # evaluate on this share of train instead
     config.data.fraction = 1.0  # train on this share of the training images
     config.data.samples_per_class = 0  # train on so many images of a class; 0: all
+    # Semi-supervised: all images are kept, and most of their labels hidden (docs/data.md)
+    config.data.labelled_fraction = 1.0  # share of the training labels that is kept
+    config.data.labelled_per_class = 0  # labels of each class that are kept; 0: all
     config.data.label_noise = 0.0  # share of training labels drawn anew from all
-    config.data.split_seed = 0  # of the four keys above, whatever the run's seed
+    config.data.split_seed = 0  # of the keys above, whatever the run's seed
     config.data.classes_per_batch = 0  # P classes x batch_size / P images; 0: shuffled
     # TFDS records: read blocks of megabytes in so many lanes, 64 for example (docs/data.md)
     config.data.lanes = 0  # 0: single records in a permutation of all
@@ -88,6 +94,8 @@ def get_config() -> ConfigDict:
     config.encoder.batch_norm_devices = (
         0  # that share statistics; 0: all, 1: each alone
     )
+    # Share of BatchNorm's running statistics that a step keeps
+    config.encoder.batch_norm_momentum = 0.9
     config.encoder.remat = False  # compute blocks twice: less memory, a third more time
 
     config.projection = ConfigDict()  # the head of contrastive losses
@@ -96,8 +104,12 @@ def get_config() -> ConfigDict:
     config.projection.batch_norm = False  # after every hidden layer
     config.projection.bias = False  # of the last layer
 
-    config.classifier = ConfigDict()  # the head of cross-entropy and linear_eval
+    config.classifier = ConfigDict()  # the head of cross-entropy, on whatever encoder
     config.classifier.init = "glorot"  # of its kernel: "glorot" | "zeros"
+
+    config.finetune = ConfigDict()  # of the encoder of `pretrained`, with cross-entropy
+    config.finetune.stages = 0  # train so many stages, counted from the last; 0: all
+    config.finetune.layer_decay = 1.0  # rate of a stage over that of the one after it
 
     config.probe = ConfigDict()  # online: a classifier beside a contrastive loss
     config.probe.learning_rate = 0.0  # of Adam, on the detached embedding; 0: no probe

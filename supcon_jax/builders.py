@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -19,7 +20,7 @@ from ml_collections import ConfigDict
 from supcon_jax import optimizers, parallel
 from supcon_jax.data import augment
 from supcon_jax.data.views import Augmentation
-from supcon_jax.models import Classifier, ProjectionHead, create_encoder
+from supcon_jax.models import Classifier, ProjectionHead, create_encoder, part_of
 
 
 def num_microbatches(config: ConfigDict) -> int:
@@ -36,12 +37,16 @@ def build_encoder(
       config: a checked config.
       platform: of the devices, as `parallel.platform` says.
       axis_name: the mesh axis over which BatchNorm takes its statistics in training.
+
+    Raises:
+      ValueError: the encoder has no BatchNorm whose momentum could be set, or no such
+        stages.
     """
     dtype = config.encoder.dtype
     if dtype == "auto":
         # A CPU emulates bfloat16 several times slower than it runs float32.
         dtype = "float32" if platform == "cpu" else "bfloat16"
-    return create_encoder(
+    encoder = create_encoder(
         config.encoder.name,
         image_size=config.data.image_size,
         width=config.encoder.width,
@@ -50,6 +55,41 @@ def build_encoder(
         axis_name=axis_name,
         remat=config.encoder.remat,
     )
+    momentum = config.encoder.batch_norm_momentum
+    if momentum != getattr(encoder, "batch_norm_momentum", 0.9):
+        if not hasattr(encoder, "batch_norm_momentum"):
+            raise ValueError(
+                f"got encoder.batch_norm_momentum={momentum}; allowed: 0.9, because "
+                f"{config.encoder.name} has none to set "
+                "(--config.encoder.batch_norm_momentum=0.9)"
+            )
+        encoder = encoder.clone(batch_norm_momentum=momentum)
+    if frozen := num_frozen_parts(config, encoder):
+        encoder = encoder.clone(frozen_parts=frozen)
+    return encoder
+
+
+def num_frozen_parts(config: ConfigDict, encoder: nn.Module) -> int:
+    """How many of an encoder's parts are not trained: 0, or its stem and first stages.
+
+    Raises:
+      ValueError: it has not so many stages that `finetune.stages` of them can be trained.
+    """
+    stages = config.finetune.stages
+    if not stages and config.finetune.layer_decay == 1:
+        return 0
+    count = getattr(encoder, "num_stages", 0)
+    if not count:
+        raise ValueError(
+            f"{config.encoder.name} has no stages; allowed: --config.finetune.stages=0 "
+            "--config.finetune.layer_decay=1"
+        )
+    if stages > count:
+        raise ValueError(
+            f"got finetune.stages={stages}; allowed: 0 (all of the encoder) to {count}, "
+            f"the stages of {config.encoder.name} (--config.finetune.stages)"
+        )
+    return count + 1 - stages if stages else 0
 
 
 def build_classifier(
@@ -169,6 +209,18 @@ def build_optimizer(
         exclude=tuple(options.exclude),
         **{name: options[name] for name in optimizers.OptimizerOptions._fields},
     )
+    if config.finetune.stages or config.finetune.layer_decay < 1:
+        rates, part_names = finetune_rates(config)
+        # What is not trained does not decay either, and needs no momentum.
+        optimizer = optax.partition(
+            {
+                name: optax.chain(optimizer, optax.scale(rate))
+                if rate
+                else optax.set_to_zero()
+                for name, rate in rates.items()
+            },
+            part_names,
+        )
     if config.probe.learning_rate:
         # The recipes' rates are for contrastive losses; a probe has one of its own.
         optimizer = optax.partition(
@@ -176,3 +228,33 @@ def build_optimizer(
             lambda params: {n: "probe" if n == "probe" else "model" for n in params},
         )
     return optimizer, schedule
+
+
+def finetune_rates(
+    config: ConfigDict,
+) -> tuple[dict[str, float], Callable[[Any], Any]]:
+    """The learning rate of each part of a model in fine-tuning, over the optimizer's.
+
+    It is 1 for the classifier. Counted back from it, the k-th part of the encoder (the
+    last stage is the first, the stem the last one) has `layer_decay ** k`, and a part
+    that is not trained 0.
+
+    Returns:
+      Name of a part -> its rate, and `parameters -> a tree of the same structure with
+      those names`.
+    """
+    encoder = build_encoder(config, "cpu")
+    count, frozen = getattr(encoder, "num_stages", 0), num_frozen_parts(config, encoder)
+    names = ["stem", *(f"stage{stage}" for stage in range(1, count + 1))]
+    rates = {"classifier": 1.0} | {
+        name: config.finetune.layer_decay ** (count + 1 - part) * (part >= frozen)
+        for part, name in enumerate(names)
+    }
+
+    def name_of(path: tuple[Any, ...], _: Any) -> str:
+        head, _, rest = jax.tree_util.keystr(
+            path, simple=True, separator="/"
+        ).partition("/")
+        return names[part_of(rest, count)] if head == "encoder" else "classifier"
+
+    return rates, functools.partial(jax.tree_util.tree_map_with_path, name_of)

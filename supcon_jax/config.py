@@ -28,6 +28,9 @@ ENCODER_KEYS = (
 )
 
 
+# What `eval/...` the result of a classifier is told by first.
+EVAL_METRICS = ("top1", "mean_class_accuracy")
+
 # Of a layer. Beyond it arrays have more elements than any device, and JAX, can count.
 WIDEST = 1_000_000
 
@@ -141,7 +144,9 @@ _FLAG = Rule(lambda value: isinstance(value, bool), "True, False")
 # own again; tests hold the defaults to those of configs/common.py, where each key has its
 # meaning beside it.
 KEYS: dict[str, Key] = {
-    "mode": Key("pretrain", _one_of(("pretrain", "linear_eval", "evaluate"))),
+    "mode": Key(
+        "pretrain", _one_of(("pretrain", "linear_eval", "finetune", "evaluate"))
+    ),
     "seed": Key(0, _number(0, 2**31 - 1)),
     "batch_size": Key(256, _number(1)),
     "microbatch_size": Key(0, _number(0)),
@@ -151,6 +156,7 @@ KEYS: dict[str, Key] = {
     "eval_every": Key(0, _number(0), free=True),
     "checkpoint_every": Key(0, _number(0), free=True),
     "keep_checkpoints": Key(2, _number(1), free=True),
+    "eval_metric": Key("top1", _one_of(EVAL_METRICS), free=True),
     "pretrained": Key("", _TEXT),
     "next_config": Key("", _TEXT, free=True),
     "compilation_cache": Key(True, _FLAG, free=True),
@@ -167,6 +173,8 @@ KEYS: dict[str, Key] = {
     "data.validation_fraction": Key(0.0, _number(0, 0.99)),
     "data.fraction": Key(1.0, _number(0, 1, above=True)),
     "data.samples_per_class": Key(0, _number(0)),
+    "data.labelled_fraction": Key(1.0, _number(0, 1, above=True)),
+    "data.labelled_per_class": Key(0, _number(0)),
     "data.label_noise": Key(0.0, _number(0, 1)),
     "data.split_seed": Key(0, _number(0, 2**31 - 1)),
     "data.classes_per_batch": Key(0, _number(0)),
@@ -205,12 +213,15 @@ KEYS: dict[str, Key] = {
     "encoder.dtype": Key("float32", _one_of(("auto", "float32", "bfloat16"))),
     "encoder.normalize_embedding": Key(False, _FLAG),
     "encoder.batch_norm_devices": Key(0, _number(0)),
+    "encoder.batch_norm_momentum": Key(0.9, _number(0, 0.9999)),
     "encoder.remat": Key(False, _FLAG, free=True),
     "projection.hidden_dims": Key((2048,), _numbers(None, 1, WIDEST, whole=True)),
     "projection.output_dim": Key(128, _number(1, WIDEST)),
     "projection.batch_norm": Key(False, _FLAG),
     "projection.bias": Key(False, _FLAG),
     "classifier.init": Key("glorot", _one_of(CLASSIFIER_INITS)),
+    "finetune.stages": Key(0, _number(0)),
+    "finetune.layer_decay": Key(1.0, _number(0, 1, above=True)),
     "probe.learning_rate": Key(0.0, _number(0)),
     "momentum_encoder.decay": Key(0.0, _number(0, 0.999999)),
     "momentum_encoder.queue_size": Key(0, _number(0)),
@@ -320,7 +331,9 @@ def check_config(config: ConfigDict) -> None:
             f"data.image_size, {config.data.image_size} (--config.data.eval_resize)"
         )
     _check_lanes(config)
+    _check_hidden_labels(config)
     _check_momentum(config)
+    _check_finetune(config)
     pretraining = config.mode == "pretrain"
     contrastive = OBJECTIVES[config.loss.name].contrastive
     if config.probe.learning_rate and not (pretraining and contrastive):
@@ -340,7 +353,8 @@ def check_config(config: ConfigDict) -> None:
             "got probe.learning_rate and loss.cross_entropy_weight; allowed: one of them, "
             "both are classifiers (--config.probe.learning_rate=0)"
         )
-    modes = {"decay": pretraining, "use": not pretraining}
+    trains_encoder = pretraining or config.mode == "finetune"
+    modes = {"decay": trains_encoder, "use": not pretraining}
     for key, allowed in modes.items():
         if config.encoder_average[key] and not allowed:
             mode = "linear_eval" if pretraining else "pretrain"
@@ -351,11 +365,27 @@ def check_config(config: ConfigDict) -> None:
             )
     for key in ("mixup_alpha", "cutmix_alpha"):
         # Mixtures of two images have no single label to contrast by.
-        if config.augment[key] and (contrastive or not pretraining):
+        if config.augment[key] and (contrastive or not trains_encoder):
             raise ValueError(
                 f"got augment.{key}={config.augment[key]} with mode={config.mode} and "
                 f"loss.name={config.loss.name}; allowed: with the cross-entropy "
                 f"baseline (--config.augment.{key}=0)"
+            )
+
+
+def _check_finetune(config: ConfigDict) -> None:
+    """Refuses fine-tuning with another loss, and its keys in another mode."""
+    if config.mode == "finetune" and config.loss.name != "cross_entropy":
+        raise ValueError(
+            f"got loss.name={config.loss.name} with mode=finetune; allowed: cross_entropy "
+            "(--config.loss.name=cross_entropy)"
+        )
+    for key in ("stages", "layer_decay"):
+        value, name = config.finetune[key], f"finetune.{key}"
+        if config.mode != "finetune" and value != KEYS[name].default:
+            raise ValueError(
+                f"got {name}={value} with mode={config.mode}; allowed: with mode=finetune "
+                f"(--config.{name}={KEYS[name].default})"
             )
 
 
@@ -372,6 +402,25 @@ def _check_lanes(config: ConfigDict) -> None:
             f"got data.lanes={lanes} and data.classes_per_batch="
             f"{config.data.classes_per_batch}; allowed: one of them, both say which "
             "images a step sees (--config.data.lanes=0)"
+        )
+
+
+def _check_hidden_labels(config: ConfigDict) -> None:
+    """Refuses two ways to hide labels at once, and batches that have no place for it."""
+    data = config.data
+    hides = data.labelled_fraction < 1 or data.labelled_per_class
+    if data.labelled_fraction < 1 and data.labelled_per_class:
+        raise ValueError(
+            f"got data.labelled_fraction={data.labelled_fraction} and "
+            f"data.labelled_per_class={data.labelled_per_class}; allowed: one of them, "
+            "both say which labels are kept (--config.data.labelled_fraction=1)"
+        )
+    contrastive = OBJECTIVES[config.loss.name].contrastive
+    if hides and data.classes_per_batch and config.mode == "pretrain" and contrastive:
+        raise ValueError(
+            f"got data.classes_per_batch={data.classes_per_batch} with hidden labels; "
+            "allowed: one of them, such batches hold no images without a label "
+            "(--config.data.classes_per_batch=0, or --config.data.samples_per_class)"
         )
 
 

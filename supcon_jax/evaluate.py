@@ -162,8 +162,6 @@ def classification_metrics(
     """
     arrays = map(jnp.asarray, (logits, labels, np.ones(len(labels), np.float32)))
     metrics = summarize([classification_sums(*arrays)])
-    accuracies = class_accuracies(confusion_matrix(logits, labels))
-    metrics["eval/mean_class_accuracy"] = float(np.nanmean(accuracies))
     for prefix, values in (("", logits), ("scaled_", scaled)):
         functions = {
             "loss": calibration.negative_log_likelihood,

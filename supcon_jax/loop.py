@@ -1,4 +1,4 @@
-"""The loop that pretraining and linear evaluation share.
+"""The loop that pretraining, linear evaluation and fine-tuning share.
 
 It is given an opened run and a function that evaluates; it restores, compiles once,
 feeds, reports, saves and ends the run.
@@ -139,7 +139,9 @@ class _Training:
     def run(self) -> Metrics:
         """Everything, in order; returns the metrics of the final line."""
         plan, config = self._plan, self._config
-        state, saved_health = restore_or_init(self._checkpointer, plan)
+        state, saved_health = restore_or_init(
+            self._checkpointer, plan, self._run.initial_encoder
+        )
         start_step = int(state.step)
         with self._stop.interruptible():
             report.log_start(self._run, state)
@@ -333,7 +335,7 @@ class _Training:
         seconds = time.monotonic() - start
         self._meter.eval_s = seconds
         if metrics:
-            shown = ", ".join(on_end(metrics))
+            shown = ", ".join(on_end(metrics, self._config.eval_metric))
             logger.info("step %d: %s  (evaluated in %.1f s)", step, shown, seconds)
             if step < self._plan.total_steps:
                 self._writer.write(step, metrics)
@@ -379,11 +381,12 @@ def run_steps(
 
 
 def restore_or_init(
-    checkpointer: Checkpointer, plan: Plan
+    checkpointer: Checkpointer, plan: Plan, initial_encoder: PyTree = None
 ) -> tuple[TrainState, dict[str, Any]]:
     """The newest whole state and its health, or a new one and {}; replicated.
 
-    A restored state costs no compilation of `init`.
+    A restored state costs no compilation of `init`. A new one has the `initial_encoder`,
+    where there is one.
     """
     replicated = parallel.replicated(plan.mesh)
     abstract = jax.tree.map(
@@ -397,7 +400,8 @@ def restore_or_init(
         plain = {"xla_backend_optimization_level": 0}
         options = plain if plan.platform == "cpu" else None
         init = jax.jit(plan.init, out_shardings=replicated, compiler_options=options)
-        return init(), {}
+        state = init()
+        return state.with_encoder(initial_encoder) if initial_encoder else state, {}
     logger.info("resumed at step %d", int(found[0].step))
     return found
 

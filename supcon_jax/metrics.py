@@ -120,10 +120,17 @@ def on_progress(metrics: dict[str, float]) -> list[str]:
     ]
 
 
-def on_end(metrics: dict[str, float]) -> list[str]:
-    """The texts of the line of an evaluation or of the result."""
+def on_end(metrics: dict[str, float], headline: str = "top1") -> list[str]:
+    """The texts of the line of an evaluation or of the result.
+
+    Args:
+      metrics: by their names.
+      headline: what comes first, `eval/<headline>`, where there is such a metric.
+    """
+    first = f"eval/{headline}"
+    shown = [n for n, metric in METRICS.items() if metric.on_end and n != first]
     return [
-        metric.text.format(metrics[name])
-        for name, metric in METRICS.items()
-        if metric.on_end and name in metrics
+        METRICS[name].text.format(metrics[name])
+        for name in (first, *shown)
+        if name in metrics
     ]

@@ -85,7 +85,7 @@ class Plan:
 
     def abstract_frozen(self) -> tuple[PyTree, ...]:
         """Shapes and types of what the step reads and does not train."""
-        if self.config.mode == "pretrain":
+        if self.config.mode != "linear_eval":
             return ()
         return (jax.eval_shape(functools.partial(init_encoder, self)),)
 
@@ -159,7 +159,7 @@ def create_plan(
     steps = int(config.epochs * steps_per_epoch + 1e-6)
     total_steps = config.total_steps or max(1, steps)
     optimizer, schedule = builders.build_optimizer(config, total_steps, steps_per_epoch)
-    build = {"pretrain": _build_pretrain, "linear_eval": _build_linear}[config.mode]
+    build = _build_linear if config.mode == "linear_eval" else _build_pretrain
     modules, init, step = build(
         config,
         mesh,
@@ -193,7 +193,7 @@ def _build_pretrain(
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,
 ) -> tuple[Modules, Callable[[], TrainState], Step]:
-    """Modules, `init` and `step` of stage 1."""
+    """Modules, `init` and `step` of stage 1 and of fine-tuning."""
     objective = OBJECTIVES[config.loss.name]
     mesh, norm_axis = parallel.grouped_mesh(mesh, config.encoder.batch_norm_devices)
     classifier = builders.build_classifier(config, num_classes)

@@ -27,6 +27,8 @@ from supcon_jax.workdir import finished_metrics, read_config, read_facts
 logger = logging.getLogger(__name__)
 PyTree = Any
 RANDOM = "random"
+# Arrays that a refusal names.
+SHOWN = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,13 +62,16 @@ def check_pretrained(config: ConfigDict) -> None:
     if workdir == RANDOM:
         return
     theirs = read_config(workdir) if workdir else None
-    if theirs is None or theirs.get("mode") != "pretrain":
+    if theirs is None or theirs.get("mode") not in ("pretrain", "finetune"):
         raise ValueError(
             f"no pretraining run in {workdir!r}; run the pretraining config first, or "
             "name its workdir (--config.pretrained; 'random' is an untrained encoder)"
         )
     _warn_if_unfinished(workdir)
-    check_encoder_keys(config, theirs)
+    if (
+        config.mode != "finetune"
+    ):  # which adapts to another scaling; arrays are compared
+        check_encoder_keys(config, theirs)
 
 
 def check_encoder_keys(config: ConfigDict, theirs: dict[str, Any]) -> None:
@@ -91,7 +96,11 @@ def check_encoder_keys(config: ConfigDict, theirs: dict[str, Any]) -> None:
 
 
 def load_encoder(plan: Plan) -> PyTree:
-    """The frozen encoder's variables, on every device."""
+    """The variables of the run's encoder that `pretrained` names, on every device.
+
+    Raises:
+      ValueError: its arrays are not those of this config's encoder; naming them.
+    """
     config, replicated = plan.config, parallel.replicated(plan.mesh)
     if config.pretrained == RANDOM:
         init = functools.partial(init_encoder, plan)
@@ -99,21 +108,29 @@ def load_encoder(plan: Plan) -> PyTree:
     variables = restore_encoder(
         config.pretrained, average=config.encoder_average.use, sharding=replicated
     )
-    (expected,) = plan.abstract_frozen()
-    shapes = [
+    expected = jax.eval_shape(functools.partial(init_encoder, plan))
+    theirs, ours = (
         {
             jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape
             for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
         }
         for tree in (variables, expected)
+    )
+    differing = [
+        name
+        for name in sorted(theirs.keys() | ours.keys())
+        if theirs.get(name) != ours.get(name)
     ]
-    for name in sorted(shapes[0].keys() | shapes[1].keys()):
-        theirs, ours = (known.get(name) for known in shapes)
-        if theirs != ours:
-            raise ValueError(
-                f"the encoder of {config.pretrained} has {name} {theirs}, this config's "
-                f"{ours}; set --config.data.image_size or --config.encoder.* as there"
-            )
+    if differing:
+        told = [
+            f"{name} {theirs.get(name, 'none')}, this config's {ours.get(name, 'none')}"
+            for name in differing[:SHOWN]
+        ]
+        more = f", and {len(differing) - SHOWN} more" if differing[SHOWN:] else ""
+        raise ValueError(
+            f"the encoder of {config.pretrained} has {'; '.join(told)}{more}; set "
+            "--config.data.image_size or --config.encoder.* as there"
+        )
     return variables
 
 

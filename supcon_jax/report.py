@@ -12,30 +12,31 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 
 from supcon_jax import optimizers, storage
-from supcon_jax.builders import num_microbatches, scaled_learning_rate
+from supcon_jax.builders import (
+    finetune_rates,
+    num_microbatches,
+    scaled_learning_rate,
+)
 from supcon_jax.data.pipeline import Batch
+from supcon_jax.data.sources import UNLABELLED
 from supcon_jax.figures import plot_curves
 from supcon_jax.metrics import on_end
+from supcon_jax.pretrained import RANDOM
 from supcon_jax.run import Run
 from supcon_jax.steps.state import TrainState
 
 logger = logging.getLogger(__name__)
+PyTree = Any
 
 
 def log_start(run: Run, state: TrainState) -> None:
     """Says in a few lines what is about to run."""
     config = run.config
     images = run.train_source.num_examples
-    counts = {
-        name: sum(leaf.size for leaf in jax.tree.leaves(tree))
-        for name, tree in state.params.items()
-    }
-    mask = jax.tree.leaves(
-        optimizers.path_mask(state.params, tuple(config.optimizer.exclude))
-    )
     logger.info(
         "%s on %s: %s training images, %d classes%s",
         config.loss.name if config.mode == "pretrain" else config.mode,
@@ -43,6 +44,14 @@ def log_start(run: Run, state: TrainState) -> None:
         f"{images:,}",
         run.train_source.num_classes,
         _without_labels(run),
+    )
+    params = _trained(config, state.params)
+    counts = {
+        name: sum(leaf.size for leaf in jax.tree.leaves(tree))
+        for name, tree in params.items()
+    }
+    mask = jax.tree.leaves(
+        optimizers.path_mask(params, tuple(config.optimizer.exclude))
     )
     for note in dict.fromkeys([*run.train_source.notes, *run.eval_source.notes]):
         logger.info("%s", note)
@@ -69,7 +78,7 @@ def log_start(run: Run, state: TrainState) -> None:
     )
     decays = config.optimizer.exclude and config.optimizer.weight_decay
     # A classifier alone has nothing that a usual exclusion names.
-    if config.mode == "pretrain" and all(mask) and decays:
+    if config.mode != "linear_eval" and all(mask) and decays:
         logger.warning(
             "warning: optimizer.exclude=%s matches no parameter, so all of them decay "
             "(--config.optimizer.exclude)",
@@ -85,18 +94,40 @@ def log_start(run: Run, state: TrainState) -> None:
         )
 
 
+def _trained(config: ConfigDict, params: PyTree) -> PyTree:
+    """The parameters that are updated; says which of an encoder are in fine-tuning."""
+    if config.mode != "finetune":
+        return params
+    rates, names_of = finetune_rates(config)
+    names = names_of(params)
+    random = config.pretrained == RANDOM
+    logger.info(
+        "the encoder starts %s; %s",
+        "random" if random else f"as that of {config.pretrained}",
+        "all of it is trained, at one rate"
+        if {*rates.values()} == {1.0}
+        else "share of the learning rate: "
+        + ", ".join(f"{name} {rate:.3g}" for name, rate in rates.items()),
+    )
+    return jax.tree.map(lambda x, name: x if rates[name] else None, params, names)
+
+
 def _without_labels(run: Run) -> str:
     """How many images of the two splits have no label, where some have none."""
-    counts = {
-        f"of {source.num_examples:,} {name}": source.num_unlabelled
-        for name, source in (
-            ("training images", run.train_source),
-            ("evaluation images", run.eval_source),
-        )
-        if not source.synthetic
-    }
-    parts = [f"{count:,} {of}" for of, count in counts.items() if count]
-    return f"; without a label: {', '.join(parts)}" if parts else ""
+    parts = []
+    for name, source in (
+        ("training images", run.train_source),
+        ("evaluation images", run.eval_source),
+    ):
+        count = int(np.sum(source.labels == UNLABELLED))
+        if count and not source.synthetic:
+            least = "at least " if source.num_unlabelled is None else ""
+            parts.append(f"{least}{count:,} of {source.num_examples:,} {name}")
+    if not parts:
+        return ""
+    labelled = int(np.sum(run.train_source.labels >= 0))
+    counted = f"; with one: {labelled:,} training images" if labelled else ""
+    return f"; without a label: {', '.join(parts)}{counted}"
 
 
 def measure_input(batches: Iterator[Batch], batch_size: int) -> Iterator[Batch]:
@@ -160,7 +191,7 @@ def report_result(
         logger.info("Skipped: %d images that cannot be decoded:", len(skipped))
         for name, reason in skipped.items():
             logger.info("         %s: %s", name, reason)
-    result = on_end(final)
+    result = on_end(final, config.eval_metric)
     logger.info("Result:  %s", ", ".join(result) or "trained, not evaluated")
     logger.info("Workdir: %s", storage.shown(workdir))
     for picture in pictures:

@@ -34,7 +34,7 @@ from supcon_jax.data.pipeline import (
 )
 from supcon_jax.data.records import RecordSource
 from supcon_jax.data.sampler import Sampler, class_balanced, shuffled
-from supcon_jax.data.sources import UNREAD, Source
+from supcon_jax.data.sources import UNLABELLED, UNREAD, Source
 from supcon_jax.evaluation.predict import Predictor
 from supcon_jax.objectives import OBJECTIVES
 from supcon_jax.plan import Plan, create_plan
@@ -62,6 +62,8 @@ class Run:
       sampler: which training images a step sees.
       finished: the final metrics, where the run is complete already.
       frozen: arrays that every step reads and none changes, on every device.
+      initial_encoder: variables of another run that training starts from, on every
+        device; None: from the seed. Given away with the state of step 0.
     """
 
     plan: Plan
@@ -71,6 +73,7 @@ class Run:
     sampler: Sampler
     finished: dict[str, Any] | None
     frozen: tuple[PyTree, ...] = ()
+    initial_encoder: PyTree = None
 
     @property
     def config(self) -> ConfigDict:
@@ -101,6 +104,7 @@ def open_run(
     workdir: str | pathlib.Path,
     *,
     load_frozen: Callable[[Plan], tuple[PyTree, ...]] = lambda plan: (),
+    load_initial: Callable[[Plan], PyTree] = lambda plan: None,
 ) -> Run:
     """Opens data and workdir of a checked config; refuses before it writes anything.
 
@@ -108,6 +112,7 @@ def open_run(
       config: a checked config.
       workdir: folder of the run.
       load_frozen: what the step reads and does not train, on every device of a plan.
+      load_initial: the encoder that training starts from, on every device; None: a new one.
 
     Raises:
       ValueError: data, batch size or workdir cannot be used, in one line.
@@ -131,11 +136,12 @@ def open_run(
         | {"number of devices": str(jax.local_device_count())},
         on="data and devices",
     )
-    frozen = load_frozen(plan)
+    frozen, initial_encoder = load_frozen(plan), load_initial(plan)
+    given = frozen if initial_encoder is None else (initial_encoder,)
     path = open_workdir(
         config,
         workdir,
-        frozen=digest(frozen) if frozen else "",
+        frozen=digest(given) if given else "",
         data=data,
     )
     logger.info("workdir %s", storage.shown(path))
@@ -147,6 +153,7 @@ def open_run(
         sampler=sampler,
         finished=finished_metrics(path),
         frozen=frozen,
+        initial_encoder=initial_encoder,
     )
 
 
@@ -231,8 +238,16 @@ def open_sources(config: ConfigDict) -> tuple[Source, Source]:
         train = sources_of.take_per_class(
             train, data.samples_per_class, seed=data.split_seed
         )
+    if not train.synthetic:
+        train = sources_of.hide_labels(
+            train,
+            fraction=data.labelled_fraction,
+            per_class=data.labelled_per_class,
+            seed=data.split_seed,
+        )
     train = sources_of.add_label_noise(train, data.label_noise, seed=data.split_seed)
     train, evaluation = map(sources_of.read_labels_at_start, (train, evaluation))
+    train = leave_out_unlabelled(config, train)
     check_same_size(train, evaluation)
     for source in (train, evaluation):
         check_image_size(source, data.image_size)
@@ -249,6 +264,28 @@ def open_sources(config: ConfigDict) -> tuple[Source, Source]:
         )
     check_labels(config, train, evaluation)
     return train, evaluation
+
+
+def leave_out_unlabelled(config: ConfigDict, train: Source) -> Source:
+    """The training images that a run can learn from: all, for a contrastive loss.
+
+    A classifier learns nothing from an image without a label, so it need not be read,
+    and epochs count the others. Where none has a label, `check_labels` says so.
+    """
+    baseline = (
+        config.mode == "pretrain" and not OBJECTIVES[config.loss.name].contrastive
+    )
+    of_classifier = baseline or config.mode in ("linear_eval", "finetune")
+    if not of_classifier or not sources_of.has_labels(train):
+        return train
+    labelled = sources_of.take_labelled(train)
+    if left := train.num_examples - labelled.num_examples:
+        logger.info(
+            "without a label, and left out: %s of %s training images",
+            f"{left:,}",
+            f"{train.num_examples:,}",
+        )
+    return labelled
 
 
 def open_eval_source(config: ConfigDict) -> Source:
@@ -307,6 +344,12 @@ def check_positives(config: ConfigDict, source: Source) -> None:
             f"no image has a positive: data.views=1, and {config.loss.name} finds no two "
             "images that belong together; set --config.data.views=2"
         )
+    if objective.uses_labels and np.any(source.labels == UNLABELLED):
+        logger.warning(
+            "warning: %s images without a label have no positive with data.views=1 "
+            "(--config.data.views=2)",
+            f"{np.sum(source.labels == UNLABELLED):,}",
+        )
     if len(labels) and np.any(counts == 1):
         logger.warning(
             "warning: %d classes have one image, which has no positive with "
@@ -326,7 +369,7 @@ def check_labels(config: ConfigDict, train: Source, evaluation: Source) -> None:
     """
     data, objective = config.data, OBJECTIVES[config.loss.name]
     needs = {
-        "mode=linear_eval": config.mode == "linear_eval",
+        f"mode={config.mode}": config.mode in ("linear_eval", "finetune"),
         f"loss.name={config.loss.name}": not objective.contrastive,
         "probe.learning_rate": bool(config.probe.learning_rate),
         "loss.cross_entropy_weight": bool(config.loss.cross_entropy_weight),
@@ -405,8 +448,16 @@ def build_sampler(config: ConfigDict, source: Source) -> Sampler:
     classes = config.data.classes_per_batch
     if not classes or source.synthetic:
         return shuffled(source.num_examples, config.batch_size, seed=config.seed)
+    source = sources_of.read_labels(source)
+    if source.num_unlabelled:
+        logger.warning(
+            "warning: %s training images without a label are in no batch of "
+            "data.classes_per_batch=%d classes (--config.data.classes_per_batch=0)",
+            f"{source.num_unlabelled:,}",
+            classes,
+        )
     return class_balanced(
-        sources_of.read_labels(source).labels,
+        source.labels,
         source.num_classes,
         config.batch_size,
         classes=classes,

@@ -67,8 +67,8 @@ def open_workdir(
     Args:
       config: a checked config.
       workdir: a path; made where it does not exist.
-      frozen: digest of the arrays that the run reads and does not train; it takes the
-        place of `pretrained`, so that a pretraining run may be moved.
+      frozen: digest of the arrays of another run that it reads, or starts from; it takes
+        the place of `pretrained`, so that a pretraining run may be moved.
       data: `identity.identify` of each split, by its name.
 
     Raises:

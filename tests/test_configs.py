@@ -23,6 +23,7 @@ from tests.runs import first_batches
 CROSS_ENTROPY = {"loss.name": "cross_entropy"}
 MOMENTUM = {"loss.contrast_mode": "one", "momentum_encoder.decay": 0.9}
 COSINE = {"optimizer.schedule": "cosine"}
+FINETUNE = CROSS_ENTROPY | {"mode": "finetune", "pretrained": "random"}
 
 
 @pytest.mark.parametrize("stem, variant", ALL)
@@ -148,6 +149,12 @@ def test_refused_values(key, value):
             {"mode": "linear_eval", "encoder_average.decay": 0.9},
             "allowed: with mode=pretrain",
         ),
+        ({"mode": "finetune"}, "loss.name=supcon with mode=finetune"),
+        ({"finetune.stages": 1}, "finetune.stages=1 with mode=pretrain"),
+        (
+            {"mode": "linear_eval", "finetune.layer_decay": 0.5},
+            "finetune.layer_decay=0.5 with mode=linear_eval",
+        ),
     ],
     ids=str,
 )
@@ -238,6 +245,7 @@ IN_STEP = {
     "encoder.dtype": ("bfloat16", {}),
     "encoder.normalize_embedding": (True, {}),
     "encoder.batch_norm_devices": (2, {}),
+    "encoder.batch_norm_momentum": (0.99, {}),
     "encoder.remat": (True, {}),
     "projection.hidden_dims": ((9,), {}),
     "projection.output_dim": (5, {}),
@@ -247,6 +255,8 @@ IN_STEP = {
     "momentum_encoder.decay": (0.99, MOMENTUM),
     "momentum_encoder.queue_size": (32, MOMENTUM),
     "classifier.init": ("zeros", CROSS_ENTROPY),
+    "finetune.stages": (2, FINETUNE),
+    "finetune.layer_decay": (0.5, FINETUNE),
     "loss.name": ("simclr", {}),
     "loss.temperature": (0.2, {}),
     "loss.contrast_mode": ("one", {}),
@@ -304,6 +314,7 @@ ELSEWHERE = {
     "next_config": "test_report.py::test_next_command",
     "encoder_average.use": "test_linear_eval.py::test_the_average_is_used_when_asked",
     "pretrained": "test_linear_eval.py::test_random_encoder_differs",
+    "eval_metric": "test_finetune.py::test_the_headline_is_the_metric_asked_for",
     "writers": "test_writers.py::test_a_run_writes_where_its_config_says",
     "project": "test_writers.py::test_a_run_writes_where_its_config_says",
     "compilation_cache": "test_configs.py::test_compilation_cache",
@@ -319,6 +330,13 @@ ELSEWHERE = {
     "data.validation_fraction": "test_configs.py::test_keys_that_choose_examples",
     "data.fraction": "test_configs.py::test_keys_that_choose_examples",
     "data.samples_per_class": "test_configs.py::test_keys_that_choose_examples",
+    "data.labelled_fraction": (
+        "test_semi_supervised.py::"
+        "test_a_classifier_is_trained_on_the_labelled_images_alone"
+    ),
+    "data.labelled_per_class": (
+        "test_semi_supervised.py::test_batches_have_minus_one_where_a_label_is_hidden"
+    ),
     "data.label_noise": "test_configs.py::test_keys_that_choose_examples",
     "data.split_seed": "test_configs.py::test_keys_that_choose_examples",
     "data.classes_per_batch": "test_configs.py::test_keys_that_choose_examples",

@@ -110,6 +110,12 @@ RUN = {
     "python main.py --config=configs/digits.py": SHORT,
     "python main.py --config=configs/linear_digits.py": LINEAR,
     "python main.py --config=configs/evaluate_digits.py": "",
+    "python main.py --config=configs/digits.py --config.data.labelled_per_class=10 "
+    "--workdir=runs/digits_10": SHORT,
+    "python main.py --config=configs/finetune_digits.py": LINEAR,
+    "python main.py --config=configs/finetune_digits.py:scratch": LINEAR,
+    "python main.py --config=configs/evaluate_digits.py "
+    "--config.pretrained=runs/finetune_digits": "--workdir=runs/evaluate_finetuned",
     "python main.py --config=configs/cross_entropy_digits.py": SHORT,
     "python main.py --config=configs/digits.py --config.seed=$seed  "
     "--workdir=runs/digits_seed$seed": SHORT,
@@ -183,6 +189,16 @@ NOT_RUN = {
     "python -m supcon_jax.tools.index --config=configs/supcon_r50.py "
     "--config.data.dir=DIR": "writes beside the data; run in test_index.py",
     "python -m venv .venv": "not ours",
+    "python main.py --config=configs/transfer.py:food101 --config.data.dir=DIR": (
+        "ResNet-50 on data that are not here; tests/test_finetune.py"
+    ),
+    "python main.py --config=configs/transfer.py:food101 --config.mode=linear_eval  "
+    "--config.data.dir=DIR --workdir=runs/linear_food101": (
+        "ResNet-50 on data that are not here; tests/test_finetune.py"
+    ),
+    "python main.py --config=configs/transfer.py:aircraft --config.data.root=DIR": (
+        "ResNet-50 on data that are not here; tests/test_finetune.py"
+    ),
     "python main.py --config=configs/supcon_cifar10.py:pytorch": "downloads CIFAR-10",
     "python main.py --config=configs/supcon_r50.py --config.data.dir=DIR": (
         "for a pod; the same with three steps is run"

@@ -23,7 +23,7 @@ NOT_A_RECIPE = {
     *(key for key, known in KEYS.items() if known.free),
     *("mode", "seed", "pretrained", "total_steps", "microbatch_size", "encoder.remat"),
     *("log_every", "eval_every", "checkpoint_every", "keep_checkpoints"),
-    *(key for key in KEYS if key.startswith(("knn.", "probe."))),
+    *(key for key in KEYS if key.startswith(("knn.", "probe.", "finetune."))),
 }
 # What common.set_augmentation sets by name; in this order in common.AUGMENTATIONS.
 AUGMENT = tuple(
@@ -34,7 +34,9 @@ CONTRASTIVE = {
     *("loss.temperature", "loss.scale", "loss.contrast_mode", "loss.summation"),
     *("loss.denominator", "loss.positives_cap"),
 }
-RECIPES = [(s, v) for s, v in ALL if "digits" not in s and "evaluate" not in s]
+# Those of fine-tuning are in docs/transfer.md, see test_finetune.py.
+ELSEWHERE = ("digits", "evaluate", "finetune", "transfer")
+RECIPES = [(s, v) for s, v in ALL if not any(word in s for word in ELSEWHERE)]
 
 
 def recipe(name):

@@ -175,6 +175,39 @@ def test_labels_of_a_large_split_stay_unread(directory, monkeypatch, tmp_path):
     assert "knn/top1" not in final
 
 
+@pytest.mark.parametrize("name", ["small", "large"])
+@pytest.mark.parametrize("unread", [False, True])
+def test_hidden_labels_stay_hidden(name, unread, directory, monkeypatch):
+    """Whatever the records say, which may have been read or not."""
+    if unread:
+        monkeypatch.setattr("supcon_jax.data.sources.READ_AT_START_BYTES", 100)
+    own = np.asarray(own_labels(directory, name, "train"))
+    lazily = unread and name == "large"
+    for changes in ({"data.labelled_fraction": 0.5}, {"data.labelled_per_class": 3}):
+        settings = config(directory, name, **changes)
+        train, _ = open_sources(settings)
+        assert train.num_examples == len(own)
+        shown = train.labels != UNLABELLED
+        known = shown & (own >= 0)
+        if "data.labelled_per_class" in changes:
+            assert np.bincount(own[known]).tolist() == [3, 3, 3] and np.all(
+                own[shown] >= 0
+            )
+        else:
+            assert 0 < known.sum() < np.sum(own >= 0)
+            assert (train.num_unlabelled is None) == lazily
+        sampler = build_sampler(settings, train)
+        batch = next(build_train_batches(settings, train, sampler))
+        index = batch["id"][:, 1]
+        expected = np.where(shown, own, UNLABELLED)[index]
+        np.testing.assert_array_equal(batch["label"], expected)
+        assert {-1} < {*batch["label"].tolist()}
+    # Of a classifier's images those that are known to have none are not even read.
+    baseline = {"loss.name": "cross_entropy", "batch_size": 8}
+    settings = config(directory, name, **baseline, **changes)
+    assert open_sources(settings)[0].num_examples == 9
+
+
 def test_a_held_out_share_of_records_leaves_every_class_something(directory):
     both = {"data.train_split": "test", "data.validation_fraction": 0.9}
     for seed in range(5):

@@ -14,20 +14,23 @@ import numpy as np
 
 from supcon_jax import storage
 from supcon_jax.data.names import TRAIN, find_split, is_split
-from supcon_jax.data.sources import FileSource
+from supcon_jax.data.sources import UNLABELLED, FileSource
 
 logger = logging.getLogger(__name__)
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 # What notebooks, file managers and network disks leave behind is no data.
 HIDDEN_PREFIXES = (".", "@")
 HIDDEN_NAMES = ("__MACOSX",)
+# Beside the folder of the training images, others that have no label.
+UNLABELLED_NAMES = ("unlabelled", "unlabeled")
 
 
 def open_folder(split: str, dir: str, root: str) -> FileSource:
     """`root/<split>/<class>/...` or, for the split "train" alone, `root/<class>/...`.
 
     Splits go by any of their usual names (`names.find_split`), and both may lie one
-    folder further down. Links are followed, but not in circles.
+    folder further down. Images anywhere in `root/unlabelled/` join the training images of
+    `root/train/`, without a label. Links are followed, but not in circles.
 
     Raises:
       ValueError: one line that says what is missing there.
@@ -42,7 +45,7 @@ def open_folder(split: str, dir: str, root: str) -> FileSource:
     path = _find_root(path)
     folders = _folders(path)
     if not _has_train(folders):
-        if folders and all(map(is_split, folders)):
+        if folders and all(is_split(n) or _is_unlabelled(n) for n in folders):
             raise ValueError(
                 f"{path} has {', '.join(folders)} and no folder 'train' "
                 "(--config.data.root)"
@@ -57,7 +60,9 @@ def open_folder(split: str, dir: str, root: str) -> FileSource:
                 f"--config.data.validation_fraction=0.1{parent}"
             )
         return _image_folder(path, _class_names(path))
-    train, path = path / find_split("train", folders), path / find_split(split, folders)
+    root_path, train_name = path, find_split("train", folders)
+    split_name = find_split(split, folders)
+    train, path = root_path / train_name, root_path / split_name
     class_names = _class_names(train)
     foreign = sorted(set(_class_names(path)) - set(class_names))
     if foreign:
@@ -65,7 +70,11 @@ def open_folder(split: str, dir: str, root: str) -> FileSource:
             f"{path} has the class {foreign[0]!r}, which {train} "
             "lacks (--config.data.root)"
         )
-    return _image_folder(path, class_names)
+    source = _image_folder(path, class_names)
+    if split_name == train_name:
+        for name in filter(_is_unlabelled, folders):
+            source = _join_unlabelled(source, root_path / name)
+    return source
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,6 +161,10 @@ def _has_train(folders: list[str]) -> bool:
     return any(name.lower() in TRAIN for name in folders)
 
 
+def _is_unlabelled(name: str) -> bool:
+    return name.lower() in UNLABELLED_NAMES
+
+
 def _is_hidden(name: str) -> bool:
     return name.startswith(HIDDEN_PREFIXES) or name in HIDDEN_NAMES
 
@@ -210,11 +223,38 @@ def _image_folder(path: Folder, class_names: list[str]) -> FileSource:
         labels += [label] * len(files)
     if beside := _images_in(path):
         left_alone["images beside the folders of the classes"] += beside
+    notes: tuple[str, ...] = ()
+    if left_alone:
+        notes = (f"{path}{_listed(': left alone ', left_alone)}",)
+    for name in filter(_is_unlabelled, class_names):
+        notes += (
+            f"{path / name} is taken for a class; images without a label lie beside a "
+            "folder 'train'",
+        )
     return FileSource(
-        np.asarray(paths),
-        np.asarray(labels, np.int32),
-        tuple(class_names),
-        notes=(f"{path}{_listed(': left alone ', left_alone)}",) if left_alone else (),
+        np.asarray(paths), np.asarray(labels, np.int32), tuple(class_names), notes=notes
+    )
+
+
+def _join_unlabelled(source: FileSource, folder: Folder) -> FileSource:
+    """A training split with the images of a folder behind it, which have no label.
+
+    Raises:
+      ValueError: there are none in it.
+    """
+    files, others = _files(folder)
+    if not files:
+        raise ValueError(
+            f"{folder} holds no images{_listed('; it has ', others)}; remove it or fill "
+            "it (--config.data.root)"
+        )
+    labels = np.full(len(files), UNLABELLED, np.int32)
+    left_alone = (f"{folder}{_listed(': left alone ', others)}",) if others else ()
+    return dataclasses.replace(
+        source,
+        paths=np.concatenate([source.paths, np.asarray(files)]),
+        labels=np.concatenate([source.labels, labels]),
+        notes=source.notes + left_alone,
     )
 
 

@@ -342,17 +342,48 @@ def take_per_class(source: Source, count: int, *, seed: int) -> Source:
       ValueError: a class has fewer.
     """
     source = read_labels(source)
-    rows = []
-    for label, members in enumerate(_rows_by_class(source)):
-        if len(members) < count:
-            names = source.class_names
-            name = f" ({names[label]})" if label < len(names) else ""
-            raise ValueError(
-                f"data.samples_per_class={count} but class {label}{name} has "
-                f"{len(members)} examples (--config.data.samples_per_class)"
-            )
-        rows.append(np.random.default_rng((seed, label)).permutation(members)[:count])
-    return source.take_rows(np.sort(np.concatenate(rows)))
+    return source.take_rows(_draw_per_class(source, count, seed, "samples_per_class"))
+
+
+def hide_labels(
+    source: Source, *, fraction: float = 1.0, per_class: int = 0, seed: int
+) -> Source:
+    """The same examples, all but some of them without their label.
+
+    Those that keep it are the ones that `take_fraction` or `take_per_class` would keep:
+    the same share of every class, or so many of each. A share of labels that have not been
+    read is drawn from all examples.
+
+    Args:
+      source: a training split.
+      fraction: share of the examples whose labels are kept.
+      per_class: labels of each class that are kept instead; 0: the fraction.
+      seed: of the choice.
+
+    Raises:
+      ValueError: a class has fewer examples, or no label would be left.
+    """
+    if fraction == 1.0 and not per_class:
+        return source
+    if per_class:
+        source = read_labels(source)
+        kept = _draw_per_class(source, per_class, seed, "labelled_per_class")
+    elif UNREAD in source.labels:
+        # `_split_rows` would draw as the sampler does for its first epoch, which would
+        # then begin with all the examples without a label.
+        count = source.num_examples
+        order = np.random.default_rng((seed, 0, 2)).permutation(count)
+        kept = order[: round(fraction * count)]
+    else:
+        kept, _ = _split_rows(source, 1.0 - fraction, seed=seed)
+    labels = np.full_like(source.labels, UNLABELLED)
+    labels[kept] = source.labels[kept]
+    if np.all(labels == UNLABELLED):
+        raise ValueError(
+            f"data.labelled_fraction={fraction} of {source.num_examples} examples leaves "
+            "no label (--config.data.labelled_fraction)"
+        )
+    return dataclasses.replace(source, labels=labels)
 
 
 def hold_out(
@@ -408,6 +439,21 @@ def add_label_noise(source: Source, share: float, *, seed: int) -> Source:
     drawn = rng.integers(0, source.num_classes, source.num_examples, dtype=np.int32)
     chosen &= (source.labels >= 0) | (source.labels == UNREAD)
     return dataclasses.replace(source, labels=np.where(chosen, drawn, source.labels))
+
+
+def _draw_per_class(source: Source, count: int, seed: int, key: str) -> np.ndarray:
+    """Rows of `count` examples of every class, in order; `data.<key>` asked for them."""
+    rows = []
+    for label, members in enumerate(_rows_by_class(source)):
+        if len(members) < count:
+            names = source.class_names
+            name = f" ({names[label]})" if label < len(names) else ""
+            raise ValueError(
+                f"data.{key}={count} but class {label}{name} has {len(members)} examples "
+                f"(--config.data.{key})"
+            )
+        rows.append(np.random.default_rng((seed, label)).permutation(members)[:count])
+    return np.sort(np.concatenate(rows))
 
 
 def _rows_by_class(source: Source) -> list[np.ndarray]:

@@ -93,7 +93,7 @@ class Predictor:
     def classify(
         self, variables: Any, source: Source, *, label: str = "evaluating"
     ) -> dict[str, float]:
-        """`eval/top1`, `eval/top5`, `eval/loss` and `eval/num_examples`.
+        """`eval/...` top1, top5, loss, mean_class_accuracy and num_examples.
 
         Raises:
           ValueError: there is no head, or no example has a label.

@@ -1,6 +1,6 @@
 """Encoders and heads (Flax Linen)."""
 
-from supcon_jax.models.encoders import ENCODERS, STEMS, create_encoder
+from supcon_jax.models.encoders import ENCODERS, STEMS, create_encoder, part_of
 from supcon_jax.models.heads import Classifier, ProjectionHead
 from supcon_jax.models.resnet import ResNet
 from supcon_jax.models.wide_resnet import WideResNet
@@ -13,4 +13,5 @@ __all__ = [
     "ResNet",
     "WideResNet",
     "create_encoder",
+    "part_of",
 ]

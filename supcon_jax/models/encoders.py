@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -70,3 +71,18 @@ def create_encoder(
         axis_name=axis_name,
         remat=remat,
     )
+
+
+def part_of(name: str, num_stages: int) -> int:
+    """Which part of an encoder a module or parameter is in: 0 the stem, s stage s.
+
+    What stands after the stages belongs to the last of them.
+
+    Example:
+      >>> [part_of(n, 3) for n in ("conv_stem", "stage2_block1", "batch_norm_out")]
+      [0, 2, 3]
+    """
+    found = re.match(r"stage(\d+)_", name)
+    if found:
+        return int(found[1])
+    return 0 if name.split("/")[0].endswith("_stem") else num_stages

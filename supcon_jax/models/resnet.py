@@ -86,6 +86,10 @@ class ResNet(nn.Module):
         statistics in training; None: those of this device's images.
       remat: keep only what goes into each block, and compute the rest again in the
         backward pass.
+      batch_norm_momentum: share of the running statistics that a step keeps.
+      frozen_parts: how many parts from the images on are not trained, the stem first and
+        then the stages: their BatchNorm is in inference mode, and no gradient reaches
+        them.
     """
 
     stage_sizes: Sequence[int]
@@ -95,6 +99,13 @@ class ResNet(nn.Module):
     dtype: Any = jnp.float32
     axis_name: str | None = None
     remat: bool = False
+    batch_norm_momentum: float = 0.9
+    frozen_parts: int = 0
+
+    @property
+    def num_stages(self) -> int:
+        """Stages after the stem."""
+        return len(self.stage_sizes)
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
@@ -103,31 +114,36 @@ class ResNet(nn.Module):
         With `train=True` BatchNorm uses the statistics of these N images, and the
         running ones are updated when the "batch_stats" collection is mutable.
         """
-        norm = functools.partial(
-            nn.BatchNorm,
-            use_running_average=not train,
-            momentum=0.9,
-            epsilon=1e-5,
-            dtype=self.dtype,
-            axis_name=self.axis_name,
-        )
+
+        def norm_of(part: int) -> Callable[..., nn.Module]:
+            return functools.partial(
+                nn.BatchNorm,
+                use_running_average=not train or part < self.frozen_parts,
+                momentum=self.batch_norm_momentum,
+                epsilon=1e-5,
+                dtype=self.dtype,
+                axis_name=self.axis_name,
+            )
+
         block = nn.remat(self.block) if self.remat else self.block
         x = images.astype(self.dtype)
         if self.stem == "imagenet":
             x = conv(self.base_width, 7, 2, dtype=self.dtype, name="conv_stem")(x)
         else:
             x = conv(self.base_width, 3, dtype=self.dtype, name="conv_stem")(x)
-        x = nn.relu(norm(name="batch_norm_stem")(x))
+        x = nn.relu(norm_of(0)(name="batch_norm_stem")(x))
         if self.stem == "imagenet":
             x = nn.max_pool(x, (3, 3), strides=(2, 2), padding="SAME")
         for stage, num_blocks in enumerate(self.stage_sizes):
+            if stage + 1 == self.frozen_parts:
+                x = jax.lax.stop_gradient(x)
             for index in range(num_blocks):
                 x = block(
                     width=self.base_width * 2**stage,
                     strides=2 if stage > 0 and index == 0 else 1,
                     project=index == 0,
                     dtype=self.dtype,
-                    norm=norm,
+                    norm=norm_of(stage + 1),
                     name=f"stage{stage + 1}_block{index + 1}",
                 )(x)
         return jnp.mean(x.astype(jnp.float32), axis=(1, 2))

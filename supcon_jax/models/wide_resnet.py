@@ -48,7 +48,8 @@ class WideResNet(nn.Module):
       depth: convolutions, 4 more than a multiple of 6.
       channels: of the three groups; 16 k, 32 k and 64 k for WRN-depth-k.
       stem_channels: of the convolution before them.
-      stem, dtype, axis_name, remat: see `ResNet`.
+      stem, dtype, axis_name, remat, batch_norm_momentum, frozen_parts: see `ResNet`; the
+        last BatchNorm belongs to the last group.
     """
 
     depth: int
@@ -58,18 +59,28 @@ class WideResNet(nn.Module):
     dtype: Any = jnp.float32
     axis_name: str | None = None
     remat: bool = False
+    batch_norm_momentum: float = 0.9
+    frozen_parts: int = 0
+
+    @property
+    def num_stages(self) -> int:
+        """Groups after the stem."""
+        return len(self.channels)
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
         """Embeds images `[N, H, W, 3]` (normalised) as float32 `[N, 64 k]`."""
-        norm = functools.partial(
-            nn.BatchNorm,
-            use_running_average=not train,
-            momentum=0.9,
-            epsilon=1e-5,
-            dtype=self.dtype,
-            axis_name=self.axis_name,
-        )
+
+        def norm_of(part: int) -> Callable[..., nn.Module]:
+            return functools.partial(
+                nn.BatchNorm,
+                use_running_average=not train or part < self.frozen_parts,
+                momentum=self.batch_norm_momentum,
+                epsilon=1e-5,
+                dtype=self.dtype,
+                axis_name=self.axis_name,
+            )
+
         block = nn.remat(PreActivationBlock) if self.remat else PreActivationBlock
         x = images.astype(self.dtype)
         size, strides = (7, 2) if self.stem == "imagenet" else (3, 1)
@@ -79,15 +90,17 @@ class WideResNet(nn.Module):
         if self.stem == "imagenet":
             x = nn.max_pool(x, (3, 3), strides=(2, 2), padding="SAME")
         for group, channels in enumerate(self.channels, start=1):
+            if group == self.frozen_parts:
+                x = jax.lax.stop_gradient(x)
             for index in range((self.depth - 4) // 6):
                 x = block(
                     channels=channels,
                     strides=2 if group > 1 and index == 0 else 1,
                     dtype=self.dtype,
-                    norm=norm,
+                    norm=norm_of(group),
                     name=f"stage{group}_block{index + 1}",
                 )(x)
-        x = nn.relu(norm(name="batch_norm_out")(x))
+        x = nn.relu(norm_of(self.num_stages)(name="batch_norm_out")(x))
         return jnp.mean(x.astype(jnp.float32), axis=(1, 2))
 
 

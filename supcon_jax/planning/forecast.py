@@ -111,7 +111,7 @@ def plan_run(
     if config.mode == "evaluate":
         raise ValueError(
             "mode=evaluate trains nothing, so there is no step to plan; allowed: a config "
-            "of pretrain or linear_eval (--config)"
+            "of pretrain, linear_eval or finetune (--config)"
         )
     if not topology.chip.nvlink:
         # The compiler needs no device; a CPU beside it is enough, and a TPU stays free.

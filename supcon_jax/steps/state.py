@@ -39,6 +39,22 @@ class TrainState(flax.struct.PyTreeNode):
         collections = {"params": self.params, "batch_stats": self.batch_stats}
         return {name: tree["encoder"] for name, tree in collections.items()}
 
+    def with_encoder(self, variables: PyTree) -> TrainState:
+        """The same state with another encoder, and with an average that begins there.
+
+        Args:
+          variables: `{"params": ..., "batch_stats": ...}`.
+        """
+        average = self.encoder_average
+        if average:
+            # Copied: a step gives its state's memory away, each array once.
+            average = jax.tree.map(jnp.copy, variables)
+        return self.replace(
+            params=self.params | {"encoder": variables["params"]},
+            batch_stats=self.batch_stats | {"encoder": variables["batch_stats"]},
+            encoder_average=average,
+        )
+
     def apply_gradients(
         self,
         gradients: PyTree,
