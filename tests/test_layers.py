@@ -53,6 +53,8 @@ LAYERS = {
     "supcon_jax.linear_eval": 3,
     "supcon_jax.evaluate": 3,
     "supcon_jax.pretrained": 3,
+    "supcon_jax.page": 3,
+    "supcon_jax.page.charts": 0,
 }
 L0_PACKAGES = {"jax", "flax", "optax", "numpy", "scipy"}
 HEAVY = {

@@ -48,6 +48,17 @@ def load_config(name: str, changes: list[str]) -> ConfigDict:
     sys.path.insert(0, str(pathlib.Path.cwd()))  # configs import configs.common
     module = runpy.run_path(str(path))
     config = module["get_config"](*([variant] if variant else []))
+    change_config(config, changes)
+    check_config(config)
+    return config
+
+
+def change_config(config: ConfigDict, changes: list[str]) -> None:
+    """Makes `KEY=VALUE` changes in a config.
+
+    Raises:
+      ValueError: no such key or value.
+    """
     for change in changes:
         key, _, text = change.partition("=")
         if key not in KEYS:
@@ -60,5 +71,3 @@ def load_config(name: str, changes: list[str]) -> ConfigDict:
             config.update_from_flattened_dict({key: value})
         except (TypeError, ValueError) as error:
             raise ValueError(f"cannot set --config.{change}: {error}") from None
-    check_config(config)
-    return config
