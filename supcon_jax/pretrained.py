@@ -23,6 +23,7 @@ from supcon_jax.checkpoint import (
 from supcon_jax.config import ENCODER_KEYS, config_of, flatten
 from supcon_jax.objectives import OBJECTIVES
 from supcon_jax.plan import Plan, create_plan, init_encoder
+from supcon_jax.steps.state import TrainState
 from supcon_jax.workdir import finished_metrics, read_config, read_facts
 
 logger = logging.getLogger(__name__)
@@ -197,12 +198,7 @@ def load_model(workdir: str, mesh: Mesh, *, average: bool = False) -> TrainedMod
         config, mesh, num_classes=data["classes"], num_examples=data["examples"]
     )
     name, head = _classifier(plan, workdir)
-    replicated = parallel.replicated(mesh)
-    abstract = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated),
-        plan.abstract_state(),
-    )
-    state = restore_state(workdir, abstract)
+    state = load_state(workdir, plan)
     if config.mode == "linear_eval":
         config.pretrained = _find_used_run(config.pretrained, workdir)
         encoder = load_encoder(plan)
@@ -226,6 +222,25 @@ def load_model(workdir: str, mesh: Mesh, *, average: bool = False) -> TrainedMod
         head=head,
         variables={"encoder": encoder, "head": {"params": state.params[name]}},
     )
+
+
+def load_state(workdir: str, plan: Plan, *, step: int | None = None) -> TrainState:
+    """A saved state of a run on every device, the newest by default.
+
+    Args:
+      workdir: of the run.
+      plan: of the run, for the devices that are here.
+      step: a saved step.
+
+    Raises:
+      ValueError: there is no such checkpoint, or none that is whole.
+    """
+    replicated = parallel.replicated(plan.mesh)
+    abstract = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated),
+        plan.abstract_state(),
+    )
+    return restore_state(workdir, abstract, step=step)
 
 
 def _classifier(plan: Plan, workdir: str) -> tuple[str, nn.Module]:

@@ -39,18 +39,13 @@ ABSENT = {
 
 def page(runs: list[RunRecord], pictures: Pictures) -> str:
     """The whole page of some runs, with everything that it needs inside."""
-    names = {
-        run.name: pictures.galleries[pictures.gallery_of[run.name]].names
-        for run in runs
-        if run.name in pictures.gallery_of
-    }
     found = [
         sections.summary(runs),
         sections.curves(runs),
         embedding_map(pictures),
         neighbours(pictures),
         sections.calibration(runs),
-        sections.confusion(runs, names),
+        sections.confusion(runs),
         hardest(runs, pictures),
         sections.robustness(runs),
         sections.geometry(runs),
@@ -212,7 +207,7 @@ def hardest(runs: list[RunRecord], pictures: Pictures) -> Section:
         for place in hardest_of(run):
             shown = gallery.tile(int(ids[place]))
             own, other = (
-                gallery.names[c] for c in (labels[place], int(logits[place].argmax()))
+                run.class_names[c] for c in (labels[place], logits[place].argmax())
             )
             told = f"{own}, not recognised: {other}" if own != other else own
             said = f"{own} → {other}" if own != other else f"{own} ✓"

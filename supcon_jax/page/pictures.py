@@ -26,7 +26,7 @@ from supcon_jax.losses import supcon_loss
 from supcon_jax.page.records import RunRecord
 from supcon_jax.pretrained import SavedEncoder, find_encoder
 from supcon_jax.run import open_eval_source
-from supcon_jax.workdir import read_config, read_facts
+from supcon_jax.workdir import read_config, read_facts, refuse_other_data
 
 logger = logging.getLogger(__name__)
 PyTree = Any
@@ -215,18 +215,12 @@ def _open_data(run: RunRecord, sources: dict[str, Source]) -> str:
             raise ValueError("its data are noise (--config.data.name)")
         sources[key] = source
     source = sources[key]
-    known = read_facts(run.workdir).get("data", {}).get("evaluation")
+    known = read_facts(run.workdir).get("data", {})
     now = identify(source)
     # Labels of a large split are read here, and were not where training began.
-    size = 0 if source.num_bytes is None else source.num_bytes
-    digests = size <= READ_AT_START_BYTES or config.mode == "evaluate"
-    fields = ("examples", "classes", *(("digest",) if digests else ()))
-    if known and any(known[field] != now[field] for field in fields):
-        raise ValueError(
-            f"its evaluation split had {known['examples']:,} images, digest "
-            f"{known['digest']}; the one that is there now has {now['examples']:,}, "
-            f"digest {now['digest']} (--config.data.dir, --config.data.root)"
-        )
+    if (source.num_bytes or 0) > READ_AT_START_BYTES and config.mode != "evaluate":
+        now["digest"] = known.get("evaluation", now)["digest"]
+    refuse_other_data(run.workdir, {"evaluation": now}, known)
     return key
 
 

@@ -50,6 +50,7 @@ class RunRecord:
       finished: whether the last line says that the run is complete.
       notes: what a reader must know of it: unfinished, files that cannot be read.
       predictions: of predictions.npz.
+      classes: their names, of classes.csv; () where it is not there.
       robustness: corruption -> severity -> top-1, of robustness.csv.
       embeddings: "embedding" or "projection" -> metric -> value, of embeddings.json.
     """
@@ -62,6 +63,7 @@ class RunRecord:
     finished: bool
     notes: list[str]
     predictions: Predictions | None = None
+    classes: tuple[str, ...] = ()
     robustness: dict[str, dict[float, float]] = dataclasses.field(default_factory=dict)
     embeddings: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
 
@@ -71,6 +73,13 @@ class RunRecord:
         if self.finished:
             return self.lines[-1]
         return {name: value for line in self.lines for name, value in line.items()}
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the classes of the predictions, or their numbers."""
+        count = 0 if self.predictions is None else self.predictions.logits.shape[1]
+        known = len(self.classes) == count
+        return self.classes if known else tuple(map(str, range(count)))
 
     @property
     def total_steps(self) -> int | None:
@@ -134,6 +143,7 @@ def read_record(workdir: str | pathlib.Path, name: str) -> RunRecord:
             return otherwise
 
     run.predictions = read("predictions.npz", _parse_predictions, None)
+    run.classes = read("classes.csv", _parse_classes, ())
     run.robustness = read("robustness.csv", _parse_robustness, {})
     run.embeddings = read("embeddings.json", _parse_embeddings, {})
     return run
@@ -159,6 +169,11 @@ def _parse_predictions(content: bytes) -> Predictions:
     if labels.min() < 0 or labels.max() >= found.logits.shape[1]:
         raise ValueError(f"its labels are not those of {found.logits.shape[1]} classes")
     return found
+
+
+def _parse_classes(content: bytes) -> tuple[str, ...]:
+    table = csv.DictReader(io.StringIO(content.decode(errors="replace")))
+    return tuple(row["name"] for row in table)
 
 
 def _parse_robustness(content: bytes) -> dict[str, dict[float, float]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from html import escape
 from statistics import fmean
 from typing import Any, NamedTuple
@@ -208,20 +208,15 @@ def calibration(runs: list[RunRecord]) -> Section:
     return Section("calibration", "Calibration", content)
 
 
-def confusion(runs: list[RunRecord], names: Mapping[str, Sequence[str]]) -> Section:
-    """The confusion matrix of each run with predictions, and its largest mistakes.
-
-    Args:
-      runs: of the page.
-      names: name of a run -> names of its classes, where they are known.
-    """
+def confusion(runs: list[RunRecord]) -> Section:
+    """The confusion matrix of each run with predictions, and its largest mistakes."""
     parts = []
     for run in runs:
         if run.predictions is None:
             continue
         logits, labels, _ = run.predictions
         matrix = confusion_matrix(logits, labels)
-        known = names.get(run.name) or [str(c) for c in range(len(matrix))]
+        known = run.class_names
         title = f"{run.name}: images of a class (row) by what they were taken for"
         drawn = ""
         if len(matrix) <= LARGEST_MATRIX:

@@ -11,7 +11,6 @@ says what would make it. Where the data have moved, `--config.data.dir=DIR` or
 from __future__ import annotations
 
 import argparse
-import os
 
 from supcon_jax import storage
 from supcon_jax.cli import one_line_errors
@@ -20,17 +19,14 @@ from supcon_jax.page.document import page
 from supcon_jax.page.pictures import take_pictures
 from supcon_jax.page.records import read_records
 from supcon_jax.run import setup_compilation_cache
-from supcon_jax.tools.arguments import change_config, parse
-
-# Where data are; all else is as the runs had it.
-CHANGES = ("data.dir", "data.root", "data.skip_errors")
+from supcon_jax.tools.arguments import PLACES, change_places, check_out, parse
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Parses the command line, gathers what the runs left and writes the page."""
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0],
-        epilog=f"--config.KEY=VALUE says where data are now: {', '.join(CHANGES)}",
+        epilog=f"--config.KEY=VALUE says where data are now: {', '.join(PLACES)}",
         allow_abbrev=False,
     )
     parser.add_argument("workdirs", nargs="+", metavar="WORKDIR", help="of a run")
@@ -38,11 +34,8 @@ def main(arguments: list[str] | None = None) -> None:
     options, changes = parse(parser, arguments)
     with one_line_errors():
         setup_logging()
-        out = options.out
-        folder = os.path.dirname(os.path.abspath(out))
-        if not storage.is_remote(out) and not storage.is_dir(folder):
-            raise ValueError(f"cannot write {out}: no folder {folder} (--out)")
-        report(options.workdirs, out, changes=changes)
+        check_out(options.out)
+        report(options.workdirs, options.out, changes=changes)
 
 
 def report(workdirs: list[str], out: str, *, changes: list[str] | None = None) -> None:
@@ -57,15 +50,9 @@ def report(workdirs: list[str], out: str, *, changes: list[str] | None = None) -
       ValueError: a workdir holds no run, a change is not allowed, or the file cannot be
         written.
     """
-    for change in changes or []:
-        if change.partition("=")[0] not in CHANGES:
-            raise ValueError(
-                f"got --config.{change}; allowed: {', '.join(CHANGES)}, the runs have "
-                "all else"
-            )
     runs = read_records(workdirs)
     for run in runs:
-        change_config(run.config, changes or [])
+        change_places(run.config, changes or [])
     setup_compilation_cache(enabled=all(run.config.compilation_cache for run in runs))
     pictures = take_pictures(runs)
     content = page(runs, pictures).encode()
