@@ -31,13 +31,13 @@ class CosineBin(NamedTuple):
 
     Attributes:
       low, high: of the bin; the last one holds 1 too.
-      count: pairs in it.
+      pairs: how many it holds.
       mean, least, most: of the lengths: mean, 10th and 90th percentile.
     """
 
     low: float
     high: float
-    count: int
+    pairs: int
     mean: float
     least: float
     most: float

@@ -334,11 +334,12 @@ def rounded(low: float, high: float) -> tuple[float, float]:
     if low == high:
         room = 0.5 * abs(low) or 0.5
         low, high = low - room, high + room
-    step = _step(low, high)
-    return (
-        math.floor(low / step + 1e-9) * step,
-        math.ceil(high / step - 1e-9) * step,
-    )
+    while True:
+        step = _step(low, high)
+        low = math.floor(low / step + 1e-9) * step
+        high = math.ceil(high / step - 1e-9) * step
+        if _step(low, high) == step:  # a wider range may have larger steps
+            return low, high
 
 
 def _step(low: float, high: float) -> float:

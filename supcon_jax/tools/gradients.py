@@ -163,7 +163,8 @@ def measure(
     """
     # One batch on one device; none of these changes what a view or a state is.
     config.batch_size = min(config.batch_size, images)
-    config.microbatch_size, config.data.lanes = 0, 0
+    config.microbatch_size, config.encoder.batch_norm_devices = 0, 0
+    config.data.lanes = 0
     train, evaluation = open_sources(config)
     refuse_other_data(
         workdir, {"train": identify(train)}, read_facts(workdir).get("data", {})
@@ -244,7 +245,7 @@ def write(found: dict[str, Parts], out: str) -> None:
     drawn = plot_gradients(out, panels)
     table = io.StringIO()
     rows = csv.writer(table)
-    rows.writerow(["state", "pairs", "loss", *CosineBin._fields])
+    rows.writerow(["state", "kind", "loss", *CosineBin._fields])
     for title, curves in panels.items():
         for (kind, loss), bins in curves.items():
             rows.writerows([title, kind, loss, *one] for one in bins)
@@ -263,7 +264,7 @@ def as_text(curves: dict[tuple[str, str], list[CosineBin]], parts: Parts) -> str
             one = bins[0]
             means = "  ".join(f"{found.mean:9.3g}" for found in bins)
             lines.append(
-                f"{one.low:4.1f} to {one.high:4.1f}  {one.count:11,} {kind}  {means}"
+                f"{one.low:4.1f} to {one.high:4.1f}  {one.pairs:11,} {kind}  {means}"
             )
     for kind in KINDS:
         for loss in LOSSES:
