@@ -1,13 +1,24 @@
 """The parts of pairs in the gradient, against automatic differentiation; the tool."""
 
+import csv
 import functools
+import json
 
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
-from supcon_jax import supcon_loss
-from supcon_jax.evaluation.gradients import anchor_gradients, pair_gradients
+from supcon_jax import pretrain, supcon_loss
+from supcon_jax.evaluation.gradients import (
+    anchor_gradients,
+    by_cosine,
+    hard_and_easy,
+    pair_gradients,
+)
+from supcon_jax.run import open_run
+from supcon_jax.tools import gradients
+from tests.runs import first_batches, pretrain_config, save_untrained, snapshot
 
 
 def batch(seed=0, count=12, dimension=6):
@@ -72,3 +83,104 @@ def test_easy_pairs_give_nothing_and_another_sum_is_refused():
     assert pairs.norm[0, 2] > 1  # a hard positive
     with pytest.raises(ValueError, match="'outside' or 'inside'; got 'both'"):
         pair_gradients(w, np.zeros(4), summation="both")
+
+
+def test_bins_and_tenths_are_those_of_loops():
+    rng = np.random.default_rng(2)
+    cosine, norm = rng.uniform(-1, 1, 500), rng.exponential(size=500)
+    cosine[0], norm[0] = 1.0, 3.0
+    found = by_cosine(cosine, norm)
+    assert sum(one.pairs for one in found) == 500
+    for one in found:
+        last = one.high == 1
+        inside = [
+            n
+            for c, n in zip(cosine, norm, strict=True)
+            if one.low <= c and (c < one.high or last)
+        ]
+        assert len(inside) == one.pairs
+        assert one.mean == pytest.approx(sum(inside) / len(inside))
+        assert min(inside) <= one.least <= one.mean <= max(inside)
+    order = sorted(range(500), key=lambda i: cosine[i])
+    low, high = order[:50], order[-50:]
+    for positive, hard, easy in ((True, low, high), (False, high, low)):
+        told = hard_and_easy(cosine, norm, positive=positive)
+        assert told.hard == pytest.approx(np.mean([norm[i] for i in hard]))
+        assert told.easy == pytest.approx(np.mean([norm[i] for i in easy]))
+        assert told.hard_cosine == pytest.approx(np.mean([cosine[i] for i in hard]))
+        assert told.share == pytest.approx(sum(norm[i] for i in hard) / norm.sum())
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    """A run whose checkpoint of step 12 is its initial state."""
+    path = tmp_path_factory.mktemp("runs") / "untrained"
+    save_untrained(pretrain_config(), path)
+    return path
+
+
+def test_command_writes_picture_table_and_means(workdir, tmp_path, capsys):
+    out = tmp_path / "parts.png"
+    gradients.main([str(workdir), f"--out={out}", "--batches=2"])
+    said = capsys.readouterr().out
+    assert "initial state" in said and "step 12" in said and f"wrote {out} and" in said
+    with Image.open(out) as picture:
+        assert picture.width > 700
+    with (tmp_path / "parts.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    pairs = {}
+    for row in rows:
+        key = row["state"], row["kind"], row["loss"]
+        pairs[key] = pairs.get(key, 0) + int(row["pairs"])
+    for state in ("initial state", "step 12"):
+        for loss in ("L_out", "L_in"):
+            total = pairs[state, "positive", loss] + pairs[state, "negative", loss]
+            assert total == 2 * 32 * 31  # two batches of 16 images, two views
+    # The seed gives the state that was saved.
+    first, later = (
+        [{**row, "state": ""} for row in rows if row["state"] == state]
+        for state in ("initial state", "step 12")
+    )
+    assert first == later
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["{tmp}"], "no run in"),
+        (["{run}", "--steps=3"], "has 12, and 0, the initial state"),
+        (["{run}", "--steps=soon"], "early and late name two of them"),
+        (["{run}", "--batches=0"], "--batches must be 1 or more"),
+        (["{run}", "--out={tmp}/no/parts.png"], "no folder"),
+        (["{run}", "--config.seed=1"], "allowed: data.dir, data.root"),
+        (["{tmp}/linear"], "has no projections: its mode is linear_eval"),
+        (["{tmp}/baseline"], "and its loss cross_entropy"),
+    ],
+)
+def test_refusals_are_one_line(workdir, arguments, message, tmp_path, capsys):
+    for name, config in (
+        ("linear", {"mode": "linear_eval"}),
+        ("baseline", {"loss": {"name": "cross_entropy"}}),
+    ):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+    before = snapshot(tmp_path), snapshot(workdir)
+    with pytest.raises(SystemExit) as exit:
+        gradients.main([a.format(run=workdir, tmp=tmp_path) for a in arguments])
+    assert exit.value.code == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+    assert (snapshot(tmp_path), snapshot(workdir)) == before
+
+
+@pytest.mark.slow
+def test_projections_are_those_of_the_first_step(tmp_path):
+    """The loss of the first batch stands in the run's first line."""
+    config = pretrain_config(**{"knn.bank": 0, "total_steps": 1})
+    pretrain.pretrain(config, tmp_path / "run")
+    line = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[0])
+    run = open_run(config, tmp_path / "other")
+    batch = next(first_batches(run))
+    projections = gradients.build_projection(run.plan)(run.plan.init(), batch)
+    loss = supcon_loss(projections.reshape(16, 2, -1), batch["label"])
+    np.testing.assert_allclose(loss, line["train/loss"], rtol=1e-5)

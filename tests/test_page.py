@@ -345,3 +345,76 @@ def test_curves_leave_out_what_is_no_number_and_what_cannot_be_seen():
     assert svg.count(",") < 500
     nothing = charts.Series("none", [1.0], [np.inf])
     assert charts.line_chart([nothing], title="", x_label="", y_label="") == ""
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    """A browser that may not go to the network; skips where there is none."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
+    names = ("chromium", "chromium-browser", "google-chrome")
+    found = next(filter(None, map(shutil.which, names)), None)
+    if found is None:
+        pytest.skip(f"needs a browser, one of {', '.join(names)}, which is not here")
+    with playwright.sync_playwright() as driver:
+        context = driver.chromium.launch_persistent_context(
+            tmp_path_factory.mktemp("profile"),
+            executable_path=found,
+            headless=True,
+            args=[
+                *("--no-sandbox", "--disable-gpu", "--no-first-run"),
+                *("--disable-background-networking", "--disable-component-update"),
+                "--disable-sync",
+            ],
+        )
+        context.set_offline(True)
+        yield context
+        context.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [1280, 390])
+def test_in_a_browser(browser, page, runs, width):
+    tab = browser.new_page()
+    problems, requests = [], []
+    tab.on("console", lambda message: problems.append(message.text))
+    tab.on("pageerror", lambda error: problems.append(str(error)))
+    tab.on("request", lambda request: requests.append(request.url))
+    tab.set_viewport_size({"width": width, "height": 844})
+    tab.goto(f"file://{runs / 'report.html'}")
+    assert tab.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    assert tab.evaluate("window.bad === undefined")
+    # An image of the map: the nearest to the pointer, as a thumbnail with its class.
+    tip = tab.locator("#tip")
+    assert not tip.is_visible()
+    point = tab.locator("svg.map").first.locator("use").nth(7)
+    point.scroll_into_view_if_needed()
+    box = point.bounding_box()
+    tab.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+    assert tip.is_visible()
+    tile = tip.locator(".tile")
+    assert tile.get_attribute("style").replace(" ", "") == "--x:7;--y:0;"
+    assert tile.evaluate("e => getComputedStyle(e).backgroundImage.length") > 1000
+    assert tip.inner_text().strip().startswith("<script>window.bad=")
+    place = tip.bounding_box()
+    assert place["x"] >= 0 and place["x"] + place["width"] <= width
+    # One class alone, and all again.
+    key = tab.locator("button.key").nth(3)
+    data = json.loads(tab.locator(".maps").get_attribute("data-map"))
+    hidden = 2 * sum(label != 3 for label in data["labels"])
+    for expected in (hidden, 0):
+        key.click()
+        assert tab.locator("svg.map use.off").count() == expected
+    # The values of curves.
+    chart = tab.locator("svg.lines").first
+    chart.scroll_into_view_if_needed()
+    box = chart.bounding_box()
+    tab.mouse.move(box["x"] + box["width"] * 0.6, box["y"] + box["height"] * 0.5)
+    assert re.search(r"pretrain loss: [\d.]+", tip.inner_text())
+    colours = []
+    for scheme in ("light", "dark"):
+        tab.emulate_media(color_scheme=scheme)
+        colours.append(tab.evaluate("getComputedStyle(document.body).backgroundColor"))
+    assert colours == ["rgb(255, 255, 255)", "rgb(20, 23, 26)"]
+    assert problems == []
+    assert {url.partition(":")[0] for url in requests} <= {"file", "data"}
+    tab.close()
