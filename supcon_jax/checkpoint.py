@@ -368,23 +368,27 @@ def restore_encoder(
 
 
 def restore_state(
-    workdir: str | pathlib.Path, abstract_state: TrainState
+    workdir: str | pathlib.Path,
+    abstract_state: TrainState,
+    *,
+    step: int | None = None,
 ) -> TrainState:
-    """The newest whole state of another run, which is left as it is.
+    """A whole state of another run, which is left as it is.
 
     Args:
       workdir: the run's workdir.
       abstract_state: shapes and shardings to restore into.
+      step: a saved step; the newest that is whole by default.
 
     Raises:
-      ValueError: there is no checkpoint, or none that is whole.
+      ValueError: there is no such checkpoint, or none that is whole.
     """
     abstract = _split(abstract_state)
 
     def read(manager: ocp.CheckpointManager, directory: pathlib.Path, at: int) -> Any:
         return _join(_read(manager, directory, at, abstract)[0])
 
-    return _read_newest(workdir, read)
+    return _read_newest(workdir, read, step=step)
 
 
 def _read_newest(

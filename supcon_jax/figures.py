@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from supcon_jax import storage
+from supcon_jax.evaluation.gradients import CosineBin
 from supcon_jax.metrics import METRICS
 from supcon_jax.writers import read_metrics
 
@@ -115,6 +118,59 @@ def plot_confusion(
                 color="white" if share[row, column] > 50 else "black",
             )
     return _save(figure, workdir, "confusion")
+
+
+def plot_gradients(
+    out: str, panels: Mapping[str, Mapping[tuple[str, str], Sequence[CosineBin]]]
+) -> bool:
+    """Draws the lengths of pairs' parts of the gradient by their cosine.
+
+    Args:
+      out: the picture to write.
+      panels: title of a column -> ("positive" or "negative", name of a loss) -> bins.
+
+    Returns:
+      Whether it was drawn: not without matplotlib.
+    """
+    kinds = ("positive", "negative")
+    if (figure := _figure(1 + 3.6 * len(panels), 5.6)) is None:
+        return False
+    axes = figure.subplots(
+        len(kinds), len(panels), squeeze=False, sharex=True, sharey="row"
+    )
+    for column, (title, curves) in enumerate(panels.items()):
+        for row, kind in enumerate(kinds):
+            axis = axes[row, column]
+            for (of, loss), bins in curves.items():
+                if of != kind or not bins:
+                    continue
+                centres = [(one.low + one.high) / 2 for one in bins]
+                # Two losses may have one curve, so the second one has gaps.
+                style = "--s" if axis.lines else "-o"
+                (line,) = axis.plot(
+                    centres, [one.mean for one in bins], style, markersize=3, label=loss
+                )
+                axis.fill_between(
+                    centres,
+                    [one.least for one in bins],
+                    [one.most for one in bins],
+                    color=line.get_color(),
+                    alpha=0.15,
+                    linewidth=0,
+                )
+            axis.set(yscale="log", xlim=(-1, 1), xticks=np.linspace(-1, 1, 5))
+            axis.grid(alpha=0.3)
+            if row == 0:
+                axis.set_title(title, fontsize="medium")
+                axis.legend(fontsize="small")
+            else:
+                axis.set_xlabel("cosine of anchor and other view")
+            if column == 0:
+                axis.set_ylabel(f"{kind}s: length of a pair's part")
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=110, format=pathlib.PurePath(out).suffix[1:] or "png")
+    storage.write(out, picture.getvalue())
+    return True
 
 
 def _figure(width: float, height: float) -> Any:

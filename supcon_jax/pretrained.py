@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from supcon_jax import parallel, storage
 from supcon_jax.checkpoint import (
+    checkpoint_dir,
     digest,
     restore_encoder,
     restore_state,
@@ -22,6 +23,7 @@ from supcon_jax.checkpoint import (
 from supcon_jax.config import ENCODER_KEYS, config_of, flatten
 from supcon_jax.objectives import OBJECTIVES
 from supcon_jax.plan import Plan, create_plan, init_encoder
+from supcon_jax.steps.state import TrainState
 from supcon_jax.workdir import finished_metrics, read_config, read_facts
 
 logger = logging.getLogger(__name__)
@@ -134,6 +136,50 @@ def load_encoder(plan: Plan) -> PyTree:
     return variables
 
 
+class SavedEncoder(NamedTuple):
+    """Where the encoder of a run is saved.
+
+    Attributes:
+      workdir: of the run that trained it, in full.
+      step: of its newest checkpoint.
+      average: whether the average of its steps is meant.
+    """
+
+    workdir: str
+    step: int
+    average: bool
+
+
+def find_encoder(workdir: str) -> tuple[SavedEncoder, str]:
+    """The encoder that a run of any mode trained, or that it was given.
+
+    Returns:
+      Where it is, and the digest that it must have; "" where the run has not noted one.
+
+    Raises:
+      ValueError: there is no run, it has saved nothing, the run of its encoder is gone, or
+        its encoder is untrained.
+    """
+    average, noted = False, ""
+    while True:
+        config = read_config(workdir)
+        if config is None:
+            raise ValueError(f"no run in {workdir!r}")
+        steps = saved_steps(workdir)
+        newest = checkpoint_dir(workdir) / str(steps[-1]) if steps else None
+        if newest is not None and storage.is_dir(newest / "encoder"):
+            return SavedEncoder(storage.absolute(workdir), steps[-1], average), noted
+        pretrained = config.get("pretrained", "")
+        if not pretrained:
+            raise ValueError(f"the run in {workdir} has saved no encoder yet")
+        if pretrained == RANDOM:
+            raise ValueError(f"the run in {workdir} has an untrained encoder")
+        average |= config.get("encoder_average", {}).get("use", False)
+        if config["mode"] == "linear_eval":
+            noted = read_facts(workdir).get("frozen", "")
+        workdir = _find_used_run(pretrained, workdir)
+
+
 def load_model(workdir: str, mesh: Mesh, *, average: bool = False) -> TrainedModel:
     """Encoder and classifier of a run: linear evaluation, cross-entropy, or a probe.
 
@@ -169,14 +215,9 @@ def load_model(workdir: str, mesh: Mesh, *, average: bool = False) -> TrainedMod
         config, mesh, num_classes=data["classes"], num_examples=data["examples"]
     )
     name, head = _classifier(plan, workdir)
-    replicated = parallel.replicated(mesh)
-    abstract = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated),
-        plan.abstract_state(),
-    )
-    state = restore_state(workdir, abstract)
+    state = load_state(workdir, plan)
     if config.mode == "linear_eval":
-        config.pretrained = _find_encoder_run(config.pretrained, workdir)
+        config.pretrained = _find_used_run(config.pretrained, workdir)
         encoder = load_encoder(plan)
         if facts.get("frozen") not in ("", None, digest((encoder,))):
             raise ValueError(
@@ -200,6 +241,25 @@ def load_model(workdir: str, mesh: Mesh, *, average: bool = False) -> TrainedMod
     )
 
 
+def load_state(workdir: str, plan: Plan, *, step: int | None = None) -> TrainState:
+    """A saved state of a run on every device, the newest by default.
+
+    Args:
+      workdir: of the run.
+      plan: of the run, for the devices that are here.
+      step: a saved step.
+
+    Raises:
+      ValueError: there is no such checkpoint, or none that is whole.
+    """
+    replicated = parallel.replicated(plan.mesh)
+    abstract = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated),
+        plan.abstract_state(),
+    )
+    return restore_state(workdir, abstract, step=step)
+
+
 def _classifier(plan: Plan, workdir: str) -> tuple[str, nn.Module]:
     """Which head of a run gives classes, and under which name its parameters are."""
     modules = plan.modules
@@ -216,8 +276,8 @@ def _classifier(plan: Plan, workdir: str) -> tuple[str, nn.Module]:
     )
 
 
-def _find_encoder_run(pretrained: str, workdir: str) -> str:
-    """Where the encoder of a linear evaluation is: where it was, or beside it."""
+def _find_used_run(pretrained: str, workdir: str) -> str:
+    """Where the run that another one uses is: where it was, or beside it."""
     if pretrained == RANDOM:
         return pretrained
     beside = storage.absolute(workdir).rpartition("/")[0]
@@ -226,8 +286,8 @@ def _find_encoder_run(pretrained: str, workdir: str) -> str:
         if saved_steps(place):
             return place
     raise ValueError(
-        f"the classifier in {workdir} belongs to an encoder that is neither in "
-        f"{places[0]} nor in {places[1]}; move that run there"
+        f"the run in {workdir} uses one that is neither in {places[0]} nor in "
+        f"{places[1]}; move that run there"
     )
 
 

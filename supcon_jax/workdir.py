@@ -95,7 +95,7 @@ def open_workdir(
                 f"in {config.pretrained!r} (another run, or a later step of the same); "
                 "use another --workdir, or another --config.pretrained"
             )
-        _refuse_other_data(path, data or {}, facts.get("data", {}))
+        refuse_other_data(path, data or {}, facts.get("data", {}))
     if jax.process_index() == 0:
         try:
             _enter(path)
@@ -250,10 +250,20 @@ def _refuse_other_config(
     )
 
 
-def _refuse_other_data(
-    path: pathlib.Path, ours: dict[str, Any], theirs: dict[str, Any]
+def refuse_other_data(
+    path: str | pathlib.Path, ours: dict[str, Any], theirs: dict[str, Any]
 ) -> None:
-    """An older version wrote nothing about the data: then any are taken."""
+    """Refuses splits that are not those that made a workdir.
+
+    Args:
+      path: of the workdir.
+      ours: name of a split -> what `identify` says of it now.
+      theirs: the same of the workdir's run.json; an older version wrote nothing about the
+        data, and then any are taken.
+
+    Raises:
+      ValueError: naming the split and what differs.
+    """
     for split in sorted(ours.keys() & theirs.keys()):
         if ours[split] != theirs[split]:
             there, now = (

@@ -1,9 +1,14 @@
 """Tiny runs that several test files share."""
 
+import jax.numpy as jnp
 import numpy as np
 
 from configs import digits, linear_digits
-from supcon_jax.run import build_train_batches
+from supcon_jax.checkpoint import Checkpointer
+from supcon_jax.loop import restore_or_init
+from supcon_jax.run import build_train_batches, open_run
+from supcon_jax.workdir import leave
+from supcon_jax.writers import MetricWriter
 
 
 def shrink(config):
@@ -36,6 +41,36 @@ def linear_config(pretrained, **overrides):
     config.pretrained = str(pretrained)
     config.update_from_flattened_dict(overrides)
     return config
+
+
+def save_untrained(config, workdir, *, step=12):
+    """A finished workdir whose checkpoint is the initial state: no step is compiled.
+
+    Its metrics are made up: a loss that falls, and kNN that rises.
+    """
+    run = open_run(config, workdir)
+    checkpointer = Checkpointer(run.workdir)
+    state, _ = restore_or_init(checkpointer, run.plan)
+    checkpointer.save(state.replace(step=jnp.asarray(step, jnp.int32)), step, {})
+    checkpointer.close()
+    writer = MetricWriter(
+        run.folder,
+        total_steps=step,
+        steps_per_epoch=run.plan.steps_per_epoch,
+        writers=(),
+    )
+    for number in range(1, step + 1):
+        metrics = {
+            "train/loss": 5.0 / number,
+            "train/collapse_loss": 3.4,
+            "knn/top1": 1 - 0.5 / number,
+            "optim/learning_rate": 0.1,
+            "train/images_per_sec": 1000.0 + number,
+            "goodput/share": 0.5,
+        }
+        writer.write(number, metrics, **({"final": True} if number == step else {}))
+    writer.close()
+    leave(run.workdir)
 
 
 def first_batches(run):

@@ -16,6 +16,8 @@ from sklearn.metrics import (
 
 from configs import evaluate_digits
 from supcon_jax import evaluate, linear_eval, parallel, pretrain
+from supcon_jax.checkpoint import digest, restore_encoder
+from supcon_jax.pretrained import SavedEncoder, find_encoder
 from tests.runs import linear_config, pretrain_config, shrink, snapshot
 
 
@@ -92,6 +94,17 @@ def test_a_finished_evaluation_is_told_again_and_left_alone(runs, tmp_path):
     }
     with pytest.raises(ValueError, match="made by another config|another encoder"):
         evaluate.evaluate(config_for(runs / "linear"), tmp_path / "out")
+
+
+def test_the_encoder_of_a_run_of_any_mode(runs, tmp_path):
+    evaluate.evaluate(config_for(runs / "linear"), tmp_path / "out")
+    expected = SavedEncoder(str(runs / "pretrain"), 12, False)
+    variables = restore_encoder(runs / "pretrain")
+    assert find_encoder(str(runs / "pretrain")) == (expected, "")
+    for workdir in (runs / "linear", tmp_path / "out"):
+        assert find_encoder(str(workdir)) == (expected, digest((variables,)))
+    with pytest.raises(ValueError, match="no run in"):
+        find_encoder(str(tmp_path))
 
 
 def test_runs_that_were_moved_together(runs, tmp_path):

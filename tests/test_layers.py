@@ -54,6 +54,8 @@ LAYERS = {
     "supcon_jax.evaluate": 3,
     "supcon_jax.finetune": 3,
     "supcon_jax.pretrained": 3,
+    "supcon_jax.page": 3,
+    "supcon_jax.page.charts": 0,
 }
 L0_PACKAGES = {"jax", "flax", "optax", "numpy", "scipy"}
 HEAVY = {

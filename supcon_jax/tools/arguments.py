@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import argparse
 import ast
+import os
 import pathlib
 import runpy
 import sys
 
 from ml_collections import ConfigDict
 
+from supcon_jax import storage
 from supcon_jax.config import KEYS, check_config, unknown_key
+
+# Keys that say where the data of a run are, and change nothing else.
+PLACES = ("data.dir", "data.root", "data.skip_errors")
 
 
 def create_parser(description: str) -> argparse.ArgumentParser:
@@ -48,6 +53,43 @@ def load_config(name: str, changes: list[str]) -> ConfigDict:
     sys.path.insert(0, str(pathlib.Path.cwd()))  # configs import configs.common
     module = runpy.run_path(str(path))
     config = module["get_config"](*([variant] if variant else []))
+    change_config(config, changes)
+    check_config(config)
+    return config
+
+
+def change_places(config: ConfigDict, changes: list[str]) -> None:
+    """Makes changes in the config of a run that has been: where its data are now.
+
+    Raises:
+      ValueError: another key, of which the run has its own value.
+    """
+    for change in changes:
+        if change.partition("=")[0] not in PLACES:
+            raise ValueError(
+                f"got --config.{change}; allowed: {', '.join(PLACES)}, the run has all "
+                "else"
+            )
+    change_config(config, changes)
+
+
+def check_out(out: str) -> None:
+    """Refuses a file whose folder is not there, before anything is computed for it.
+
+    Raises:
+      ValueError: naming the folder.
+    """
+    folder = os.path.dirname(os.path.abspath(out))
+    if not storage.is_remote(out) and not storage.is_dir(folder):
+        raise ValueError(f"cannot write {out}: no folder {folder} (--out)")
+
+
+def change_config(config: ConfigDict, changes: list[str]) -> None:
+    """Makes `KEY=VALUE` changes in a config.
+
+    Raises:
+      ValueError: no such key or value.
+    """
     for change in changes:
         key, _, text = change.partition("=")
         if key not in KEYS:
@@ -60,5 +102,3 @@ def load_config(name: str, changes: list[str]) -> ConfigDict:
             config.update_from_flattened_dict({key: value})
         except (TypeError, ValueError) as error:
             raise ValueError(f"cannot set --config.{change}: {error}") from None
-    check_config(config)
-    return config

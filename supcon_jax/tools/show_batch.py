@@ -11,7 +11,6 @@ sees them (before mean and standard deviation), with the name of its class.
 from __future__ import annotations
 
 import io
-import os
 import pathlib
 
 import jax
@@ -22,7 +21,12 @@ from supcon_jax import builders, parallel, storage
 from supcon_jax.cli import one_line_errors
 from supcon_jax.data.pipeline import eval_batches, on_host
 from supcon_jax.run import build_sampler, build_train_batches, open_sources
-from supcon_jax.tools.arguments import create_parser, load_config, parse
+from supcon_jax.tools.arguments import (
+    check_out,
+    create_parser,
+    load_config,
+    parse,
+)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -33,9 +37,7 @@ def main(arguments: list[str] | None = None) -> None:
     options, changes = parse(parser, arguments)
     with one_line_errors():
         out = options.out
-        folder = os.path.dirname(os.path.abspath(out))
-        if not storage.is_remote(out) and not storage.is_dir(folder):
-            raise ValueError(f"cannot write {out}: no folder {folder} (--out)")
+        check_out(out)
         config = load_config(options.config, changes)
         draw(config, out, rows=options.rows)
         print(f"wrote {out}")

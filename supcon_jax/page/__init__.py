@@ -1,0 +1,1 @@
+"""The page that shows runs: what they left, their pictures, charts and the HTML."""

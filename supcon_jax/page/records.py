@@ -1,0 +1,216 @@
+"""What a run left in its workdir: read as far as it is there, whatever made it."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import json
+import pathlib
+import zipfile
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from supcon_jax import storage
+from supcon_jax.config import config_of, flatten
+from supcon_jax.workdir import read_config
+from supcon_jax.writers import Record, read_metrics
+
+T = TypeVar("T")
+ROBUSTNESS_COLUMNS = ("corruption", "severity", "top1")
+
+
+class Predictions(NamedTuple):
+    """Of a classifier on its evaluation split.
+
+    Attributes:
+      logits: `[n, C]`.
+      labels: `[n]`.
+      ids: `[n]`, places in the split.
+    """
+
+    logits: np.ndarray
+    labels: np.ndarray
+    ids: np.ndarray
+
+
+@dataclasses.dataclass
+class RunRecord:
+    """A run as its workdir tells it.
+
+    Attributes:
+      name: what the page calls it.
+      workdir: a path.
+      config: of the run; keys that it lacks have their defaults.
+      saved: its config.json, flat.
+      lines: of metrics.jsonl.
+      finished: whether the last line says that the run is complete.
+      notes: what a reader must know of it: unfinished, files that cannot be read.
+      predictions: of predictions.npz.
+      classes: their names, of classes.csv; () where it is not there.
+      robustness: corruption -> severity -> top-1, of robustness.csv.
+      embeddings: "embedding" or "projection" -> metric -> value, of embeddings.json.
+    """
+
+    name: str
+    workdir: str
+    config: ConfigDict
+    saved: dict[str, Any]
+    lines: list[Record]
+    finished: bool
+    notes: list[str]
+    predictions: Predictions | None = None
+    classes: tuple[str, ...] = ()
+    robustness: dict[str, dict[float, float]] = dataclasses.field(default_factory=dict)
+    embeddings: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
+
+    @property
+    def newest(self) -> Record:
+        """The newest value of every metric; of a finished run those of its final line."""
+        if self.finished:
+            return self.lines[-1]
+        return {name: value for line in self.lines for name, value in line.items()}
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the classes of the predictions, or their numbers."""
+        count = 0 if self.predictions is None else self.predictions.logits.shape[1]
+        known = len(self.classes) == count
+        return self.classes if known else tuple(map(str, range(count)))
+
+    @property
+    def total_steps(self) -> int | None:
+        """Steps that a training run makes; None where that is not known."""
+        if self.config.mode not in ("pretrain", "linear_eval", "finetune"):
+            return None
+        if self.config.total_steps:
+            return self.config.total_steps
+        steps, epochs = self.newest.get("step", 0), self.newest.get("epoch", 0)
+        return round(self.config.epochs * steps / epochs) if epochs else None
+
+
+def read_records(workdirs: list[str]) -> list[RunRecord]:
+    """What every workdir holds.
+
+    Raises:
+      ValueError: one holds no run, or is named twice.
+    """
+    places = [str(storage.absolute(workdir)) for workdir in workdirs]
+    for place, workdir in zip(places, workdirs, strict=True):
+        if places.count(place) > 1:
+            raise ValueError(f"{workdir} is given twice; name each workdir once")
+    names = _short_names(places)
+    return [
+        read_record(workdir, name)
+        for workdir, name in zip(workdirs, names, strict=True)
+    ]
+
+
+def read_record(workdir: str | pathlib.Path, name: str) -> RunRecord:
+    """What a workdir holds; what in it cannot be read is a note.
+
+    Raises:
+      ValueError: it holds no run.
+    """
+    saved = read_config(workdir)
+    if saved is None:
+        raise ValueError(
+            f"no run in {workdir}: it has no config.json; name the workdir of a run"
+        )
+    lines = read_metrics(workdir)
+    run = RunRecord(
+        name=name,
+        workdir=str(workdir),
+        config=config_of(saved),
+        saved=flatten(saved),
+        lines=lines,
+        finished=bool(lines and lines[-1].get("final")),
+        notes=[],
+    )
+    if not run.finished:
+        run.notes.append(_how_far(run))
+
+    def read(file: str, parse: Callable[[bytes], T], otherwise: T) -> T:
+        try:
+            return parse(storage.read(storage.join(workdir, file)))
+        except FileNotFoundError:
+            return otherwise
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            run.notes.append(f"{file} cannot be read, and is left out: {error}")
+            return otherwise
+
+    run.predictions = read("predictions.npz", _parse_predictions, None)
+    run.classes = read("classes.csv", _parse_classes, ())
+    run.robustness = read("robustness.csv", _parse_robustness, {})
+    run.embeddings = read("embeddings.json", _parse_embeddings, {})
+    return run
+
+
+def _how_far(run: RunRecord) -> str:
+    if not run.lines:
+        return "not finished: it has written no metrics yet"
+    total = f" of {run.total_steps:,}" if run.total_steps else ""
+    return (
+        f"not finished: it reached step {run.lines[-1]['step']:,}{total}; the command "
+        "that started it goes on with it"
+    )
+
+
+def _parse_predictions(content: bytes) -> Predictions:
+    with np.load(io.BytesIO(content)) as file:
+        found = Predictions(*(file[key] for key in Predictions._fields))
+    shapes = found.logits.shape[:1], found.labels.shape, found.ids.shape
+    if found.logits.ndim != 2 or len({*shapes}) != 1 or not len(found.labels):
+        raise ValueError(f"its arrays have the shapes {shapes}")
+    labels = found.labels
+    if labels.min() < 0 or labels.max() >= found.logits.shape[1]:
+        raise ValueError(f"its labels are not those of {found.logits.shape[1]} classes")
+    return found
+
+
+def _parse_classes(content: bytes) -> tuple[str, ...]:
+    table = csv.DictReader(io.StringIO(content.decode(errors="replace")))
+    return tuple(row["name"] for row in table)
+
+
+def _parse_robustness(content: bytes) -> dict[str, dict[float, float]]:
+    table = csv.DictReader(io.StringIO(content.decode(errors="replace")))
+    missing = set(ROBUSTNESS_COLUMNS) - set(table.fieldnames or ())
+    if missing:
+        raise ValueError(f"it has no column {', '.join(sorted(missing))}")
+    found: dict[str, dict[float, float]] = {}
+    for row in table:
+        try:
+            severity, top1 = float(row["severity"]), float(row["top1"])
+        except (TypeError, ValueError):
+            continue  # a row that sums up others, or that is not filled in
+        found.setdefault(row["corruption"], {})[severity] = top1
+    return found
+
+
+def _parse_embeddings(content: bytes) -> dict[str, dict[str, float]]:
+    found = json.loads(content)
+    if not isinstance(found, dict):
+        raise ValueError("it is no JSON object")
+    return {
+        name: {
+            metric: float(value)
+            for metric, value in flatten(metrics).items()
+            if isinstance(value, int | float)
+        }
+        for name, metrics in found.items()
+        if isinstance(metrics, dict)
+    }
+
+
+def _short_names(places: list[str]) -> list[str]:
+    """The last part of each path, or as many as tell them apart."""
+    parts = [place.rstrip("/").split("/") for place in places]
+    for count in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(part[-count:]) for part in parts]
+        if len({*names}) == len(names):
+            return names
+    return places
