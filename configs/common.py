@@ -12,7 +12,7 @@ def get_config() -> ConfigDict:
     """The defaults; locked, so that a misspelt key is an error."""
     config = ConfigDict()
 
-    config.mode = "pretrain"  # "pretrain" | "linear_eval" | "evaluate"
+    config.mode = "pretrain"  # "pretrain" | "linear_eval" | "evaluate" | "robustness"
     config.seed = 0  # of initialisation, example order and augmentation
     config.batch_size = 256  # global, in images (each gives data.views views)
     config.microbatch_size = 0  # images that the encoder takes at a time; 0: all
@@ -22,8 +22,8 @@ def get_config() -> ConfigDict:
     config.eval_every = 0  # steps between evaluations; 0: only at the end
     config.checkpoint_every = 0  # steps between checkpoints; 0: only at the end
     config.keep_checkpoints = 2  # newest ones kept, beside the best by kNN
-    # linear_eval: workdir of the pretraining run, or "random"; evaluate: of a run with a
-    # classifier
+    # linear_eval: workdir of the pretraining run, or "random"; evaluate, robustness: of a
+    # run with a classifier
     config.pretrained = ""
     config.next_config = ""  # config named in the next command at the end of a run
     config.compilation_cache = True  # keep compiled programs in the user's cache
@@ -35,10 +35,11 @@ def get_config() -> ConfigDict:
     config.hosts.watchdog_minutes = 10.0  # without a step: ends, with stacks; 0: never
 
     config.data = ConfigDict()
-    # "digits" | "arrays" | "folder" | "synthetic" | a TFDS name, "cifar10:3.0.2", "a/config"
+    # "digits" | "arrays" | "folder" | "corrupted" | "synthetic" | a TFDS name,
+    # "cifar10:3.0.2", "a/config"
     config.data.name = "digits"
     config.data.dir = ""  # TFDS data directory; "": TFDS's default, downloading
-    config.data.root = ""  # "arrays": path of the .npz file; "folder": of the folder
+    config.data.root = ""  # "arrays": path of the .npz file; others: of the folder
     config.data.image_key = "image"  # TFDS: name of the feature that is the image
     config.data.label_key = "label"  # TFDS: of the one that is the class; "": no labels
     config.data.train_split = "train"
@@ -161,6 +162,16 @@ def get_config() -> ConfigDict:
     config.knn.bank = 50_000  # training images to compare with; 0: no kNN
     config.knn.k = 20  # neighbours; ours, the cited paper has 200 (evaluation/knn.py)
     config.knn.temperature = 0.07  # of their weights
+
+    config.robustness = (
+        ConfigDict()
+    )  # mode="robustness": beside data.*, which are clean
+    # Their corrupted versions: a folder (ImageNet-C, CIFAR-10-C, what tools.corrupt made)
+    # or a TFDS name, "cifar10_corrupted" (docs/evaluation.md)
+    config.robustness.data = ""
+    # Whose errors mCE divides by: "none" | "alexnet" (ImageNet-C at 224 pixels alone) | the
+    # workdir of another robustness run on the same images
+    config.robustness.reference = "none"
 
     return config.lock()
 
@@ -358,6 +369,13 @@ def set_evaluate(config, stem: str, variant: str):
     config.mode = "evaluate"
     config.pretrained = f"runs/{run_name(stem, variant)}"
     config.next_config = ""
+
+
+def set_robustness(config, stem: str, variant: str, *, data: str):
+    """Robustness of the classifier that a linear config, given here, trains."""
+    set_evaluate(config, stem, variant)
+    config.mode = "robustness"
+    config.robustness.data = data
 
 
 def with_variant(file: str, variant: str) -> str:

@@ -141,7 +141,9 @@ _FLAG = Rule(lambda value: isinstance(value, bool), "True, False")
 # own again; tests hold the defaults to those of configs/common.py, where each key has its
 # meaning beside it.
 KEYS: dict[str, Key] = {
-    "mode": Key("pretrain", _one_of(("pretrain", "linear_eval", "evaluate"))),
+    "mode": Key(
+        "pretrain", _one_of(("pretrain", "linear_eval", "evaluate", "robustness"))
+    ),
     "seed": Key(0, _number(0, 2**31 - 1)),
     "batch_size": Key(256, _number(1)),
     "microbatch_size": Key(0, _number(0)),
@@ -259,6 +261,8 @@ KEYS: dict[str, Key] = {
     "knn.bank": Key(50000, _number(0)),
     "knn.k": Key(20, _number(1)),
     "knn.temperature": Key(0.07, _number(0, above=True)),
+    "robustness.data": Key("", _TEXT, free=True),
+    "robustness.reference": Key("none", _NAME, free=True),
 }
 
 

@@ -52,6 +52,8 @@ LAYERS = {
     "supcon_jax.pretrain": 3,
     "supcon_jax.linear_eval": 3,
     "supcon_jax.evaluate": 3,
+    "supcon_jax.robustness": 3,
+    "supcon_jax.robustness_table": 3,
     "supcon_jax.pretrained": 3,
 }
 L0_PACKAGES = {"jax", "flax", "optax", "numpy", "scipy"}
