@@ -163,10 +163,8 @@ def get_config() -> ConfigDict:
     config.knn.k = 20  # neighbours; ours, the cited paper has 200 (evaluation/knn.py)
     config.knn.temperature = 0.07  # of their weights
 
-    config.robustness = (
-        ConfigDict()
-    )  # mode="robustness": beside data.*, which are clean
-    # Their corrupted versions: a folder (ImageNet-C, CIFAR-10-C, what tools.corrupt made)
+    config.robustness = ConfigDict()  # of the mode; data.* are the images without it
+    # Corrupted versions of them: a folder (ImageNet-C, CIFAR-10-C, what tools.corrupt made)
     # or a TFDS name, "cifar10_corrupted" (docs/evaluation.md)
     config.robustness.data = ""
     # Whose errors mCE divides by: "none" | "alexnet" (ImageNet-C at 224 pixels alone) | the

@@ -146,7 +146,8 @@ def plot_robustness(
     axis.set(ylabel="top-1 (%)", ylim=(0, 100), title="by corruption (dashed: clean)")
     names = [corruption.replace("_", "\n") for corruption in CORRUPTIONS]
     axis.set_xticks(range(len(CORRUPTIONS)), names, fontsize="small")
-    axis.legend(title="severity", fontsize="small", ncols=5, loc="lower right")
+    axis.set_xlim(-0.6, len(CORRUPTIONS) - 0.4)
+    axis.legend(title="severity", loc="center left", bbox_to_anchor=(1, 0.5))
     for key, values, factor in (("top1", top1, 100), ("ece", ece, 1)):
         axis = panels[key]
         lines = {"this run": [values["clean"], *_by_severity(values)]}
@@ -166,10 +167,10 @@ def plot_robustness(
             )
         if published:
             axis.legend(fontsize="small")
-        axis.set(xlabel="severity", ylabel="top-1 (%)" if key == "top1" else "ECE")
+        unit = "top-1 (%)" if key == "top1" else "ECE"
+        axis.set(xlabel="severity", ylabel=unit, title="mean over the corruptions")
         axis.set_xticks(range(6), ["clean", *map(str, SEVERITIES)])
         axis.set_ylim(0, 100 if key == "top1" else None)
-        axis.set_title("mean over the corruptions, by severity")
     for axis in panels.values():
         axis.grid(alpha=0.3, axis="y")
     return _save(figure, workdir, "robustness")

@@ -147,11 +147,16 @@ def _find(config: ConfigDict) -> dict[str, dict[str, str]]:
             )
     if lacking := [c for c in CORRUPTIONS if c not in has]:
         logger.warning(
-            "warning: %s lacks %d of 15 corruptions: %s", place, len(lacking), lacking
+            "warning: %s lacks %d of 15 corruptions: %s",
+            place,
+            len(lacking),
+            ", ".join(lacking),
         )
     severities = next(iter(has.values()))
     if len(severities) < len(SEVERITIES):
-        logger.warning("warning: %s has only the severities %s", place, severities)
+        logger.warning(
+            "warning: %s has no severity but %s", place, ", ".join(map(str, severities))
+        )
     return places
 
 

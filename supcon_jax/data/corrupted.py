@@ -123,13 +123,9 @@ def open_corrupted(split: str, dir: str, root: str) -> Source:
     path = paths[pick_split(split, [name for name in ALL_SPLITS if name in paths])]
     if storage.is_dir(path):
         return open_classes(path)
-    try:
-        if path.endswith(".npz"):
-            return _open_npz(path)
-        return _open_npy(path, severity=int(split[-1]))
-    except (TypeError, OSError, EOFError, BadZipFile, zlib.error) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ValueError(f"cannot read {path}: {reason} (--config.data.root)") from None
+    if path.endswith(".npz"):
+        return _open_npz(path)
+    return _open_npy(path, severity=int(split[-1]))
 
 
 def class_numbers(source: Source, clean: Source, *, name: str) -> np.ndarray:
@@ -232,16 +228,18 @@ def _find(root: str) -> tuple[dict[str, str], tuple[str, ...]]:
 
 
 def _open_npz(path: str) -> ArraySource:
-    """`images` `[n, H, W, 3]`, `labels` `[n]` and, where it is there, `class_names`."""
-    with storage.open_file(path) as content, np.load(content) as file:
-        for key in ("images", "labels"):
-            if key not in file:
-                raise ValueError(f"{path} has no array {key!r} (--config.data.root)")
-        names = (
-            [str(name) for name in file["class_names"]] if "class_names" in file else []
-        )
-        count = int(file["num_classes"]) if "num_classes" in file else 0
-        return _source(path, file["images"], file["labels"], count, tuple(names))
+    """`images` `[n, H, W, 3]`, `labels` `[n]` and, where they are there, the classes."""
+    arrays = _load(path)
+    for key in ("images", "labels"):
+        if key not in arrays:
+            raise ValueError(f"{path} has no array {key!r} (--config.data.root)")
+    return _source(
+        path,
+        arrays["images"],
+        arrays["labels"],
+        int(arrays.get("num_classes", 0)),
+        tuple(str(name) for name in arrays.get("class_names", ())),
+    )
 
 
 def _open_npy(path: str, *, severity: int) -> ArraySource:
@@ -260,10 +258,22 @@ def _open_npy(path: str, *, severity: int) -> ArraySource:
 
 
 def _load(path: str) -> Any:
-    """A .npy file; a local one stays on the disk until its rows are asked for."""
-    if storage.is_remote(path):
-        return np.load(storage.open_file(path), allow_pickle=False)
-    return np.load(path, mmap_mode="r", allow_pickle=False)
+    """The array of a .npy file, the arrays of a .npz file by name.
+
+    A local .npy file stays on the disk until its rows are asked for.
+
+    Raises:
+      ValueError: it cannot be read.
+    """
+    try:
+        if path.endswith(".npy") and not storage.is_remote(path):
+            return np.load(path, mmap_mode="r", allow_pickle=False)
+        with storage.open_file(path) as content:
+            found = np.load(content, allow_pickle=False)
+            return dict(found) if path.endswith(".npz") else found
+    except (ValueError, TypeError, OSError, EOFError, BadZipFile, zlib.error) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"cannot read {path}: {reason} (--config.data.root)") from None
 
 
 def _source(
