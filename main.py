@@ -47,12 +47,14 @@ def main(_: list[str]) -> None:
     from supcon_jax.linear_eval import linear_eval
     from supcon_jax.logs import setup_logging
     from supcon_jax.pretrain import pretrain
+    from supcon_jax.robustness import robustness
 
     modes = {
         "pretrain": pretrain,
         "linear_eval": linear_eval,
         "finetune": finetune,
         "evaluate": evaluate,
+        "robustness": robustness,
     }
     config = _CONFIG.value
     with one_line_errors():

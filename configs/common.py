@@ -12,7 +12,7 @@ def get_config() -> ConfigDict:
     """The defaults; locked, so that a misspelt key is an error."""
     config = ConfigDict()
 
-    # "pretrain" | "linear_eval" | "finetune" | "evaluate"
+    # "pretrain" | "linear_eval" | "finetune" | "evaluate" | "robustness"
     config.mode = "pretrain"
     config.seed = 0  # of initialisation, example order and augmentation
     config.batch_size = 256  # global, in images (each gives data.views views)
@@ -25,8 +25,8 @@ def get_config() -> ConfigDict:
     config.keep_checkpoints = 2  # newest ones kept, beside the best by kNN
     # What a classifier's result is told by: "top1" | "mean_class_accuracy"
     config.eval_metric = "top1"
-    # linear_eval, finetune: workdir of the pretraining run, or "random"; evaluate: of a
-    # run with a classifier
+    # linear_eval, finetune: workdir of the pretraining run, or "random"; evaluate,
+    # robustness: of a run with a classifier
     config.pretrained = ""
     config.next_config = ""  # config named in the next command at the end of a run
     config.compilation_cache = True  # keep compiled programs in the user's cache
@@ -38,10 +38,11 @@ def get_config() -> ConfigDict:
     config.hosts.watchdog_minutes = 10.0  # without a step: ends, with stacks; 0: never
 
     config.data = ConfigDict()
-    # "digits" | "arrays" | "folder" | "synthetic" | a TFDS name, "cifar10:3.0.2", "a/config"
+    # "digits" | "arrays" | "folder" | "corrupted" | "synthetic" | a TFDS name,
+    # "cifar10:3.0.2", "a/config"
     config.data.name = "digits"
     config.data.dir = ""  # TFDS data directory; "": TFDS's default, downloading
-    config.data.root = ""  # "arrays": path of the .npz file; "folder": of the folder
+    config.data.root = ""  # "arrays": path of the .npz file; others: of the folder
     config.data.image_key = "image"  # TFDS: name of the feature that is the image
     config.data.label_key = "label"  # TFDS: of the one that is the class; "": no labels
     config.data.train_split = "train"
@@ -173,6 +174,14 @@ def get_config() -> ConfigDict:
     config.knn.bank = 50_000  # training images to compare with; 0: no kNN
     config.knn.k = 20  # neighbours; ours, the cited paper has 200 (evaluation/knn.py)
     config.knn.temperature = 0.07  # of their weights
+
+    config.robustness = ConfigDict()  # of the mode; data.* are the images without it
+    # Corrupted versions of them: a folder (ImageNet-C, CIFAR-10-C, what tools.corrupt made)
+    # or a TFDS name, "cifar10_corrupted" (docs/evaluation.md)
+    config.robustness.data = ""
+    # Whose errors mCE divides by: "none" | "alexnet" (ImageNet-C at 224 pixels alone) | the
+    # workdir of another robustness run on the same images
+    config.robustness.reference = "none"
 
     return config.lock()
 
@@ -370,6 +379,13 @@ def set_evaluate(config, stem: str, variant: str):
     config.mode = "evaluate"
     config.pretrained = f"runs/{run_name(stem, variant)}"
     config.next_config = ""
+
+
+def set_robustness(config, stem: str, variant: str, *, data: str):
+    """Robustness of the classifier that a linear config, given here, trains."""
+    set_evaluate(config, stem, variant)
+    config.mode = "robustness"
+    config.robustness.data = data
 
 
 def with_variant(file: str, variant: str) -> str:

@@ -31,6 +31,8 @@ ENCODER_KEYS = (
 # What `eval/...` the result of a classifier is told by first.
 EVAL_METRICS = ("top1", "mean_class_accuracy")
 
+# The others take a finished run.
+TRAINING_MODES = ("pretrain", "linear_eval", "finetune")
 # Of a layer. Beyond it arrays have more elements than any device, and JAX, can count.
 WIDEST = 1_000_000
 
@@ -145,7 +147,8 @@ _FLAG = Rule(lambda value: isinstance(value, bool), "True, False")
 # meaning beside it.
 KEYS: dict[str, Key] = {
     "mode": Key(
-        "pretrain", _one_of(("pretrain", "linear_eval", "finetune", "evaluate"))
+        "pretrain",
+        _one_of((*TRAINING_MODES, "evaluate", "robustness")),
     ),
     "seed": Key(0, _number(0, 2**31 - 1)),
     "batch_size": Key(256, _number(1)),
@@ -270,6 +273,8 @@ KEYS: dict[str, Key] = {
     "knn.bank": Key(50000, _number(0)),
     "knn.k": Key(20, _number(1)),
     "knn.temperature": Key(0.07, _number(0, above=True)),
+    "robustness.data": Key("", _TEXT, free=True),
+    "robustness.reference": Key("none", _NAME, free=True),
 }
 
 

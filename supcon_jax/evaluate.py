@@ -62,15 +62,7 @@ def evaluate(config: ConfigDict, workdir: str | pathlib.Path) -> dict[str, Any]:
     check_config(config)
     with StopRequests() as stop, stop.interruptible():
         mesh = prepare(config, workdir)
-        model = load_model(config.pretrained, mesh, average=config.encoder_average.use)
-        check_encoder_keys(config, model.config.to_dict())
-        source = open_eval_source(config)
-        if source.num_classes != model.num_classes:
-            raise ValueError(
-                f"split {config.data.eval_split!r} of {config.data.name} has "
-                f"{source.num_classes} classes, the classifier in {config.pretrained} "
-                f"{model.num_classes} (--config.data.name, --config.pretrained)"
-            )
+        model, source = open_classifier(config, mesh)
         path = open_workdir(
             config,
             workdir,
@@ -99,6 +91,37 @@ def evaluate(config: ConfigDict, workdir: str | pathlib.Path) -> dict[str, Any]:
     return metrics
 
 
+def open_classifier(config: ConfigDict, mesh: Mesh) -> tuple[TrainedModel, Source]:
+    """The model that `pretrained` names, and the evaluation split for it.
+
+    Raises:
+      ValueError: they cannot be used, or do not fit each other, in one line.
+    """
+    model = load_model(config.pretrained, mesh, average=config.encoder_average.use)
+    check_encoder_keys(config, model.config.to_dict())
+    source = open_eval_source(config)
+    if source.num_classes != model.num_classes:
+        raise ValueError(
+            f"split {config.data.eval_split!r} of {config.data.name} has "
+            f"{source.num_classes} classes, the classifier in {config.pretrained} "
+            f"{model.num_classes} (--config.data.name, --config.pretrained)"
+        )
+    return model, source
+
+
+def build_classifier(config: ConfigDict, model: TrainedModel, mesh: Mesh) -> Predictor:
+    """What runs a finished classifier over a source."""
+    return Predictor(
+        model.encoder,
+        model.head,
+        normalize=builders.build_normalization(config),
+        mesh=mesh,
+        batch_size=config.batch_size,
+        image_size=config.data.image_size,
+        resize=config.data.eval_resize,
+    )
+
+
 def _evaluate(
     config: ConfigDict,
     path: pathlib.Path,
@@ -116,15 +139,7 @@ def _evaluate(
             f"{source.num_examples:,}",
             config.data.name,
         )
-        predictor = Predictor(
-            model.encoder,
-            model.head,
-            normalize=builders.build_normalization(config),
-            mesh=mesh,
-            batch_size=config.batch_size,
-            image_size=config.data.image_size,
-            resize=config.data.eval_resize,
-        )
+        predictor = build_classifier(config, model, mesh)
         logits, labels, ids = predictor.predict(model.variables, source)
         known = labels >= 0
         if left := int(np.sum(~known)):

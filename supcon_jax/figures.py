@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from supcon_jax import storage
+from supcon_jax.evaluation.corruption import CORRUPTIONS, SEVERITIES, Published
 from supcon_jax.evaluation.gradients import CosineBin
 from supcon_jax.metrics import METRICS
 from supcon_jax.writers import read_metrics
@@ -171,6 +172,110 @@ def plot_gradients(
     figure.savefig(picture, dpi=110, format=pathlib.PurePath(out).suffix[1:] or "png")
     storage.write(out, picture.getvalue())
     return True
+
+
+def plot_robustness(
+    workdir: pathlib.Path,
+    top1: Mapping[str, float],
+    ece: Mapping[str, float],
+    published: Mapping[str, Published],
+) -> pathlib.Path | None:
+    """Draws `figures/robustness.png`: accuracy and calibration under corruption.
+
+    Args:
+      workdir: a folder.
+      top1, ece: of "clean" and of each "corruption_severity" that there is.
+      published: what others have, for the lines by severity.
+    """
+    if (figure := _figure(13, 7)) is None:
+        return None
+    panels = figure.subplot_mosaic(
+        [["corruptions", "corruptions"], ["top1", "ece"]], height_ratios=(1.2, 1)
+    )
+    axis, colours = panels["corruptions"], _shades(len(SEVERITIES))
+    for number, severity in enumerate(SEVERITIES):
+        found = [100 * top1.get(f"{c}_{severity}", np.nan) for c in CORRUPTIONS]
+        places = np.arange(len(CORRUPTIONS)) + 0.16 * (number - 2)
+        axis.bar(places, found, 0.15, color=colours[number], label=f"{severity}")
+    axis.axhline(100 * top1["clean"], color="black", linestyle="--", linewidth=1)
+    axis.set(ylabel="top-1 (%)", ylim=(0, 100), title="by corruption (dashed: clean)")
+    names = [corruption.replace("_", "\n") for corruption in CORRUPTIONS]
+    axis.set_xticks(range(len(CORRUPTIONS)), names, fontsize="small")
+    axis.set_xlim(-0.6, len(CORRUPTIONS) - 0.4)
+    axis.legend(title="severity", loc="center left", bbox_to_anchor=(1, 0.5))
+    for key, values, factor in (("top1", top1, 100), ("ece", ece, 1)):
+        axis = panels[key]
+        lines = {"this run": [values["clean"], *_by_severity(values)]}
+        lines |= {
+            name: list(getattr(theirs, key)) for name, theirs in published.items()
+        }
+        for name, line in lines.items():
+            ours = name == "this run"
+            axis.plot(
+                range(len(line)),
+                factor * np.asarray(line),
+                "o-" if ours else "--",
+                color="black" if ours else None,
+                linewidth=2 if ours else 1,
+                markersize=4,
+                label=name,
+            )
+        if published:
+            axis.legend(fontsize="small")
+        unit = "top-1 (%)" if key == "top1" else "ECE"
+        axis.set(xlabel="severity", ylabel=unit, title="mean over the corruptions")
+        axis.set_xticks(range(6), ["clean", *map(str, SEVERITIES)])
+        axis.set_ylim(0, 100 if key == "top1" else None)
+    for axis in panels.values():
+        axis.grid(alpha=0.3, axis="y")
+    return _save(figure, workdir, "robustness")
+
+
+def draw_corruptions(
+    image: np.ndarray, corrupted: Mapping[str, Mapping[int, np.ndarray]]
+) -> bytes | None:
+    """A PNG of one image under corruptions: a column each, a row a severity.
+
+    Args:
+      image: `[S, S, 3]` uint8.
+      corrupted: corruption -> severity -> `[S, S, 3]`.
+    """
+    severities = sorted(
+        {severity for shown in corrupted.values() for severity in shown}
+    )
+    height = 1.1 * len(severities) + 0.5
+    if (figure := _figure(1.1 * len(corrupted) + 1.5, height)) is None:
+        return None
+    axes = figure.subplots(len(severities), 1 + len(corrupted), squeeze=False)
+    columns = {"clean": {severities[0]: image}} | dict(corrupted)
+    for column, (name, images) in enumerate(columns.items()):
+        axes[0, column].set_title(name.replace("_", "\n"), fontsize=8)
+        for row, severity in enumerate(severities):
+            axis = axes[row, column]
+            axis.set(xticks=[], yticks=[])
+            axis.set_frame_on(severity in images)
+            if severity in images:
+                axis.imshow(images[severity], interpolation="nearest")
+            if column == 1:
+                axis.set_ylabel(f"severity {severity}", fontsize=8)
+    content = io.BytesIO()
+    figure.savefig(content, dpi=120, format="png")
+    return content.getvalue()
+
+
+def _by_severity(values: Mapping[str, float]) -> list[float]:
+    """Means over the corruptions; NaN at a severity that one of them lacks."""
+    return [
+        float(np.mean([values.get(f"{c}_{severity}", np.nan) for c in CORRUPTIONS]))
+        for severity in SEVERITIES
+    ]
+
+
+def _shades(count: int) -> list[Any]:
+    """Colours from light to dark."""
+    from matplotlib import colormaps
+
+    return [colormaps["viridis_r"](0.15 + 0.8 * n / count) for n in range(count)]
 
 
 def _figure(width: float, height: float) -> Any:

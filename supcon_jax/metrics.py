@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from supcon_jax.evaluation.corruption import CORRUPTIONS, SEVERITIES
+
 # What a line of metrics.jsonl holds beside its metrics.
 LINE_FIELDS = ("step", "epoch", "wall_s", "final")
 
@@ -93,6 +95,31 @@ METRICS: dict[str, Metric] = {
     "eval/scaled_ece_classwise": Metric("classwise ECE, scaled {:.4f}"),
     "eval/scaled_brier": Metric("Brier score, scaled {:.4f}"),
     "eval/num_examples": Metric("on {:,.0f} images", on_end=True),
+    "robustness/clean_top1": Metric("clean top-1 {:.2%}", on_end=True),
+    "robustness/clean_ece": Metric("clean ECE {:.4f}", on_end=True),
+    "robustness/top1": Metric("corrupted top-1 {:.2%}", on_end=True),
+    "robustness/ece": Metric("corrupted ECE {:.4f}", on_end=True),
+    "robustness/mean_error": Metric("mean corruption error, not normalised {:.2%}"),
+    "robustness/mce": Metric("mCE {:.1%}", on_end=True),
+    "robustness/relative_mce": Metric("relative mCE {:.1%}", on_end=True),
+    **{
+        f"robustness/top1_severity_{severity}": Metric(
+            f"top-1 at severity {severity} {{:.2%}}"
+        )
+        for severity in SEVERITIES
+    },
+    **{
+        f"robustness/ece_severity_{severity}": Metric(
+            f"ECE at severity {severity} {{:.4f}}"
+        )
+        for severity in SEVERITIES
+    },
+    **{
+        f"robustness/top1_{corruption}": Metric(
+            f"top-1 under {corruption.replace('_', ' ')} {{:.2%}}"
+        )
+        for corruption in CORRUPTIONS
+    },
 }
 
 

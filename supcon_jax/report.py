@@ -21,6 +21,7 @@ from supcon_jax.builders import (
     num_microbatches,
     scaled_learning_rate,
 )
+from supcon_jax.config import TRAINING_MODES
 from supcon_jax.data.pipeline import Batch
 from supcon_jax.data.sources import UNLABELLED
 from supcon_jax.figures import plot_curves
@@ -206,7 +207,7 @@ def report_result(
 def next_command(config: ConfigDict, workdir: pathlib.Path) -> str:
     """The command line that goes on from a run."""
     command = ["python", "main.py", f"--config={config.next_config}"]
-    if config.mode != "evaluate":  # what comes next takes the model of this run
+    if config.mode in TRAINING_MODES:  # what comes next takes the model of this run
         command.append(f"--config.pretrained={storage.shown(workdir)}")
     for key in ("dir", "root"):
         if config.data[key]:

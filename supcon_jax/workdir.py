@@ -56,6 +56,7 @@ def open_workdir(
     *,
     frozen: str = "",
     data: dict[str, Any] | None = None,
+    begun: bool = False,
 ) -> pathlib.Path:
     """Creates a workdir with its config, or checks that this config may go on with it.
 
@@ -70,6 +71,7 @@ def open_workdir(
       frozen: digest of the arrays of another run that it reads, or starts from; it takes
         the place of `pretrained`, so that a pretraining run may be moved.
       data: `identity.identify` of each split, by its name.
+      begun: whether it holds results of this config beside checkpoints and metrics.
 
     Raises:
       ValueError: another config or other data made it (what differs is named), or it
@@ -84,7 +86,7 @@ def open_workdir(
             f"{path} has checkpoints but no config.json, so it is not known what made "
             "them; use another --workdir"
         )
-    if theirs is not None and (started or finished_metrics(path)):
+    if theirs is not None and (started or begun or finished_metrics(path)):
         facts = read_facts(path)
         known = facts.get("frozen", "")
         free = {"pretrained"} if frozen and known == frozen else set()

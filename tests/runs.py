@@ -5,6 +5,7 @@ import numpy as np
 
 from configs import digits, linear_digits
 from supcon_jax.checkpoint import Checkpointer
+from supcon_jax.evaluation.corruption import CORRUPTIONS, SEVERITIES
 from supcon_jax.loop import restore_or_init
 from supcon_jax.run import build_train_batches, open_run
 from supcon_jax.workdir import leave
@@ -90,3 +91,13 @@ def assert_trees_equal(ours, theirs):
     assert jax.tree.structure(ours) == jax.tree.structure(theirs)
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+
+
+def write_corrupted(folder, images, labels, change=lambda image, severity: image):
+    """A corrupted dataset as CIFAR-10-C is released; `change(images, severity)` makes it."""
+    folder.mkdir()
+    severities = [change(images, severity) for severity in SEVERITIES]
+    for corruption in CORRUPTIONS:
+        np.save(folder / f"{corruption}.npy", np.concatenate(severities))
+    np.save(folder / "labels.npy", np.tile(labels, len(SEVERITIES)))
+    return folder

@@ -355,6 +355,8 @@ ELSEWHERE = {
     "knn.bank": "test_configs.py::test_knn_keys",
     "knn.k": "test_configs.py::test_knn_keys",
     "knn.temperature": "test_configs.py::test_knn_keys",
+    "robustness.data": "test_robustness.py::test_missing_corruptions_are_listed_and_there_is_no_mce",
+    "robustness.reference": "test_robustness.py::test_another_run_as_reference",
 }
 
 

@@ -53,6 +53,8 @@ LAYERS = {
     "supcon_jax.linear_eval": 3,
     "supcon_jax.evaluate": 3,
     "supcon_jax.finetune": 3,
+    "supcon_jax.robustness": 3,
+    "supcon_jax.robustness_table": 3,
     "supcon_jax.pretrained": 3,
     "supcon_jax.page": 3,
     "supcon_jax.page.charts": 0,

@@ -1,13 +1,17 @@
 """The table of metrics, and that runs write what it lists."""
 
+import json
+
 import pytest
 
-from configs import evaluate_digits
+from configs import evaluate_digits, robustness_digits
 from supcon_jax import evaluate, linear_eval, metrics, pretrain
 from supcon_jax.checkpoint import saved_steps
+from supcon_jax.data.datasets import open_source
 from supcon_jax.metrics import LINE_FIELDS, METRICS
+from supcon_jax.robustness import robustness
 from supcon_jax.writers import read_metrics
-from tests.runs import linear_config, pretrain_config, shrink
+from tests.runs import linear_config, pretrain_config, shrink, write_corrupted
 
 
 @pytest.mark.slow
@@ -27,6 +31,24 @@ def test_everything_that_runs_write_is_listed(tmp_path):
     config = shrink(evaluate_digits.get_config())
     config.pretrained = str(tmp_path / "linear")
     evaluate.evaluate(config, tmp_path / "evaluation")
+    digits = open_source("digits", "test")
+    data = write_corrupted(
+        tmp_path.with_name("corrupted"),
+        digits.images,
+        digits.labels,
+    )
+    config = shrink(robustness_digits.get_config())
+    config.update_from_flattened_dict(
+        {"pretrained": str(tmp_path / "linear"), "robustness.data": str(data)}
+    )
+    robustness(config, tmp_path / "robustness")
+    reference = tmp_path.with_name("reference")
+    reference.mkdir()
+    results = json.loads((tmp_path / "robustness/robustness.json").read_text())
+    results["clean"]["top1"] = 1.0  # of a classifier that each corruption harms
+    (reference / "robustness.json").write_text(json.dumps(results))
+    config.robustness.reference = str(reference)
+    robustness(config, tmp_path / "robustness")
     for workdir in tmp_path.iterdir():
         for record in read_metrics(workdir):
             written |= record.keys()

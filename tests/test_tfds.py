@@ -8,6 +8,7 @@ import tensorflow_datasets as tfds
 from tensorflow_datasets.core import registered
 
 from supcon_jax import storage
+from supcon_jax.data.corrupted import find_splits
 from supcon_jax.data.datasets import open_source
 from supcon_jax.data.pipeline import eval_batches, load_small
 from supcon_jax.data.sources import UNLABELLED, UNREAD, read_labels
@@ -386,3 +387,29 @@ def test_lanes_need_records_in_files(directory):
     train, _ = open_sources(config(directory, "small"))
     with pytest.raises(ValueError, match="small is held in memory; allowed: TFDS"):
         build_sampler(config(directory, "small", **{"data.lanes": 4}), train)
+
+
+# --- corrupted versions ---
+
+
+def test_configs_that_are_corruptions_are_found_by_our_names(tmp_path):
+    """As cifar10_corrupted has them, with two names of its own and some beside the 15."""
+    for number, name in enumerate(
+        ("fog_3", "frosted_glass_blur_1", "elastic_2", "spatter_1")
+    ):
+        features = {"image": SQUARE, "label": label()}
+        split = {"test": rows([number % 3] * 4)}
+        prepare(tmp_path, "toy_corrupted", features, split, config=name)
+    for place in ("toy_corrupted", "toy_corrupted:1.0.0"):
+        places, others = find_splits(place, dir=str(tmp_path), split="test")
+        assert list(places) == ["glass_blur_1", "fog_3", "elastic_transform_2"]
+        assert others == ("spatter_1",)
+        labels = [read_labels(open_source(**at)).labels[0] for at in places.values()]
+        assert labels == [1, 0, 2]
+    prepare(tmp_path, "plain", {"image": SQUARE, "label": label()}, split, config="a")
+    with pytest.raises(ValueError, match="plain has the configs a, none of which"):
+        find_splits("plain", dir=str(tmp_path), split="test")
+    # Of one that is not prepared, TFDS knows the names.
+    places, _ = find_splits("cifar10_corrupted", dir=str(tmp_path), split="test")
+    assert len(places) == 75
+    assert places["glass_blur_5"]["name"] == "cifar10_corrupted/frosted_glass_blur_5"

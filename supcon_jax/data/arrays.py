@@ -60,7 +60,7 @@ def open_arrays(split: str, dir: str, root: str) -> ArraySource:
         ) from None
     image_key, label_key = names[split]
     try:
-        images = _to_rgb(image_key, images)
+        images = to_rgb(image_key, images)
         if parts[label_key].shape[:1] != images.shape[:1]:
             raise ValueError(
                 f"{label_key} is {parts[label_key].dtype} "
@@ -122,7 +122,7 @@ def _pick(split: str, names: dict[str, tuple[str, str]], keys: Sequence[str]) ->
         ) from None
 
 
-def _to_rgb(name: str, images: np.ndarray) -> np.ndarray:
+def to_rgb(name: str, images: np.ndarray) -> np.ndarray:
     """Images as uint8 `[n, H, W, 3]`: grey ones repeated, an alpha channel dropped.
 
     Raises:

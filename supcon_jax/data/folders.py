@@ -77,6 +77,16 @@ def open_folder(split: str, dir: str, root: str) -> FileSource:
     return source
 
 
+def open_classes(root: str) -> FileSource:
+    """`root/<class>/...`, whatever the folders are called.
+
+    Raises:
+      ValueError: there is no such folder, or a class without images.
+    """
+    path = _open_root(root)
+    return _image_folder(path, _class_names(path))
+
+
 @dataclasses.dataclass(frozen=True)
 class _BucketFolder:
     """A folder or file of a bucket, all of which was listed once.

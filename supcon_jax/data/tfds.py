@@ -187,11 +187,7 @@ def find_builder(name: str, dir: str, *, built_in: Sequence[str] = ()) -> Any:
             "NAME, NAME/CONFIG or NAME:VERSION (--config.data.name)"
         )
     name, version = match.groups()
-    directory = dir or os.environ.get("TFDS_DATA_DIR", TFDS_HOME)
-    if storage.is_remote(directory):
-        directory = storage.absolute(directory)
-    else:
-        directory = os.path.expanduser(directory)
+    directory = _directory(dir)
     how = _how_to_get(name)
     if dir and not storage.is_dir(directory):
         raise ValueError(
@@ -227,6 +223,19 @@ def find_builder(name: str, dir: str, *, built_in: Sequence[str] = ()) -> Any:
             "this program reads tfrecord (--config.data.dir)"
         )
     return builder
+
+
+def prepared_configs(name: str, dir: str) -> list[str]:
+    """The configs of a dataset that are prepared in a TFDS data directory."""
+    return [config for config in _prepared_configs(_directory(dir), name) if config]
+
+
+def _directory(dir: str) -> str:
+    """A TFDS data directory; "" is TFDS's own default."""
+    directory = dir or os.environ.get("TFDS_DATA_DIR", TFDS_HOME)
+    if storage.is_remote(directory):
+        return storage.absolute(directory)
+    return os.path.expanduser(directory)
 
 
 def index_tfds(name: str, dir: str, *, rebuild: bool) -> dict[str, int]:

@@ -106,9 +106,19 @@ class Predictor:
         )
 
     def predict(
-        self, variables: Any, source: Source, *, label: str = "evaluating"
+        self,
+        variables: Any,
+        source: Source,
+        *,
+        label: str = "evaluating",
+        resize: int | None = None,
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Logits `[n, C]`, labels `[n]` and places in the source `[n]`, in order.
+
+        Args:
+          variables, source: of the model, and what it sees.
+          label: what lines of progress call it.
+          resize: short side before the crop, where it is another for this source.
 
         Raises:
           ValueError: there is no head.
@@ -117,14 +127,19 @@ class Predictor:
             raise ValueError("this Predictor has no head; it can only embed")
         parts = [
             jax.device_get(self._logits(variables, batch))
-            for batch in self._batches(source, label)
+            for batch in self._batches(source, label, resize=resize)
         ]
         logits, labels, mask = (np.concatenate(p) for p in zip(*parts, strict=True))
         rows = np.flatnonzero(mask)  # batches hold the examples in order
         return logits[rows], labels[rows], rows
 
-    def _batches(self, source: Source, label: str) -> Iterator[Batch]:
-        batches = parallel.prefetch_to_devices(self._eval_batches(source), self._mesh)
+    def _batches(
+        self, source: Source, label: str, *, resize: int | None = None
+    ) -> Iterator[Batch]:
+        change = {} if resize is None else {"resize": resize}
+        batches = parallel.prefetch_to_devices(
+            self._eval_batches(source, **change), self._mesh
+        )
         total = num_eval_batches(source, self._batch_size)
         for batch in progress(batches, total=total, label=label):
             hosts.beat(label)

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from supcon_jax import builders, parallel, storage
 from supcon_jax.checkpoint import digest, restore_encoder
-from supcon_jax.config import config_of
+from supcon_jax.config import TRAINING_MODES, config_of
 from supcon_jax.data.identity import identify
 from supcon_jax.data.pipeline import eval_batches
 from supcon_jax.data.sources import READ_AT_START_BYTES, ArraySource, Source
@@ -218,7 +218,7 @@ def _open_data(run: RunRecord, sources: dict[str, Source]) -> str:
     known = read_facts(run.workdir).get("data", {})
     now = identify(source)
     # Labels of a large split are read here, and were not where training began.
-    if (source.num_bytes or 0) > READ_AT_START_BYTES and config.mode != "evaluate":
+    if (source.num_bytes or 0) > READ_AT_START_BYTES and config.mode in TRAINING_MODES:
         now["digest"] = known.get("evaluation", now)["digest"]
     refuse_other_data(run.workdir, {"evaluation": now}, known)
     return key

@@ -15,7 +15,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from supcon_jax import storage
-from supcon_jax.config import config_of, flatten
+from supcon_jax.config import TRAINING_MODES, config_of, flatten
 from supcon_jax.workdir import read_config
 from supcon_jax.writers import Record, read_metrics
 
@@ -84,7 +84,7 @@ class RunRecord:
     @property
     def total_steps(self) -> int | None:
         """Steps that a training run makes; None where that is not known."""
-        if self.config.mode not in ("pretrain", "linear_eval", "finetune"):
+        if self.config.mode not in TRAINING_MODES:
             return None
         if self.config.total_steps:
             return self.config.total_steps

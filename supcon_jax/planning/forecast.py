@@ -19,6 +19,7 @@ import jax
 from ml_collections import ConfigDict
 
 from supcon_jax import builders, parallel
+from supcon_jax.config import TRAINING_MODES
 from supcon_jax.data.datasets import SOURCES
 from supcon_jax.data.pipeline import on_host
 from supcon_jax.data.sampler import shuffled
@@ -108,10 +109,10 @@ def plan_run(
     Raises:
       ValueError: a compiler is missing, or the config cannot run on so many devices.
     """
-    if config.mode == "evaluate":
+    if config.mode not in TRAINING_MODES:
         raise ValueError(
-            "mode=evaluate trains nothing, so there is no step to plan; allowed: a config "
-            "of pretrain, linear_eval or finetune (--config)"
+            f"mode={config.mode} trains nothing, so there is no step to plan; allowed: a "
+            f"config of {', '.join(TRAINING_MODES)} (--config)"
         )
     if not topology.chip.nvlink:
         # The compiler needs no device; a CPU beside it is enough, and a TPU stays free.
