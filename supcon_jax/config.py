@@ -152,6 +152,7 @@ KEYS: dict[str, Key] = {
     "checkpoint_every": Key(0, _number(0), free=True),
     "keep_checkpoints": Key(2, _number(1), free=True),
     "pretrained": Key("", _TEXT),
+    "representation": Key("embedding", _one_of(("embedding", "projection"))),
     "next_config": Key("", _TEXT, free=True),
     "compilation_cache": Key(True, _FLAG, free=True),
     "writers": Key(("tensorboard",), _some_of(BACKENDS), free=True),
@@ -212,6 +213,7 @@ KEYS: dict[str, Key] = {
     "projection.bias": Key(False, _FLAG),
     "classifier.init": Key("glorot", _one_of(CLASSIFIER_INITS)),
     "probe.learning_rate": Key(0.0, _number(0)),
+    "probe.solver": Key("sgd", _one_of(("sgd", "lbfgs"))),
     "momentum_encoder.decay": Key(0.0, _number(0, 0.999999)),
     "momentum_encoder.queue_size": Key(0, _number(0)),
     "encoder_average.decay": Key(0.0, _number(0, 0.999999)),
@@ -321,6 +323,8 @@ def check_config(config: ConfigDict) -> None:
         )
     _check_lanes(config)
     _check_momentum(config)
+    _check_solver(config)
+    _check_representation(config)
     pretraining = config.mode == "pretrain"
     contrastive = OBJECTIVES[config.loss.name].contrastive
     if config.probe.learning_rate and not (pretraining and contrastive):
@@ -372,6 +376,43 @@ def _check_lanes(config: ConfigDict) -> None:
             f"got data.lanes={lanes} and data.classes_per_batch="
             f"{config.data.classes_per_batch}; allowed: one of them, both say which "
             "images a step sees (--config.data.lanes=0)"
+        )
+
+
+def _check_solver(config: ConfigDict) -> None:
+    """Refuses what a solver that takes no steps cannot do."""
+    if config.probe.solver != "lbfgs":
+        return
+    needed = {
+        "mode": (config.mode, "linear_eval"),
+        "total_steps": (config.total_steps, 0),
+        "data.classes_per_batch": (config.data.classes_per_batch, 0),
+        "data.fake": (config.data.fake, False),
+    }
+    for key, (value, allowed) in needed.items():
+        if value != allowed:
+            raise ValueError(
+                f"got {key}={value!r} with probe.solver=lbfgs, which fits the features of "
+                f"a split at once; allowed: {allowed!r} (--config.{key}, or "
+                "--config.probe.solver=sgd)"
+            )
+
+
+def _check_representation(config: ConfigDict) -> None:
+    """Refuses projections where there is no projection head, or none that fits."""
+    if config.representation == "embedding":
+        return
+    why = ""
+    if config.mode == "evaluate":
+        why = "mode=evaluate, where the classifier's run has chosen"
+    elif not OBJECTIVES[config.loss.name].contrastive and config.mode == "pretrain":
+        why = f"loss.name={config.loss.name}, which has no projection head"
+    elif config.encoder_average.use or config.encoder_average.decay:
+        why = "an average of the encoder, which the projection head has none of"
+    if why:
+        raise ValueError(
+            f"got representation='projection' with {why}; allowed: 'embedding' "
+            "(--config.representation)"
         )
 
 

@@ -39,6 +39,15 @@ class TrainState(flax.struct.PyTreeNode):
         collections = {"params": self.params, "batch_stats": self.batch_stats}
         return {name: tree["encoder"] for name, tree in collections.items()}
 
+    def projection_variables(self) -> PyTree:
+        """What `EncoderWithProjection.apply` takes."""
+        parts = ("encoder", "head")
+        collections = {"params": self.params, "batch_stats": self.batch_stats}
+        return {
+            name: {part: tree[part] for part in parts if tree.get(part)}
+            for name, tree in collections.items()
+        }
+
     def apply_gradients(
         self,
         gradients: PyTree,
