@@ -21,7 +21,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from supcon_jax import hosts, parallel, storage
+from supcon_jax import hosts, storage
 from supcon_jax.checkpoint import digest
 from supcon_jax.config import ENCODER_KEYS, flatten
 from supcon_jax.data.identity import identify
@@ -99,7 +99,8 @@ def extract(
     paths = [storage.join(folder, _file_name(name, facts)) for folder in folders]
     found = next((f for path in paths if (f := _read(path, facts)) is not None), None)
     # All processes of a job run the encoder together, or none does.
-    if found is not None and all(hosts.gather("features", "there")):
+    there = hosts.gather("features", "there" if found is not None else "")
+    if found is not None and all(there):
         return found
     predictor = create_predictor(config, mesh, module, None)
     values, labels = predictor.embed(

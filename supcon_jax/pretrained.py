@@ -66,7 +66,7 @@ def check_pretrained(config: ConfigDict) -> None:
             f"no pretraining run in {workdir!r}; run the pretraining config first, or "
             "name its workdir (--config.pretrained; 'random' is an untrained encoder)"
         )
-    _warn_if_unfinished(workdir)
+    warn_if_unfinished(workdir)
     check_encoder_keys(config, theirs)
     if config.representation == "projection":
         check_projection(workdir, config_of(theirs))
@@ -177,7 +177,7 @@ def load_model(workdir: str, mesh: Mesh, *, average: bool = False) -> TrainedMod
             f"no run in {workdir!r}; name the workdir of one that has a classifier "
             "(--config.pretrained)"
         )
-    _warn_if_unfinished(workdir)
+    warn_if_unfinished(workdir)
     config = config_of(theirs)
     facts = read_facts(workdir)
     if "train" not in facts.get("data", {}):
@@ -254,7 +254,8 @@ def _find_encoder_run(pretrained: str, workdir: str) -> str:
     )
 
 
-def _warn_if_unfinished(workdir: str) -> None:
+def warn_if_unfinished(workdir: str) -> None:
+    """Says how far a run that is not complete has come."""
     if finished_metrics(workdir) is None:
         steps = saved_steps(workdir)
         reached = (

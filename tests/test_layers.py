@@ -52,6 +52,7 @@ LAYERS = {
     "supcon_jax.pretrain": 3,
     "supcon_jax.linear_eval": 3,
     "supcon_jax.evaluate": 3,
+    "supcon_jax.features": 3,
     "supcon_jax.pretrained": 3,
 }
 L0_PACKAGES = {"jax", "flax", "optax", "numpy", "scipy"}

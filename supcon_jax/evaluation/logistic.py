@@ -29,7 +29,7 @@ FOLDS, CROSS_VALIDATED = 5, 10_000
 # Values of l2 in a row that are worse than the best before the grid is left.
 PATIENCE = 4
 
-Params = dict[str, jax.Array]
+Params = dict[str, jax.Array | np.ndarray]
 
 
 class Solution(NamedTuple):
@@ -87,12 +87,13 @@ def fit_classifier(
     labels = np.pad(labels, (0, len(features) - len(labels)), constant_values=-1)
     if not np.any(labels >= 0):
         raise ValueError("no training image has a label (--config.data.train_split)")
-    mean, scale = moments(features, jnp.float32(labels >= 0))
-    data = (features - mean) / scale, jnp.maximum(labels, 0)
+    # NumPy's arrays go to wherever the features are.
+    mean, scale = moments(features, np.float32(labels >= 0))
+    data = (features - mean) / scale, np.maximum(labels, 0)
     options = {"label_smoothing": label_smoothing}
     zeros = {
-        "kernel": jnp.zeros((features.shape[1], num_classes)),
-        "bias": jnp.zeros(num_classes),
+        "kernel": np.zeros((features.shape[1], num_classes), np.float32),
+        "bias": np.zeros(num_classes, np.float32),
     }
     folds = assign_folds(labels, FOLDS, seed=seed)
     l2, start, losses = FALLBACK_L2, zeros, {}
@@ -102,7 +103,7 @@ def fit_classifier(
             zeros, data, labels, folds, held_out, grid=grid, options=options
         )
     params, iterations = solve(
-        start, *data, jnp.float32(labels >= 0), jnp.float32(l2), **options
+        start, *data, np.float32(labels >= 0), np.float32(l2), **options
     )
     kernel = params["kernel"] / scale
     return Solution(
@@ -146,12 +147,12 @@ def _choose(
     for number, l2 in enumerate(grid):
         total = 0.0
         for fold in held_out:
-            known = jnp.float32((labels >= 0) & (folds != fold))
+            known = np.float32((labels >= 0) & (folds != fold))
             # From the solution of the value before, which is near.
             params[fold], _ = solve(
-                params[fold], *data, known, jnp.float32(l2), tolerance=1e-4, **options
+                params[fold], *data, known, np.float32(l2), tolerance=1e-4, **options
             )
-            total += float(_loss(params[fold], *data, jnp.float32(folds == fold)))
+            total += float(_loss(params[fold], *data, np.float32(folds == fold)))
         losses[l2] = total / int(np.sum(np.isin(folds, held_out)))
         if losses[l2] <= losses[best]:
             best, start = l2, params[held_out[0]]

@@ -13,14 +13,20 @@ from ml_collections import ConfigDict
 from supcon_jax.config import KEYS, check_config, unknown_key
 
 
-def create_parser(description: str) -> argparse.ArgumentParser:
-    """A parser with `--config`; a tool adds what it takes beside it."""
+def create_parser(
+    description: str, *, takes_config: bool = True
+) -> argparse.ArgumentParser:
+    """A parser with `--config`; a tool adds what it takes beside it.
+
+    Without `takes_config` the config is that of a run, which the tool is given.
+    """
     parser = argparse.ArgumentParser(
         description=description,
         epilog="--config.KEY=VALUE changes a config key, as for main.py",
         allow_abbrev=False,
     )
-    parser.add_argument("--config", required=True, help="FILE or FILE:VARIANT")
+    if takes_config:
+        parser.add_argument("--config", required=True, help="FILE or FILE:VARIANT")
     return parser
 
 
@@ -48,6 +54,16 @@ def load_config(name: str, changes: list[str]) -> ConfigDict:
     sys.path.insert(0, str(pathlib.Path.cwd()))  # configs import configs.common
     module = runpy.run_path(str(path))
     config = module["get_config"](*([variant] if variant else []))
+    apply_changes(config, changes)
+    return config
+
+
+def apply_changes(config: ConfigDict, changes: list[str]) -> None:
+    """Changes a config by `KEY=VALUE` each, and checks it.
+
+    Raises:
+      ValueError: no such key or value.
+    """
     for change in changes:
         key, _, text = change.partition("=")
         if key not in KEYS:
@@ -61,4 +77,3 @@ def load_config(name: str, changes: list[str]) -> ConfigDict:
         except (TypeError, ValueError) as error:
             raise ValueError(f"cannot set --config.{change}: {error}") from None
     check_config(config)
-    return config
