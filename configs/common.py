@@ -28,6 +28,9 @@ def get_config() -> ConfigDict:
     # linear_eval, finetune: workdir of the pretraining run, or "random"; evaluate,
     # robustness: of a run with a classifier
     config.pretrained = ""
+    # "embedding", the encoder's output | "projection", the head's: what linear_eval and
+    # the metrics of embeddings take of the pretraining run
+    config.representation = "embedding"
     config.next_config = ""  # config named in the next command at the end of a run
     config.compilation_cache = True  # keep compiled programs in the user's cache
     # Beside metrics.jsonl: "tensorboard" | "wandb" | "trackio", any number of them
@@ -99,7 +102,8 @@ def get_config() -> ConfigDict:
     config.encoder.batch_norm_momentum = 0.9
     config.encoder.remat = False  # compute blocks twice: less memory, a third more time
 
-    config.projection = ConfigDict()  # the head of contrastive losses
+    # The head of contrastive losses; linear_eval takes that of `pretrained`, if any
+    config.projection = ConfigDict()
     config.projection.hidden_dims = (2048,)  # (): one linear layer
     config.projection.output_dim = 128
     config.projection.batch_norm = False  # after every hidden layer
@@ -112,8 +116,11 @@ def get_config() -> ConfigDict:
     config.finetune.stages = 0  # train so many stages, counted from the last; 0: all
     config.finetune.layer_decay = 1.0  # rate of a stage over that of the one after it
 
-    config.probe = ConfigDict()  # online: a classifier beside a contrastive loss
-    config.probe.learning_rate = 0.0  # of Adam, on the detached embedding; 0: no probe
+    config.probe = ConfigDict()  # a linear classifier on the embedding
+    config.probe.learning_rate = 0.0  # pretrain, beside the loss: of Adam; 0: no probe
+    # linear_eval: "sgd", `optimizer` on augmented images | "lbfgs", the solution on
+    # features of plain images, in seconds and with nothing to tune (docs/evaluation.md)
+    config.probe.solver = "sgd"
 
     # An average of encoder and projection that makes the keys of the views after the
     # first, which is the anchor (MoCo).

@@ -20,7 +20,13 @@ from ml_collections import ConfigDict
 from supcon_jax import optimizers, parallel
 from supcon_jax.data import augment
 from supcon_jax.data.views import Augmentation
-from supcon_jax.models import Classifier, ProjectionHead, create_encoder, part_of
+from supcon_jax.models import (
+    Classifier,
+    EncoderWithProjection,
+    ProjectionHead,
+    create_encoder,
+    part_of,
+)
 
 
 def num_microbatches(config: ConfigDict) -> int:
@@ -119,6 +125,14 @@ def build_projection(
     )
 
 
+def build_representation(config: ConfigDict, platform: str) -> nn.Module:
+    """What maps images to the output that `config.representation` names."""
+    encoder = build_encoder(config, platform)
+    if config.representation == "embedding":
+        return encoder
+    return EncoderWithProjection(encoder, build_projection(config, 0))
+
+
 def build_view_augmentation(config: ConfigDict) -> Augmentation:
     """What `config.augment` says of a view; host and step each take their part of it."""
     options = config.augment
@@ -190,6 +204,8 @@ def build_optimizer(
     config: ConfigDict, total_steps: int, steps_per_epoch: float
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
     """The optimizer that `config.optimizer` describes, and its schedule."""
+    if config.probe.solver == "lbfgs":
+        return optax.identity(), optax.constant_schedule(0.0)  # it takes no steps
     options = config.optimizer
     schedule = optimizers.create_schedule(
         options.schedule,

@@ -369,23 +369,30 @@ def restore_encoder(
 
 def restore_state(
     workdir: str | pathlib.Path,
-    abstract_state: TrainState,
+    abstract_state: TrainState | None = None,
     *,
     step: int | None = None,
+    sharding: Sharding | None = None,
 ) -> TrainState:
     """A whole state of another run, which is left as it is.
 
     Args:
       workdir: the run's workdir.
-      abstract_state: shapes and shardings to restore into.
+      abstract_state: shapes and shardings to restore into; None: as it was saved, the
+        optimizer's state in plain containers.
       step: a saved step; the newest that is whole by default.
+      sharding: where the arrays go then; the first local device by default.
 
     Raises:
       ValueError: there is no such checkpoint, or none that is whole.
     """
-    abstract = _split(abstract_state)
 
     def read(manager: ocp.CheckpointManager, directory: pathlib.Path, at: int) -> Any:
+        if abstract_state is not None:
+            abstract = _split(abstract_state)
+        else:
+            there = [n for n in ITEMS if storage.is_dir(directory / str(at) / n)]
+            abstract = _abstract_items(manager, at, there, sharding)
         return _join(_read(manager, directory, at, abstract)[0])
 
     return _read_newest(workdir, read, step=step)
@@ -459,9 +466,20 @@ def _read_encoder(
     item: str,
     sharding: Sharding | None,
 ) -> dict[str, PyTree]:
+    abstract = _abstract_items(manager, step, [item], sharding)
+    return _read(manager, directory, step, abstract)[0][item]
+
+
+def _abstract_items(
+    manager: ocp.CheckpointManager,
+    step: int,
+    items: list[str],
+    sharding: Sharding | None,
+) -> dict[str, PyTree]:
+    """Shapes and shardings of the items of a step, as they were saved."""
     sharding = sharding or SingleDeviceSharding(jax.local_devices()[0])
-    abstract = jax.tree.map(
+    saved = manager.item_metadata(step)
+    return jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        manager.item_metadata(step)[item],
+        {item: saved[item] for item in items},
     )
-    return _read(manager, directory, step, {item: abstract})[0][item]

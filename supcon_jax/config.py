@@ -161,6 +161,7 @@ KEYS: dict[str, Key] = {
     "keep_checkpoints": Key(2, _number(1), free=True),
     "eval_metric": Key("top1", _one_of(EVAL_METRICS), free=True),
     "pretrained": Key("", _TEXT),
+    "representation": Key("embedding", _one_of(("embedding", "projection"))),
     "next_config": Key("", _TEXT, free=True),
     "compilation_cache": Key(True, _FLAG, free=True),
     "writers": Key(("tensorboard",), _some_of(BACKENDS), free=True),
@@ -226,6 +227,7 @@ KEYS: dict[str, Key] = {
     "finetune.stages": Key(0, _number(0)),
     "finetune.layer_decay": Key(1.0, _number(0, 1, above=True)),
     "probe.learning_rate": Key(0.0, _number(0)),
+    "probe.solver": Key("sgd", _one_of(("sgd", "lbfgs"))),
     "momentum_encoder.decay": Key(0.0, _number(0, 0.999999)),
     "momentum_encoder.queue_size": Key(0, _number(0)),
     "encoder_average.decay": Key(0.0, _number(0, 0.999999)),
@@ -339,6 +341,8 @@ def check_config(config: ConfigDict) -> None:
     _check_hidden_labels(config)
     _check_momentum(config)
     _check_finetune(config)
+    _check_solver(config)
+    _check_representation(config)
     pretraining = config.mode == "pretrain"
     contrastive = OBJECTIVES[config.loss.name].contrastive
     if config.probe.learning_rate and not (pretraining and contrastive):
@@ -426,6 +430,45 @@ def _check_hidden_labels(config: ConfigDict) -> None:
             f"got data.classes_per_batch={data.classes_per_batch} with hidden labels; "
             "allowed: one of them, such batches hold no images without a label "
             "(--config.data.classes_per_batch=0, or --config.data.samples_per_class)"
+        )
+
+
+def _check_solver(config: ConfigDict) -> None:
+    """Refuses what a solver that takes no steps cannot do."""
+    if config.probe.solver != "lbfgs":
+        return
+    needed = {
+        "mode": (config.mode, "linear_eval"),
+        "total_steps": (config.total_steps, 0),
+        "data.classes_per_batch": (config.data.classes_per_batch, 0),
+        "data.fake": (config.data.fake, False),
+    }
+    for key, (value, allowed) in needed.items():
+        if value != allowed:
+            raise ValueError(
+                f"got {key}={value!r} with probe.solver=lbfgs, which fits the features of "
+                f"a split at once; allowed: {allowed!r} (--config.{key}, or "
+                "--config.probe.solver=sgd)"
+            )
+
+
+def _check_representation(config: ConfigDict) -> None:
+    """Refuses projections where there is no projection head, or none that fits."""
+    if config.representation == "embedding":
+        return
+    why = ""
+    if config.mode == "finetune":
+        why = "mode=finetune, which trains the encoder"
+    elif config.mode not in TRAINING_MODES:
+        why = f"mode={config.mode}, where the classifier's run has chosen"
+    elif not OBJECTIVES[config.loss.name].contrastive and config.mode == "pretrain":
+        why = f"loss.name={config.loss.name}, which has no projection head"
+    elif config.encoder_average.use or config.encoder_average.decay:
+        why = "an average of the encoder, which the projection head has none of"
+    if why:
+        raise ValueError(
+            f"got representation='projection' with {why}; allowed: 'embedding' "
+            "(--config.representation)"
         )
 
 

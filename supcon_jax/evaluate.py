@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from supcon_jax import builders, storage
+from supcon_jax import storage
 from supcon_jax.checkpoint import digest
 from supcon_jax.config import check_config
 from supcon_jax.data.identity import identify
@@ -26,12 +26,11 @@ from supcon_jax.evaluation.classification import (
     confusion_matrix,
     summarize,
 )
-from supcon_jax.evaluation.predict import Predictor
 from supcon_jax.figures import plot_confusion, plot_reliability
 from supcon_jax.logs import add_log_file
 from supcon_jax.pretrained import TrainedModel, check_encoder_keys, load_model
 from supcon_jax.report import report_result
-from supcon_jax.run import open_eval_source, prepare
+from supcon_jax.run import create_predictor, open_eval_source, prepare
 from supcon_jax.stop import StopRequests
 from supcon_jax.workdir import (
     finished_metrics,
@@ -109,19 +108,6 @@ def open_classifier(config: ConfigDict, mesh: Mesh) -> tuple[TrainedModel, Sourc
     return model, source
 
 
-def build_classifier(config: ConfigDict, model: TrainedModel, mesh: Mesh) -> Predictor:
-    """What runs a finished classifier over a source."""
-    return Predictor(
-        model.encoder,
-        model.head,
-        normalize=builders.build_normalization(config),
-        mesh=mesh,
-        batch_size=config.batch_size,
-        image_size=config.data.image_size,
-        resize=config.data.eval_resize,
-    )
-
-
 def _evaluate(
     config: ConfigDict,
     path: pathlib.Path,
@@ -139,7 +125,7 @@ def _evaluate(
             f"{source.num_examples:,}",
             config.data.name,
         )
-        predictor = build_classifier(config, model, mesh)
+        predictor = create_predictor(config, mesh, model.encoder, model.head)
         logits, labels, ids = predictor.predict(model.variables, source)
         known = labels >= 0
         if left := int(np.sum(~known)):

@@ -2,18 +2,39 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import logging
 import pathlib
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 from ml_collections import ConfigDict
 
-from supcon_jax import loop
+from supcon_jax import features, loop, parallel, storage
+from supcon_jax.checkpoint import Checkpointer
 from supcon_jax.config import check_config
-from supcon_jax.loop import Evaluate
-from supcon_jax.pretrained import check_pretrained, load_encoder
+from supcon_jax.data.sources import Source
+from supcon_jax.evaluation.classification import classification_sums, summarize
+from supcon_jax.evaluation.logistic import Solution, fit_classifier
+from supcon_jax.features import Features
+from supcon_jax.loop import Evaluate, Metrics
+from supcon_jax.metrics import on_end
+from supcon_jax.models.heads import l2_normalize
+from supcon_jax.pretrained import (
+    RANDOM,
+    check_pretrained,
+    load_encoder,
+    take_projection,
+)
 from supcon_jax.run import Run, build_predictor, open_run
 from supcon_jax.steps.state import TrainState
 from supcon_jax.stop import StopRequests
+from supcon_jax.writers import MetricWriter
+
+logger = logging.getLogger(__name__)
 
 
 def linear_eval(config: ConfigDict, workdir: str | pathlib.Path) -> dict[str, Any]:
@@ -30,11 +51,14 @@ def linear_eval(config: ConfigDict, workdir: str | pathlib.Path) -> dict[str, An
     """
     check_config(config)
     check_pretrained(config)
+    config = take_projection(config)
     with StopRequests() as stop:
         with stop.interruptible():
             run = open_run(
                 config, workdir, load_frozen=lambda plan: (load_encoder(plan),)
             )
+        if config.probe.solver == "lbfgs":
+            return loop.run_to_end(run, functools.partial(solve, run), stop=stop)
         return loop.train(run, evaluate=build_evaluation(run), stop=stop)
 
 
@@ -52,3 +76,118 @@ def build_evaluation(run: Run) -> Evaluate:
         return predictor.classify(variables, run.eval_source)
 
     return evaluate
+
+
+def solve(run: Run, checkpointer: Checkpointer, stop: StopRequests) -> Metrics:
+    """Fits the classifier to features, saves it and evaluates it; see `loop.run_to_end`.
+
+    There is one step, from nothing to the solution. A run that was stopped before it
+    begins anew, with the features that were kept.
+    """
+    config, plan = run.config, run.plan
+    logger.info(
+        "%s on %s: %s training images, %d classes",
+        config.mode,
+        config.data.name,
+        f"{run.train_source.num_examples:,}",
+        plan.num_classes,
+    )
+    logger.info(
+        "probe.solver=lbfgs fits features of plain images: augment.*, optimizer.*, epochs "
+        "and data.views play no part"
+    )
+    writer = MetricWriter(
+        run.folder,
+        total_steps=plan.total_steps,
+        steps_per_epoch=plan.steps_per_epoch,
+        start_step=0,
+        writers=config.writers,
+        project=config.project,
+        config=config.to_dict(),
+    )
+    with contextlib.closing(writer):
+        state, metrics = _fit(run, stop)
+        logger.info("%s", ", ".join(on_end(metrics)))
+        if checkpointer.latest_step() is None:
+            checkpointer.save(state, plan.total_steps, metrics)
+        checkpointer.wait()
+        writer.write(plan.total_steps, metrics, final=True)
+    return metrics
+
+
+def _fit(run: Run, stop: StopRequests) -> tuple[TrainState, Metrics]:
+    """The classifier that fits the features of the training split, and what it reaches."""
+    config = run.config
+    with stop.interruptible():
+        train = _features(run, run.train_source, "train").labelled()
+        evaluation = _features(run, run.eval_source, "evaluation")
+        solution = fit_classifier(
+            parallel.split_rows(_scaled(run, train.values), run.mesh),
+            train.labels,
+            num_classes=run.plan.num_classes,
+            label_smoothing=config.loss.label_smoothing,
+            seed=config.seed,
+        )
+    state = _state_of(run, solution)
+    metrics = _measure(run, state, evaluation)
+    of_train = _measure(run, state, train)
+    metrics |= {f"train/{name}": of_train[f"eval/{name}"] for name in ("loss", "top1")}
+    metrics["probe/l2"] = solution.l2
+    metrics["probe/iterations"] = solution.iterations
+    if losses := solution.validation_loss:
+        metrics["probe/validation_loss"] = losses[solution.l2]
+    return state, metrics
+
+
+def _features(run: Run, source: Source, name: str) -> Features:
+    """Features of a split, kept beside the encoder's run, or here where that is not ours."""
+    folders = [storage.join(run.workdir, "features")]
+    if run.config.pretrained != RANDOM:
+        folders.insert(0, storage.join(run.config.pretrained, "features"))
+    (variables,) = run.frozen
+    return features.extract(
+        run.config,
+        run.mesh,
+        run.plan.modules.encoder,
+        variables,
+        source,
+        name=name,
+        folders=folders,
+    )
+
+
+def _scaled(run: Run, values: np.ndarray) -> np.ndarray:
+    """Features as the classifier's linear layer gets them."""
+    if not run.plan.modules.head.normalize_embedding:
+        return values
+    return np.asarray(jax.jit(l2_normalize)(values))
+
+
+def _state_of(run: Run, solution: Solution) -> TrainState:
+    """The run's state with the solution in it, on every device."""
+    replicated = parallel.replicated(run.mesh)
+    state = jax.jit(run.plan.init, out_shardings=replicated)()
+    layer = {"kernel": solution.kernel, "bias": solution.bias}
+    params = jax.device_put({"head": {"dense_out": layer}}, replicated)
+    step = jax.device_put(jnp.int32(run.plan.total_steps), replicated)
+    return state.replace(step=step, params=params)
+
+
+def _measure(run: Run, state: TrainState, found: Features) -> Metrics:
+    """Accuracy and loss of the classifier on features, as `eval/*`."""
+    head = run.plan.modules.head
+
+    @jax.jit
+    def sums(params: Any, values: jax.Array, labels: jax.Array) -> dict[str, jax.Array]:
+        logits: Any = head.apply({"params": params}, values, train=False)
+        return classification_sums(logits, labels, jnp.ones(len(labels)))
+
+    chunk = 4096
+    return summarize(
+        sums(
+            state.params["head"],
+            found.values[start : start + chunk],
+            found.labels[start : start + chunk],
+        )
+        for start in range(0, len(found.labels), chunk)
+    )

@@ -34,6 +34,7 @@ Metrics = dict[str, float]
 DeviceMetrics = dict[str, jax.Array]
 PyTree = Any
 Evaluate = Callable[[TrainState], Metrics]
+Work = Callable[[Checkpointer, StopRequests], Metrics]
 # Saves in a row that may be refused because the state is not well.
 PATIENCE = 3
 
@@ -66,6 +67,31 @@ def train(
       Unwritable: the disk is full or failed; what was saved is whole.
       ValueError: the step does not fit into memory.
     """
+    return run_to_end(
+        run,
+        lambda checkpointer, stop: _Training(
+            run, checkpointer, evaluate, on_log, stop
+        ).run(),
+        stop=stop,
+    )
+
+
+def run_to_end(run: Run, work: Work, *, stop: StopRequests | None) -> dict[str, Any]:
+    """Does a run's work, unless it is done, with all that has to be around it.
+
+    That is its log, its checkpoints, words for what goes wrong, and the lines of its end.
+
+    Args:
+      run: see `run.open_run`.
+      work: `(checkpointer, stop) -> final metrics`; it saves, and writes the final line.
+      stop: entered already; None: this function listens for signals by itself.
+
+    Returns:
+      The metrics of the final line.
+
+    Raises:
+      Exception: see `train`.
+    """
     if run.finished is not None:
         logger.info("this run is complete; another --workdir starts a new one")
         if not saved_steps(run.workdir):
@@ -78,18 +104,13 @@ def train(
         finally:
             leave(run.workdir)
     try:
-        return _train_and_close(run, evaluate, on_log, stop)
+        return _work_and_close(run, work, stop)
     except OSError as error:
         raise Unwritable(error.errno, error.strerror, error.filename) from error
 
 
-def _train_and_close(
-    run: Run,
-    evaluate: Evaluate,
-    on_log: Callable[[int, Metrics], None],
-    stop: StopRequests | None,
-) -> Metrics:
-    """`train` between the opening of log and checkpoints and their end."""
+def _work_and_close(run: Run, work: Work, stop: StopRequests | None) -> Metrics:
+    """`run_to_end` between the opening of log and checkpoints and their end."""
     log_file = add_log_file(run.folder)
     checkpointer = Checkpointer(run.workdir, keep=run.config.keep_checkpoints)
     try:
@@ -97,7 +118,7 @@ def _train_and_close(
             stack.enter_context(hosts.Watchdog(run.config.hosts.watchdog_minutes))
             stack.enter_context(memory.explained(run.plan))
             stop = stop or stack.enter_context(StopRequests())
-            final = _Training(run, checkpointer, evaluate, on_log, stop).run()
+            final = work(checkpointer, stop)
         # Before the log is closed and the last small files go to the bucket.
         return report.report_end(run, final)
     except jax.errors.JaxRuntimeError as error:

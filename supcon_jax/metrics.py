@@ -80,6 +80,32 @@ METRICS: dict[str, Metric] = {
     ),
     "embedding/rankme": Metric("RankMe {:.1f}", on_end=True),
     "embedding/average_rankme": Metric("RankMe of the average {:.1f}"),
+    "embedding/alignment": Metric("alignment {:.4f}"),
+    "embedding/uniformity": Metric("uniformity {:.4f}"),
+    "embedding/within_between": Metric("within / between variance {:.4f}"),
+    "embedding/simplex_distance": Metric("distance to a simplex {:.4f}"),
+    "embedding/norm_spread": Metric("spread of class norms {:.4f}"),
+    "retrieval/test_recall_at_1": Metric("test: recall at 1 {:.2%}"),
+    "retrieval/test_recall_at_2": Metric("test: recall at 2 {:.2%}"),
+    "retrieval/test_recall_at_4": Metric("test: recall at 4 {:.2%}"),
+    "retrieval/test_recall_at_8": Metric("test: recall at 8 {:.2%}"),
+    "retrieval/test_r_precision": Metric("test: R-precision {:.2%}"),
+    "retrieval/test_map_at_r": Metric("test: mAP at R {:.2%}"),
+    "retrieval/train_recall_at_1": Metric("train: recall at 1 {:.2%}"),
+    "retrieval/train_recall_at_2": Metric("train: recall at 2 {:.2%}"),
+    "retrieval/train_recall_at_4": Metric("train: recall at 4 {:.2%}"),
+    "retrieval/train_recall_at_8": Metric("train: recall at 8 {:.2%}"),
+    "retrieval/train_r_precision": Metric("train: R-precision {:.2%}"),
+    "retrieval/train_map_at_r": Metric("train: mAP at R {:.2%}"),
+    "ood/knn_auroc": Metric("k-th neighbour: AUROC {:.2%}"),
+    "ood/knn_fpr95": Metric("k-th neighbour: FPR at 95 % TPR {:.2%}"),
+    "ood/knn_aupr": Metric("k-th neighbour: AUPR {:.2%}"),
+    "ood/mahalanobis_auroc": Metric("Mahalanobis: AUROC {:.2%}"),
+    "ood/mahalanobis_fpr95": Metric("Mahalanobis: FPR at 95 % TPR {:.2%}"),
+    "ood/mahalanobis_aupr": Metric("Mahalanobis: AUPR {:.2%}"),
+    "ood/softmax_auroc": Metric("largest softmax: AUROC {:.2%}"),
+    "ood/softmax_fpr95": Metric("largest softmax: FPR at 95 % TPR {:.2%}"),
+    "ood/softmax_aupr": Metric("largest softmax: AUPR {:.2%}"),
     "eval/top1": Metric("top-1 {:.2%}", "accuracy", "o-", on_end=True),
     "eval/top5": Metric("top-5 {:.2%}", on_end=True),
     "eval/loss": Metric("test loss {:.4f}", "loss", "o-"),
@@ -94,6 +120,9 @@ METRICS: dict[str, Metric] = {
     "eval/scaled_ece_adaptive": Metric("adaptive ECE, scaled {:.4f}"),
     "eval/scaled_ece_classwise": Metric("classwise ECE, scaled {:.4f}"),
     "eval/scaled_brier": Metric("Brier score, scaled {:.4f}"),
+    "probe/l2": Metric("L2 {:.2g}", on_end=True),
+    "probe/validation_loss": Metric("loss of held-out training images {:.4f}"),
+    "probe/iterations": Metric("iterations {:.0f}", is_result=False),
     "eval/num_examples": Metric("on {:,.0f} images", on_end=True),
     "robustness/clean_top1": Metric("clean top-1 {:.2%}", on_end=True),
     "robustness/clean_ece": Metric("clean ECE {:.4f}", on_end=True),
@@ -121,6 +150,12 @@ METRICS: dict[str, Metric] = {
         for corruption in CORRUPTIONS
     },
 }
+
+
+def label_and_value(name: str, value: float) -> tuple[str, str]:
+    """A metric for a table: its label and its value, in percent where it is a share."""
+    label, brace, form = METRICS[name].text.partition("{")
+    return label.strip(" ()"), (brace + form).strip(")").format(value)
 
 
 def best_metric() -> str:

@@ -225,6 +225,18 @@ def to_global(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     }
 
 
+def split_rows(rows: np.ndarray, mesh: Mesh) -> jax.Array:
+    """An array that every process has, split over the devices by its rows.
+
+    Rows of zeros are added until the devices have equally many.
+    """
+    padding = [(0, -len(rows) % mesh.size), *[(0, 0)] * (rows.ndim - 1)]
+    padded = np.pad(rows, padding)
+    return jax.make_array_from_callback(
+        padded.shape, batch_sharding(mesh), lambda index: padded[index]
+    )
+
+
 def prefetch_to_devices(
     batches: Iterable[dict[str, np.ndarray]], mesh: Mesh, *, size: int = 2
 ) -> Iterator[dict[str, jax.Array]]:

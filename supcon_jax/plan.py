@@ -158,6 +158,8 @@ def create_plan(
     # Whole steps, as in the official code; the summand is for products such as 389.9...9.
     steps = int(config.epochs * steps_per_epoch + 1e-6)
     total_steps = config.total_steps or max(1, steps)
+    if config.probe.solver == "lbfgs":
+        total_steps, steps_per_epoch = 1, 1.0  # one step: from nothing to the solution
     optimizer, schedule = builders.build_optimizer(config, total_steps, steps_per_epoch)
     build = _build_linear if config.mode == "linear_eval" else _build_pretrain
     modules, init, step = build(
@@ -247,7 +249,7 @@ def _build_linear(
     """Modules, `init` and `step` of stage 2."""
     parallel.grouped_mesh(mesh, config.encoder.batch_norm_devices)  # its refusal
     modules = Modules(
-        builders.build_encoder(config, parallel.platform(mesh)),
+        builders.build_representation(config, parallel.platform(mesh)),
         builders.build_classifier(config, num_classes),
     )
     init = functools.partial(

@@ -15,6 +15,7 @@ from supcon_jax.data.sources import has_labels, take_labelled, take_subset
 from supcon_jax.evaluation.knn import knn_accuracy
 from supcon_jax.evaluation.rankme import rankme
 from supcon_jax.loop import Evaluate
+from supcon_jax.models import EncoderWithProjection
 from supcon_jax.objectives import OBJECTIVES
 from supcon_jax.run import Run, build_predictor, build_train_batches, open_run
 from supcon_jax.steps.state import TrainState
@@ -66,6 +67,11 @@ def build_evaluation(run: Run) -> Evaluate:
         ("", None),
     )
     predictor = build_predictor(run, modules.encoder, classifier)
+    projects = config.representation == "projection"
+    embedder = predictor
+    if projects:
+        encoder = EncoderWithProjection(modules.encoder, modules.head)
+        embedder = build_predictor(run, encoder, None)
     bank = take_subset(
         take_labelled(run.train_source), config.knn.bank, seed=config.seed
     )
@@ -78,8 +84,8 @@ def build_evaluation(run: Run) -> Evaluate:
     def embedding_metrics(encoder: PyTree, prefix: str = "") -> dict[str, float]:
         variables, metrics = {"encoder": encoder}, {}
         if with_knn:
-            train = predictor.embed(variables, bank, label="kNN: training images")
-        test = predictor.embed(variables, run.eval_source, label="kNN: test images")
+            train = embedder.embed(variables, bank, label="kNN: training images")
+        test = embedder.embed(variables, run.eval_source, label="kNN: test images")
         if with_knn:
             metrics[f"knn/{prefix}top1"] = knn_accuracy(
                 *train,
@@ -98,7 +104,8 @@ def build_evaluation(run: Run) -> Evaluate:
                 {"encoder": encoder, "head": head}, run.eval_source
             )
         if config.knn.bank:
-            metrics |= embedding_metrics(encoder)
+            embedder_variables = state.projection_variables() if projects else encoder
+            metrics |= embedding_metrics(embedder_variables)
         if config.knn.bank and state.encoder_average:
             metrics |= embedding_metrics(state.encoder_average, "average_")
         return metrics

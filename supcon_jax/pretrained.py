@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -69,11 +70,36 @@ def check_pretrained(config: ConfigDict) -> None:
             f"no pretraining run in {workdir!r}; run the pretraining config first, or "
             "name its workdir (--config.pretrained; 'random' is an untrained encoder)"
         )
-    _warn_if_unfinished(workdir)
-    if (
-        config.mode != "finetune"
-    ):  # which adapts to another scaling; arrays are compared
-        check_encoder_keys(config, theirs)
+    warn_if_unfinished(workdir)
+    if config.mode == "finetune":  # adapts to another scaling; arrays are compared
+        return
+    check_encoder_keys(config, theirs)
+    if config.representation == "projection":
+        check_projection(workdir, config_of(theirs))
+        check_keys(config, theirs, ["encoder.normalize_embedding"])  # before the head
+
+
+def check_projection(workdir: str, theirs: ConfigDict) -> None:
+    """Refuses a pretraining run that has no projection head.
+
+    Raises:
+      ValueError: naming the loss that it was trained with.
+    """
+    if not OBJECTIVES[theirs.loss.name].contrastive:
+        raise ValueError(
+            f"the run in {workdir} was trained with loss.name={theirs.loss.name} and has "
+            "no projection head; allowed: representation='embedding' "
+            "(--config.representation, --representation)"
+        )
+
+
+def take_projection(config: ConfigDict) -> ConfigDict:
+    """The config with the projection head that its pretraining run has."""
+    config = ConfigDict(config)
+    theirs = read_config(config.pretrained) if config.pretrained != RANDOM else None
+    if config.representation == "projection" and theirs:
+        config.projection = config_of(theirs).projection
+    return config
 
 
 def check_encoder_keys(config: ConfigDict, theirs: dict[str, Any]) -> None:
@@ -82,9 +108,18 @@ def check_encoder_keys(config: ConfigDict, theirs: dict[str, Any]) -> None:
     Raises:
       ValueError: naming the key and both values.
     """
+    check_keys(config, theirs, ENCODER_KEYS)
+
+
+def check_keys(config: ConfigDict, theirs: dict[str, Any], keys: Iterable[str]) -> None:
+    """Refuses a config that differs from that of `config.pretrained` in these keys.
+
+    Raises:
+      ValueError: naming the key and both values.
+    """
     workdir = config.pretrained
     ours, theirs = flatten(config.to_dict()), flatten(theirs)
-    for key in ENCODER_KEYS:
+    for key in keys:
         # config.json holds lists where a ConfigDict holds tuples.
         ours_value, theirs_value = (
             list(value) if isinstance(value, tuple) else value
@@ -107,9 +142,13 @@ def load_encoder(plan: Plan) -> PyTree:
     if config.pretrained == RANDOM:
         init = functools.partial(init_encoder, plan)
         return jax.jit(init, out_shardings=replicated)()
-    variables = restore_encoder(
-        config.pretrained, average=config.encoder_average.use, sharding=replicated
-    )
+    if config.representation == "projection":
+        state = restore_state(config.pretrained, sharding=replicated)
+        variables = state.projection_variables()
+    else:
+        variables = restore_encoder(
+            config.pretrained, average=config.encoder_average.use, sharding=replicated
+        )
     expected = jax.eval_shape(functools.partial(init_encoder, plan))
     theirs, ours = (
         {
@@ -200,7 +239,7 @@ def load_model(workdir: str, mesh: Mesh, *, average: bool = False) -> TrainedMod
             f"no run in {workdir!r}; name the workdir of one that has a classifier "
             "(--config.pretrained)"
         )
-    _warn_if_unfinished(workdir)
+    warn_if_unfinished(workdir)
     config = config_of(theirs)
     facts = read_facts(workdir)
     if "train" not in facts.get("data", {}):
@@ -291,7 +330,8 @@ def _find_used_run(pretrained: str, workdir: str) -> str:
     )
 
 
-def _warn_if_unfinished(workdir: str) -> None:
+def warn_if_unfinished(workdir: str) -> None:
+    """Says how far a run that is not complete has come."""
     if finished_metrics(workdir) is None:
         steps = saved_steps(workdir)
         reached = (

@@ -31,7 +31,7 @@ from supcon_jax.data.datasets import open_source
 from supcon_jax.data.identity import identify
 from supcon_jax.data.pipeline import check_image_size
 from supcon_jax.data.sources import Source
-from supcon_jax.evaluate import build_classifier, open_classifier
+from supcon_jax.evaluate import open_classifier
 from supcon_jax.evaluation import classification
 from supcon_jax.evaluation.calibration import expected_calibration_error
 from supcon_jax.evaluation.corruption import (
@@ -54,7 +54,7 @@ from supcon_jax.robustness_table import (
     summarize,
     table,
 )
-from supcon_jax.run import prepare
+from supcon_jax.run import create_predictor, prepare
 from supcon_jax.stop import Stopped, StopRequests, restart_command
 from supcon_jax.workdir import finished_metrics, leave, local_folder, open_workdir
 from supcon_jax.writers import MetricWriter
@@ -296,7 +296,7 @@ class _Evaluation:
         self._clean, self._digests = clean, digests
         self._results = {n: known[n] for n in (CLEAN, *digests) if n in known}
         # One compiled program for all splits.
-        self._predictor = build_classifier(config, model, mesh)
+        self._predictor = create_predictor(config, mesh, model.encoder, model.head)
         self.skipped: dict[str, str] = {}
 
     def run(self, places: dict[str, dict[str, str]], stop: StopRequests) -> Results:

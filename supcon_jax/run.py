@@ -257,7 +257,8 @@ def open_sources(config: ConfigDict) -> tuple[Source, Source]:
                 f"split {split!r} of {data.name} is empty (--config.data.train_split, "
                 "--config.data.eval_split)"
             )
-    if train.num_examples < config.batch_size:
+    # A solver's batches are those of the frozen encoder alone, and may be padded.
+    if train.num_examples < config.batch_size and config.probe.solver == "sgd":
         raise ValueError(
             f"batch size {config.batch_size} is larger than the {train.num_examples} "
             f"training images; set --config.batch_size={train.num_examples} or less"
@@ -485,12 +486,19 @@ def build_train_batches(
 
 def build_predictor(run: Run, encoder: nn.Module, head: nn.Module | None) -> Predictor:
     """What runs a frozen model over the splits of a run."""
+    return create_predictor(run.config, run.mesh, encoder, head)
+
+
+def create_predictor(
+    config: ConfigDict, mesh: Mesh, encoder: nn.Module, head: nn.Module | None
+) -> Predictor:
+    """What runs a frozen model over splits, with the batches and images of a config."""
     return Predictor(
         encoder,
         head,
-        normalize=builders.build_normalization(run.config),
-        mesh=run.mesh,
-        batch_size=run.config.batch_size,
-        image_size=run.config.data.image_size,
-        resize=run.config.data.eval_resize,
+        normalize=builders.build_normalization(config),
+        mesh=mesh,
+        batch_size=config.batch_size,
+        image_size=config.data.image_size,
+        resize=config.data.eval_resize,
     )

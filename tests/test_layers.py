@@ -55,6 +55,7 @@ LAYERS = {
     "supcon_jax.finetune": 3,
     "supcon_jax.robustness": 3,
     "supcon_jax.robustness_table": 3,
+    "supcon_jax.features": 3,
     "supcon_jax.pretrained": 3,
     "supcon_jax.page": 3,
     "supcon_jax.page.charts": 0,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 
@@ -52,13 +54,20 @@ def uniformity(embeddings: np.ndarray, *, chunk: int = 1024) -> float:
 
     Source: Wang and Isola, arXiv 2005.10242, Equation 2 with t = 2.
     """
-    x = _unit(embeddings)
-    total = 0.0
-    for start in range(0, len(x), chunk):
-        cosine = x[start : start + chunk] @ x.T
-        total += float(np.exp(-4.0 * (1.0 - cosine)).sum())
+    x = jnp.asarray(_unit(embeddings), jnp.float32)
+    total = sum(
+        float(np.asarray(_closeness(x[start : start + chunk], x), np.float64).sum())
+        for start in range(0, len(x), chunk)
+    )
     pairs = len(x) * (len(x) - 1)
     return float(np.log((total - len(x)) / pairs))
+
+
+@jax.jit
+def _closeness(rows: jax.Array, x: jax.Array) -> jax.Array:
+    """Sum of `exp(-2 |row - x|^2)` over all x, for each row; unit length."""
+    cosine = jnp.matmul(rows, x.T, precision=jax.lax.Precision.HIGHEST)
+    return jnp.sum(jnp.exp(-4.0 * (1.0 - cosine)), axis=1)
 
 
 def class_geometry(embeddings: np.ndarray, labels: np.ndarray) -> ClassGeometry:

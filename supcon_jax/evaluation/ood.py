@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from supcon_jax.models.heads import l2_normalize
+from supcon_jax.evaluation.knn import Place, neighbours
 
 
 class Detection(NamedTuple):
@@ -63,7 +63,12 @@ def max_softmax_scores(logits: np.ndarray) -> np.ndarray:
 
 
 def knn_scores(
-    bank: np.ndarray, queries: np.ndarray, *, k: int = 50, chunk: int = 1024
+    bank: np.ndarray,
+    queries: np.ndarray,
+    *,
+    k: int = 50,
+    place: Place = jnp.asarray,
+    chunk: int = 1024,
 ) -> np.ndarray:
     """Minus the distance to the k-th nearest training embedding, of unit length, `[n]`.
 
@@ -71,19 +76,15 @@ def knn_scores(
       bank: `[n, D]` training embeddings.
       queries: `[q, D]`.
       k: neighbour; at most those that there are.
-      chunk: queries at a time.
+      place: puts the bank on the devices, see `knn.Place`.
+      chunk: most queries at a time.
 
     Source: Sun et al., Out-of-Distribution Detection with Deep Nearest Neighbors, arXiv
     2204.06507; k = 50 is theirs for CIFAR.
     """
-    known = l2_normalize(jnp.asarray(bank, jnp.float32))
-    k, found = min(k, len(bank)), []
-    for start in range(0, len(queries), chunk):
-        part = l2_normalize(jnp.asarray(queries[start : start + chunk], jnp.float32))
-        cosine = jnp.matmul(part, known.T, precision=jax.lax.Precision.HIGHEST)
-        kth = jax.lax.top_k(cosine, k)[0][:, -1]
-        found.append(-jnp.sqrt(jnp.maximum(2.0 - 2.0 * kth, 0.0)))
-    return np.concatenate([np.asarray(part) for part in found])
+    found = neighbours(bank, queries, k=min(k, len(bank)), place=place, chunk=chunk)
+    kth = np.concatenate([cosines[:, -1] for _, cosines, _ in found])
+    return -np.sqrt(np.maximum(2.0 - 2.0 * kth, 0.0))
 
 
 def mahalanobis_scores(

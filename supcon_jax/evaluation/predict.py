@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import flax.linen as nn
 import jax
@@ -19,6 +19,7 @@ from supcon_jax.evaluation.classification import classification_sums, summarize
 from supcon_jax.logs import progress
 
 Batch = dict[str, jax.Array]
+T = TypeVar("T")
 
 
 class Predictor:
@@ -81,14 +82,19 @@ class Predictor:
 
         A label below 0 says that an example has none.
         """
-        embeddings, labels = [], []
-        for batch in self._batches(source, label):
-            part, part_labels, mask = jax.device_get(
-                self._embed({"encoder": variables["encoder"]}, batch)
-            )
-            embeddings.append(part[mask > 0])
-            labels.append(part_labels[mask > 0])
-        return np.concatenate(embeddings), np.concatenate(labels)
+        encoder = {"encoder": variables["encoder"]}
+        outputs = (
+            self._embed(encoder, batch) for batch in self._batches(source, label)
+        )
+        embeddings, labels, count = np.empty(0), np.empty(0), 0
+        for part, part_labels, mask in _fetch(outputs):
+            if not count:  # whole, once: the parts together are as large
+                embeddings = np.empty((source.num_examples, part.shape[1]), part.dtype)
+                labels = np.empty(source.num_examples, part_labels.dtype)
+            rows = slice(count, count + int(np.sum(mask > 0)))
+            embeddings[rows], labels[rows] = part[mask > 0], part_labels[mask > 0]
+            count = rows.stop
+        return embeddings[:count], labels[:count]
 
     def classify(
         self, variables: Any, source: Source, *, label: str = "evaluating"
@@ -101,9 +107,8 @@ class Predictor:
         step = self._classify
         if step is None:
             raise ValueError("this Predictor has no head; it can only embed")
-        return summarize(
-            step(variables, batch) for batch in self._batches(source, label)
-        )
+        batches = self._batches(source, label)
+        return summarize(_fetch(step(variables, batch) for batch in batches))
 
     def predict(
         self,
@@ -123,12 +128,11 @@ class Predictor:
         Raises:
           ValueError: there is no head.
         """
-        if self._logits is None:
+        step = self._logits
+        if step is None:
             raise ValueError("this Predictor has no head; it can only embed")
-        parts = [
-            jax.device_get(self._logits(variables, batch))
-            for batch in self._batches(source, label, resize=resize)
-        ]
+        batches = self._batches(source, label, resize=resize)
+        parts = list(_fetch(step(variables, batch) for batch in batches))
         logits, labels, mask = (np.concatenate(p) for p in zip(*parts, strict=True))
         rows = np.flatnonzero(mask)  # batches hold the examples in order
         return logits[rows], labels[rows], rows
@@ -145,6 +149,18 @@ class Predictor:
             hosts.beat(label)
             stop.check()
             yield batch
+
+
+def _fetch(outputs: Iterator[T]) -> Iterator[T]:
+    """Outputs of steps as NumPy arrays, each fetched after the next was dispatched.
+
+    So the device computes while the host takes care of what came before.
+    """
+    before: list[T] = []
+    for output in outputs:
+        yield from map(jax.device_get, before)
+        before = [output]
+    yield from map(jax.device_get, before)
 
 
 def embed_step(

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
-from supcon_jax.models.heads import l2_normalize
+from supcon_jax.evaluation.knn import Place, labelled, neighbours
 
 
 class Retrieval(NamedTuple):
@@ -36,6 +35,7 @@ def retrieval(
     reference_labels: np.ndarray | None = None,
     *,
     ks: tuple[int, ...] = (1, 2, 4, 8),
+    place: Place = jnp.asarray,
     chunk: int = 1024,
 ) -> Retrieval:
     """Retrieval of references for queries, or within one set.
@@ -46,7 +46,8 @@ def retrieval(
       references, reference_labels: `[n, D]` and `[n]`; None: the queries, each without
         itself.
       ks: of recall at k.
-      chunk: queries that are compared at a time: memory is `chunk x n`.
+      place: puts the references on the devices, see `knn.Place`.
+      chunk: most queries at a time; fewer where there are many references.
 
     Raises:
       ValueError: no query has a reference of its class.
@@ -63,8 +64,8 @@ def retrieval(
     within = references is None
     if references is None or reference_labels is None:
         references, reference_labels = queries, query_labels
-    queries, query_labels = _labelled(queries, query_labels)
-    references, reference_labels = _labelled(references, reference_labels)
+    queries, query_labels = labelled(queries, query_labels)
+    references, reference_labels = labelled(references, reference_labels)
     classes, counts = np.unique(reference_labels, return_counts=True)
     of_class = dict(zip(classes.tolist(), counts.tolist(), strict=True))
     totals = np.array([of_class.get(c, 0) - within for c in query_labels.tolist()])
@@ -72,34 +73,27 @@ def retrieval(
     if not len(rows):
         raise ValueError("no query has another example of its class to retrieve")
     depth = min(max(int(totals.max()), *ks), len(references) - within)
-    bank = l2_normalize(jnp.asarray(references, jnp.float32))
-    hits = []
-    for start in range(0, len(rows), chunk):
-        part = rows[start : start + chunk]
-        cosine = jnp.matmul(
-            l2_normalize(jnp.asarray(queries[part], jnp.float32)),
-            bank.T,
-            precision=jax.lax.Precision.HIGHEST,
-        )
-        if within:
-            cosine = cosine.at[jnp.arange(len(part)), part].set(-jnp.inf)
-        _, nearest = jax.lax.top_k(cosine, depth)
-        found = reference_labels[np.asarray(nearest)]
-        hits.append(found == query_labels[part][:, None])
-    hit, total = np.concatenate(hits), totals[rows]
     rank = np.arange(1, depth + 1)
-    up_to_r = hit * (rank <= total[:, None])
-    precision = np.cumsum(hit, axis=1) / rank
+    recalled, r_precision, map_at_r = dict.fromkeys(ks, 0), 0.0, 0.0
+    for part, _, nearest in neighbours(
+        references,
+        queries[rows],
+        k=depth,
+        exclude=rows if within else None,
+        place=place,
+        chunk=chunk,
+    ):
+        hit = reference_labels[nearest] == query_labels[rows[part]][:, None]
+        total = totals[rows[part]]
+        up_to_r = hit * (rank <= total[:, None])
+        precision = np.cumsum(hit, axis=1) / rank
+        for k in ks:
+            recalled[k] += int(np.sum(hit[:, :k].any(axis=1)))
+        r_precision += float(np.sum(up_to_r.sum(axis=1) / total))
+        map_at_r += float(np.sum((precision * up_to_r).sum(axis=1) / total))
     return Retrieval(
-        recall={k: float(np.mean(hit[:, :k].any(axis=1))) for k in ks},
-        r_precision=float(np.mean(up_to_r.sum(axis=1) / total)),
-        map_at_r=float(np.mean((precision * up_to_r).sum(axis=1) / total)),
+        recall={k: count / len(rows) for k, count in recalled.items()},
+        r_precision=r_precision / len(rows),
+        map_at_r=map_at_r / len(rows),
         num_queries=len(rows),
     )
-
-
-def _labelled(
-    embeddings: np.ndarray, labels: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    embeddings, labels = np.asarray(embeddings), np.asarray(labels)
-    return embeddings[labels >= 0], labels[labels >= 0]

@@ -1,7 +1,11 @@
 """Encoders and heads (Flax Linen)."""
 
 from supcon_jax.models.encoders import ENCODERS, STEMS, create_encoder, part_of
-from supcon_jax.models.heads import Classifier, ProjectionHead
+from supcon_jax.models.heads import (
+    Classifier,
+    EncoderWithProjection,
+    ProjectionHead,
+)
 from supcon_jax.models.resnet import ResNet
 from supcon_jax.models.wide_resnet import WideResNet
 
@@ -9,6 +13,7 @@ __all__ = [
     "ENCODERS",
     "STEMS",
     "Classifier",
+    "EncoderWithProjection",
     "ProjectionHead",
     "ResNet",
     "WideResNet",

@@ -74,6 +74,22 @@ class ProjectionHead(nn.Module):
         )(x)
 
 
+class EncoderWithProjection(nn.Module):
+    """An encoder and the projection head on it, as one: images to projections.
+
+    Attributes:
+      encoder: images to embeddings.
+      head: embeddings to projections.
+    """
+
+    encoder: nn.Module
+    head: nn.Module
+
+    def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
+        """Projections `[N, D]`, not normalised."""
+        return self.head(self.encoder(images, train=train), train=train)
+
+
 class Classifier(nn.Module):
     """One linear layer from embeddings `[N, D_E]` to logits `[N, num_classes]`.
 

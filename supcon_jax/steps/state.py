@@ -55,6 +55,15 @@ class TrainState(flax.struct.PyTreeNode):
             encoder_average=average,
         )
 
+    def projection_variables(self) -> PyTree:
+        """What `EncoderWithProjection.apply` takes."""
+        parts = ("encoder", "head")
+        collections = {"params": self.params, "batch_stats": self.batch_stats}
+        return {
+            name: {part: tree[part] for part in parts if tree.get(part)}
+            for name, tree in collections.items()
+        }
+
     def apply_gradients(
         self,
         gradients: PyTree,

@@ -18,14 +18,20 @@ from supcon_jax.config import KEYS, check_config, unknown_key
 PLACES = ("data.dir", "data.root", "data.skip_errors")
 
 
-def create_parser(description: str) -> argparse.ArgumentParser:
-    """A parser with `--config`; a tool adds what it takes beside it."""
+def create_parser(
+    description: str, *, takes_config: bool = True
+) -> argparse.ArgumentParser:
+    """A parser with `--config`; a tool adds what it takes beside it.
+
+    Without `takes_config` the config is that of a run, which the tool is given.
+    """
     parser = argparse.ArgumentParser(
         description=description,
         epilog="--config.KEY=VALUE changes a config key, as for main.py",
         allow_abbrev=False,
     )
-    parser.add_argument("--config", required=True, help="FILE or FILE:VARIANT")
+    if takes_config:
+        parser.add_argument("--config", required=True, help="FILE or FILE:VARIANT")
     return parser
 
 
