@@ -214,7 +214,9 @@ def find_encoder(workdir: str) -> tuple[SavedEncoder, str]:
         if pretrained == RANDOM:
             raise ValueError(f"the run in {workdir} has an untrained encoder")
         average |= config.get("encoder_average", {}).get("use", False)
-        if config["mode"] == "linear_eval":
+        # A classifier of projections was given the head too.
+        of_encoder = config.get("representation", "embedding") == "embedding"
+        if config["mode"] == "linear_eval" and of_encoder:
             noted = read_facts(workdir).get("frozen", "")
         workdir = _find_used_run(pretrained, workdir)
 

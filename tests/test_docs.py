@@ -116,6 +116,9 @@ RUN = {
     "python main.py --config=configs/finetune_digits.py:scratch": LINEAR,
     "python main.py --config=configs/evaluate_digits.py "
     "--config.pretrained=runs/finetune_digits": "--workdir=runs/evaluate_finetuned",
+    "python -m supcon_jax.tools.report runs/digits runs/linear_digits "
+    "runs/evaluate_digits": "",
+    "python -m supcon_jax.tools.gradients runs/digits": "--images=16",
     "python main.py --config=configs/cross_entropy_digits.py": SHORT,
     "python main.py --config=configs/digits.py --config.seed=$seed  "
     "--workdir=runs/digits_seed$seed": SHORT,
@@ -175,6 +178,7 @@ NOT_RUN = {
     "python -m pytest -m slow": "the tests themselves",
     "python -m pytest -m slow tests/test_jobs.py": "the tests themselves",
     "python -m pytest -m slow -s tests/test_long_runs.py": "the tests themselves",
+    "python -m pytest -m slow tests/test_page.py": "the tests themselves",
     "python -m pytest -m slow -s tests/test_topologies.py": "the tests themselves",
     "python -m pytest tests/test_hosts.py tests/test_jobs.py": "the tests themselves",
     "python -m supcon_jax.tools.show_batch": "no command, the tool's name",

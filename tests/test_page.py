@@ -233,7 +233,10 @@ def test_runs_are_compared_and_other_tools_files_are_shown(tmp_path, capsys):
     first = make_run(tmp_path / "a", loss={"temperature": 0.1}, seed=3)
     second = make_run(tmp_path / "b<i>", loss={"temperature": 0.2}, seed=3, log_every=7)
     (tmp_path / "a" / "robustness.csv").write_text(
-        "corruption,severity,top1,top5\n<u>fog,1,0.9,1\n<u>fog,5,0.5,1\nmean,,0.7,1\n"
+        "corruption,top1_1,top1_5,top1_mean,ece_1\n<u>fog,0.9,0.5,,1\nclean,,,0.9,1\n"
+    )
+    (tmp_path / "b<i>" / "robustness.csv").write_text(
+        "corruption,severity,top1,top5\n<u>fog,1,0.8,1\n<u>fog,5,0.4,1\nmean,,0.7,1\n"
     )
     (tmp_path / "a" / "embeddings.json").write_text(
         json.dumps({"embedding": {"rankme": 12.5, "recall": {"1": 0.5}}, "n": 3})
@@ -249,7 +252,8 @@ def test_runs_are_compared_and_other_tools_files_are_shown(tmp_path, capsys):
     assert (
         "a, &lt;u&gt;fog: 70<" in page
     )  # the mean of both severities, and no other bar
-    assert page.count('class="bar ') == 1
+    assert "b&lt;i&gt;, &lt;u&gt;fog: 60<" in page
+    assert page.count('class="bar ') == 2
     for text in ("rankme 12.5", "recall.1 0.5", "75.00%"):
         assert text in parsed.text
     assert "an untrained encoder" in capsys.readouterr().out  # why there is no map
@@ -266,7 +270,7 @@ def test_an_unfinished_run_is_shown_as_such(tmp_path, capsys):
     assert "⚠ not finished: it reached step 20 of 40; the command" in text
     assert "⚠ not finished: it has written no metrics yet" in text
     assert "predictions.npz cannot be read, and is left out" in text
-    assert "it has no column corruption, severity, top1" in text
+    assert "it has no top-1 of a corruption and severity" in text
     assert {p: c for p, c in snapshot(tmp_path).items() if p in before} == before
 
 

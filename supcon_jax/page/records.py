@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
 import io
@@ -20,7 +21,6 @@ from supcon_jax.workdir import read_config
 from supcon_jax.writers import Record, read_metrics
 
 T = TypeVar("T")
-ROBUSTNESS_COLUMNS = ("corruption", "severity", "top1")
 
 
 class Predictions(NamedTuple):
@@ -177,17 +177,24 @@ def _parse_classes(content: bytes) -> tuple[str, ...]:
 
 
 def _parse_robustness(content: bytes) -> dict[str, dict[float, float]]:
+    """A row for each corruption with a column for each severity, or a row for each."""
     table = csv.DictReader(io.StringIO(content.decode(errors="replace")))
-    missing = set(ROBUSTNESS_COLUMNS) - set(table.fieldnames or ())
-    if missing:
-        raise ValueError(f"it has no column {', '.join(sorted(missing))}")
     found: dict[str, dict[float, float]] = {}
     for row in table:
-        try:
-            severity, top1 = float(row["severity"]), float(row["top1"])
-        except (TypeError, ValueError):
-            continue  # a row that sums up others, or that is not filled in
-        found.setdefault(row["corruption"], {})[severity] = top1
+        cells = {k: v for k, v in row.items() if k and isinstance(v, str)}
+        values = {
+            name.removeprefix("top1_"): value
+            for name, value in cells.items()
+            if name.startswith("top1_")
+        } or {cells.get("severity", ""): cells.get("top1", "")}
+        for severity, top1 in values.items():
+            # Means and empty cells are no numbers.
+            with contextlib.suppress(ValueError):
+                of = found.setdefault(cells.get("corruption", ""), {})
+                of[float(severity)] = float(top1)
+    found = {corruption: of for corruption, of in found.items() if of}
+    if not found:
+        raise ValueError("it has no top-1 of a corruption and severity")
     return found
 
 

@@ -302,7 +302,13 @@ def geometry(runs: list[RunRecord]) -> Section:
     if not names:
         return Section("geometry", "Embeddings in numbers", "")
     rows = [
-        [name, *(_plain(run.embeddings[of].get(name, math.nan)) for run, of in columns)]
+        [
+            name,
+            *(
+                _value(name, run.embeddings[of].get(name, math.nan))
+                for run, of in columns
+            ),
+        ]
         for name in names
     ]
     header = ["", *(f"{run.name}, {of}" for run, of in columns)]

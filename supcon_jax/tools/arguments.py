@@ -59,39 +59,12 @@ def load_config(name: str, changes: list[str]) -> ConfigDict:
     sys.path.insert(0, str(pathlib.Path.cwd()))  # configs import configs.common
     module = runpy.run_path(str(path))
     config = module["get_config"](*([variant] if variant else []))
-    change_config(config, changes)
-    check_config(config)
+    apply_changes(config, changes)
     return config
 
 
-def change_places(config: ConfigDict, changes: list[str]) -> None:
-    """Makes changes in the config of a run that has been: where its data are now.
-
-    Raises:
-      ValueError: another key, of which the run has its own value.
-    """
-    for change in changes:
-        if change.partition("=")[0] not in PLACES:
-            raise ValueError(
-                f"got --config.{change}; allowed: {', '.join(PLACES)}, the run has all "
-                "else"
-            )
-    change_config(config, changes)
-
-
-def check_out(out: str) -> None:
-    """Refuses a file whose folder is not there, before anything is computed for it.
-
-    Raises:
-      ValueError: naming the folder.
-    """
-    folder = os.path.dirname(os.path.abspath(out))
-    if not storage.is_remote(out) and not storage.is_dir(folder):
-        raise ValueError(f"cannot write {out}: no folder {folder} (--out)")
-
-
-def change_config(config: ConfigDict, changes: list[str]) -> None:
-    """Makes `KEY=VALUE` changes in a config.
+def apply_changes(config: ConfigDict, changes: list[str]) -> None:
+    """Changes a config by `KEY=VALUE` each, and checks it.
 
     Raises:
       ValueError: no such key or value.
@@ -108,3 +81,31 @@ def change_config(config: ConfigDict, changes: list[str]) -> None:
             config.update_from_flattened_dict({key: value})
         except (TypeError, ValueError) as error:
             raise ValueError(f"cannot set --config.{change}: {error}") from None
+    check_config(config)
+
+
+def change_places(config: ConfigDict, changes: list[str]) -> None:
+    """Makes changes in the config of a run that has been: where its data are now.
+
+    Raises:
+      ValueError: another key, of which the run has its own value.
+    """
+    for change in changes:
+        if change.partition("=")[0] not in PLACES:
+            raise ValueError(
+                f"got --config.{change}; allowed: {', '.join(PLACES)}, the run has all "
+                "else"
+            )
+    if changes:
+        apply_changes(config, changes)
+
+
+def check_out(out: str) -> None:
+    """Refuses a file whose folder is not there, before anything is computed for it.
+
+    Raises:
+      ValueError: naming the folder.
+    """
+    folder = os.path.dirname(os.path.abspath(out))
+    if not storage.is_remote(out) and not storage.is_dir(folder):
+        raise ValueError(f"cannot write {out}: no folder {folder} (--out)")

@@ -13,7 +13,6 @@ the denominator.
 
 from __future__ import annotations
 
-import argparse
 import csv
 import io
 import itertools
@@ -50,7 +49,12 @@ from supcon_jax.run import (
     setup_compilation_cache,
 )
 from supcon_jax.steps.state import TrainState
-from supcon_jax.tools.arguments import PLACES, change_places, check_out, parse
+from supcon_jax.tools.arguments import (
+    change_places,
+    check_out,
+    create_parser,
+    parse,
+)
 from supcon_jax.workdir import read_config, read_facts, refuse_other_data
 
 logger = logging.getLogger(__name__)
@@ -62,11 +66,7 @@ Parts = dict[tuple[str, str], np.ndarray]
 
 def main(arguments: list[str] | None = None) -> None:
     """Parses the command line, measures, draws and prints."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0],
-        epilog=f"--config.KEY=VALUE says where data are now: {', '.join(PLACES)}",
-        allow_abbrev=False,
-    )
+    parser = create_parser(__doc__.splitlines()[0], takes_config=False)
     parser.add_argument("workdir", metavar="WORKDIR", help="of a contrastive run")
     parser.add_argument(
         "--steps",
@@ -266,14 +266,18 @@ def as_text(curves: dict[tuple[str, str], list[CosineBin]], parts: Parts) -> str
             lines.append(
                 f"{one.low:4.1f} to {one.high:4.1f}  {one.pairs:11,} {kind}  {means}"
             )
-    for kind in KINDS:
-        for loss in LOSSES:
-            told = hard_and_easy(*parts[kind, loss], positive=kind == "positive")
-            lines.append(
-                f"{loss}: the hardest tenth of {kind}s (cosine {told.hard_cosine:.2f}) has "
-                f"{told.hard:.3g}, the easiest ({told.easy_cosine:.2f}) {told.easy:.3g}; "
-                f"{told.share:.0%} of the sum is of the hardest"
-            )
+    # Of a negative both losses have the same part.
+    for kind, loss, named in (
+        ("positive", "L_out", "L_out"),
+        ("positive", "L_in", "L_in"),
+        ("negative", "L_out", "both"),
+    ):
+        told = hard_and_easy(*parts[kind, loss], positive=kind == "positive")
+        lines.append(
+            f"{named}: the hardest tenth of {kind}s (cosine {told.hard_cosine:.2f}) has "
+            f"{told.hard:.3g}, the easiest ({told.easy_cosine:.2f}) {told.easy:.3g}; "
+            f"{told.share:.0%} of the sum is of the hardest"
+        )
     return "\n".join(lines)
 
 

@@ -10,8 +10,6 @@ says what would make it. Where the data have moved, `--config.data.dir=DIR` or
 
 from __future__ import annotations
 
-import argparse
-
 from supcon_jax import storage
 from supcon_jax.cli import one_line_errors
 from supcon_jax.logs import setup_logging
@@ -19,16 +17,17 @@ from supcon_jax.page.document import page
 from supcon_jax.page.pictures import take_pictures
 from supcon_jax.page.records import read_records
 from supcon_jax.run import setup_compilation_cache
-from supcon_jax.tools.arguments import PLACES, change_places, check_out, parse
+from supcon_jax.tools.arguments import (
+    change_places,
+    check_out,
+    create_parser,
+    parse,
+)
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Parses the command line, gathers what the runs left and writes the page."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0],
-        epilog=f"--config.KEY=VALUE says where data are now: {', '.join(PLACES)}",
-        allow_abbrev=False,
-    )
+    parser = create_parser(__doc__.splitlines()[0], takes_config=False)
     parser.add_argument("workdirs", nargs="+", metavar="WORKDIR", help="of a run")
     parser.add_argument("--out", default="report.html", help="the page to write")
     options, changes = parse(parser, arguments)
