@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 def log_start(run: Run, state: TrainState) -> None:
     """Says in a few lines what is about to run."""
     config = run.config
-    images = run.train_source.num_examples
+    log_data(run)
     counts = {
         name: sum(leaf.size for leaf in jax.tree.leaves(tree))
         for name, tree in state.params.items()
@@ -36,16 +36,6 @@ def log_start(run: Run, state: TrainState) -> None:
     mask = jax.tree.leaves(
         optimizers.path_mask(state.params, tuple(config.optimizer.exclude))
     )
-    logger.info(
-        "%s on %s: %s training images, %d classes%s",
-        config.loss.name if config.mode == "pretrain" else config.mode,
-        config.data.name,
-        f"{images:,}",
-        run.train_source.num_classes,
-        _without_labels(run),
-    )
-    for note in dict.fromkeys([*run.train_source.notes, *run.eval_source.notes]):
-        logger.info("%s", note)
     parts = num_microbatches(config)
     logger.info(
         "%d x %s, global batch %d images x %d views%s, %d steps (%.4g epochs)",
@@ -83,6 +73,21 @@ def log_start(run: Run, state: TrainState) -> None:
             warmup_steps,
             run.plan.total_steps,
         )
+
+
+def log_data(run: Run) -> None:
+    """Says what a run is trained on."""
+    config, images = run.config, run.train_source.num_examples
+    logger.info(
+        "%s on %s: %s training images, %d classes%s",
+        config.loss.name if config.mode == "pretrain" else config.mode,
+        config.data.name,
+        f"{images:,}",
+        run.train_source.num_classes,
+        _without_labels(run),
+    )
+    for note in dict.fromkeys([*run.train_source.notes, *run.eval_source.notes]):
+        logger.info("%s", note)
 
 
 def _without_labels(run: Run) -> str:
