@@ -82,7 +82,7 @@ class Lab:
     def arguments(self, run: str, workdir: pathlib.Path) -> list[str]:
         """The flags of a run."""
         linear = run == "linear_eval"
-        config = "configs/linear_digits.py" if linear else "configs/digits.py"
+        config = "configs/linear_digits.py:sgd" if linear else "configs/digits.py"
         changes: dict[str, Any] = dict(CHANGES)
         if linear:
             changes["pretrained"] = self.folder / "whole_pretrain"

@@ -27,9 +27,7 @@ def get_config(variant: str = ""):
     config.next_config = "configs/evaluate_digits.py"
     digits.set_digits(config)
     config.data.views = 1
-    if config.probe.solver == "lbfgs":
-        config.encoder.normalize_embedding = True  # docs/evaluation.md
-    else:
+    if config.probe.solver == "sgd":
         sgd(config)
     return config
 

@@ -103,10 +103,13 @@ def build_classifier(
 ) -> Classifier:
     """The linear classifier that `config.classifier` describes."""
     del axis_name  # nothing in it looks at other images
+    # With few images features of unit length are better, with many it makes no difference
+    # (docs/evaluation.md), and a solver has nothing to tune.
+    unit_length = config.probe.solver == "lbfgs"
     return Classifier(
         num_classes=num_classes,
         init_name=config.classifier.init,
-        normalize_embedding=config.encoder.normalize_embedding,
+        normalize_embedding=config.encoder.normalize_embedding or unit_length,
     )
 
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from supcon_jax import features, loop, parallel, storage
+from supcon_jax import features, loop, parallel, report, storage
 from supcon_jax.checkpoint import Checkpointer
 from supcon_jax.config import check_config
 from supcon_jax.data.sources import Source
@@ -85,13 +85,7 @@ def solve(run: Run, checkpointer: Checkpointer, stop: StopRequests) -> Metrics:
     begins anew, with the features that were kept.
     """
     config, plan = run.config, run.plan
-    logger.info(
-        "%s on %s: %s training images, %d classes",
-        config.mode,
-        config.data.name,
-        f"{run.train_source.num_examples:,}",
-        plan.num_classes,
-    )
+    report.log_data(run)
     logger.info(
         "probe.solver=lbfgs fits features of plain images: augment.*, optimizer.*, epochs "
         "and data.views play no part"
@@ -122,7 +116,8 @@ def _fit(run: Run, stop: StopRequests) -> tuple[TrainState, Metrics]:
         train = _features(run, run.train_source, "train").labelled()
         evaluation = _features(run, run.eval_source, "evaluation")
         solution = fit_classifier(
-            parallel.split_rows(_scaled(run, train.values), run.mesh),
+            # Of unit length, as the classifier's linear layer gets them.
+            parallel.split_rows(_unit(train.values), run.mesh),
             train.labels,
             num_classes=run.plan.num_classes,
             label_smoothing=config.loss.label_smoothing,
@@ -156,10 +151,7 @@ def _features(run: Run, source: Source, name: str) -> Features:
     )
 
 
-def _scaled(run: Run, values: np.ndarray) -> np.ndarray:
-    """Features as the classifier's linear layer gets them."""
-    if not run.plan.modules.head.normalize_embedding:
-        return values
+def _unit(values: np.ndarray) -> np.ndarray:
     return np.asarray(jax.jit(l2_normalize)(values))
 
 

@@ -37,15 +37,7 @@ PyTree = Any
 def log_start(run: Run, state: TrainState) -> None:
     """Says in a few lines what is about to run."""
     config = run.config
-    images = run.train_source.num_examples
-    logger.info(
-        "%s on %s: %s training images, %d classes%s",
-        config.loss.name if config.mode == "pretrain" else config.mode,
-        config.data.name,
-        f"{images:,}",
-        run.train_source.num_classes,
-        _without_labels(run),
-    )
+    log_data(run)
     params = _trained(config, state.params)
     counts = {
         name: sum(leaf.size for leaf in jax.tree.leaves(tree))
@@ -54,8 +46,6 @@ def log_start(run: Run, state: TrainState) -> None:
     mask = jax.tree.leaves(
         optimizers.path_mask(params, tuple(config.optimizer.exclude))
     )
-    for note in dict.fromkeys([*run.train_source.notes, *run.eval_source.notes]):
-        logger.info("%s", note)
     parts = num_microbatches(config)
     logger.info(
         "%d x %s, global batch %d images x %d views%s, %d steps (%.4g epochs)",
@@ -93,6 +83,21 @@ def log_start(run: Run, state: TrainState) -> None:
             warmup_steps,
             run.plan.total_steps,
         )
+
+
+def log_data(run: Run) -> None:
+    """Says what a run is trained on."""
+    config, images = run.config, run.train_source.num_examples
+    logger.info(
+        "%s on %s: %s training images, %d classes%s",
+        config.loss.name if config.mode == "pretrain" else config.mode,
+        config.data.name,
+        f"{images:,}",
+        run.train_source.num_classes,
+        _without_labels(run),
+    )
+    for note in dict.fromkeys([*run.train_source.notes, *run.eval_source.notes]):
+        logger.info("%s", note)
 
 
 def _trained(config: ConfigDict, params: PyTree) -> PyTree:

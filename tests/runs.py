@@ -37,8 +37,17 @@ def pretrain_config(**overrides):
 
 
 def linear_config(pretrained, **overrides):
-    """A tiny linear evaluation of a tiny run."""
-    config = shrink(linear_digits.get_config())
+    """A tiny linear evaluation of a tiny run, by steps of SGD."""
+    config = shrink(linear_digits.get_config("sgd"))
+    config.pretrained = str(pretrained)
+    config.update_from_flattened_dict(overrides)
+    return config
+
+
+def probe_config(pretrained, **overrides):
+    """A linear evaluation of a tiny run by L-BFGS."""
+    config = linear_digits.get_config()
+    config.encoder.width = 0.25
     config.pretrained = str(pretrained)
     config.update_from_flattened_dict(overrides)
     return config

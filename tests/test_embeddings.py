@@ -1,5 +1,6 @@
 """Retrieval, geometry and out-of-distribution scores against loops and scikit-learn."""
 
+import functools
 import itertools
 
 import numpy as np
@@ -8,7 +9,9 @@ from sklearn.covariance import EmpiricalCovariance
 from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 from sklearn.neighbors import NearestNeighbors
 
-from supcon_jax.evaluation import geometry, ood
+from supcon_jax import parallel
+from supcon_jax.evaluation import geometry, knn, ood
+from supcon_jax.evaluation.knn import neighbours
 from supcon_jax.evaluation.retrieval import retrieval
 
 RNG = np.random.default_rng(0)
@@ -57,6 +60,44 @@ def test_retrieval_equals_a_loop(within, chunk):
     assert found.recall == pytest.approx(recall, abs=1e-6)
     np.testing.assert_allclose(found.r_precision, r_precision, atol=1e-6)
     np.testing.assert_allclose(found.map_at_r, map_at_r, atol=1e-6)
+
+
+@pytest.mark.parametrize("within", [True, False])
+def test_neighbours_on_eight_devices_are_those_of_one(within):
+    """80 rows lie on them evenly, 77 do not; a device has fewer rows than neighbours."""
+    mesh = parallel.create_mesh()
+    place = functools.partial(parallel.split_rows, mesh=mesh)
+    bank, queries = X[:77], X[:77] if within else QUERIES
+    exclude = np.arange(77) if within else None
+    cosines = unit(queries.astype(np.float64)) @ unit(bank.astype(np.float64)).T
+    if within:
+        np.fill_diagonal(cosines, -np.inf)
+    expected = np.argsort(-cosines, axis=1)[:, :20]
+    for part, nearest, rows in neighbours(
+        bank, queries, k=20, exclude=exclude, place=place, chunk=40
+    ):
+        np.testing.assert_array_equal(rows, expected[part])
+        sorted_cosines = np.take_along_axis(cosines, expected, axis=1)[part]
+        np.testing.assert_allclose(nearest, sorted_cosines, atol=1e-5)
+
+
+def test_a_large_bank_is_compared_with_few_queries_at_a_time(monkeypatch):
+    monkeypatch.setattr(knn, "CELLS", 200)
+    parts = [part for part, _, _ in neighbours(X, QUERIES, k=3)]
+    assert {part.stop - part.start for part in parts} == {2}
+    assert parts[-1].stop == len(QUERIES)
+
+
+def test_knn_over_a_grid_is_each_knn():
+    sets = (X, LABELS, QUERIES, QUERY_LABELS % 5)
+    ks, temperatures = (1, 7, 200), (0.05, 1.0)
+    found = knn.knn_accuracies(*sets, ks=ks, temperatures=temperatures, num_classes=5)
+    assert found == {
+        (k, t): knn.knn_accuracy(*sets, k=k, temperature=t, num_classes=5)
+        for k in ks
+        for t in temperatures
+    }
+    assert len(set(found.values())) > 2
 
 
 def test_retrieval_leaves_out_what_has_no_label():

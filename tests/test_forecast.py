@@ -386,6 +386,14 @@ def test_data_that_are_not_here():
             ["--topology=v5e:2x4", "--config.mode=evaluate"],
             "mode=evaluate trains nothing",
         ),
+        (
+            [
+                "--topology=v5e:2x4",
+                "--config.mode=linear_eval",
+                "--config.probe.solver=lbfgs",
+            ],
+            "probe.solver=lbfgs takes no steps",
+        ),
         (["--topology=v5e:2x4", "--host_rate=0"], "--host_rate=0.0 must be above 0"),
         (["--topology=v5e:2x4", "--config.batch_siz=8"], "--config.batch_size"),
     ],

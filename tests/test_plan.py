@@ -62,7 +62,7 @@ def test_a_step_is_that_of_the_hardware_it_is_for(platform, monkeypatch):
 
 
 def test_linear_step_is_that_of_the_hardware_it_is_for(monkeypatch):
-    config = linear_digits.get_config()
+    config = linear_digits.get_config("sgd")
     config.encoder.dtype = "auto"
     assert convolutions(lowered_for("cpu", config, monkeypatch)) == {"f32"}
     assert convolutions(lowered_for("tpu", config, monkeypatch)) == {"bf16"}

@@ -121,14 +121,14 @@ def test_a_signal_in_linear_evaluation(tmp_path):
     for name in ("run", "whole"):
         if name == "run":
             process = start(
-                tmp_path / name, *options, config="configs/linear_digits.py"
+                tmp_path / name, *options, config="configs/linear_digits.py:sgd"
             )
             read_until(process, " 20/300")
             process.send_signal(signal.SIGTERM)
             process.communicate(timeout=60)
             assert process.returncode == 0
         done = subprocess.run(
-            command(tmp_path / name, *options, config="configs/linear_digits.py"),
+            command(tmp_path / name, *options, config="configs/linear_digits.py:sgd"),
             cwd=REPOSITORY,
             capture_output=True,
             text=True,

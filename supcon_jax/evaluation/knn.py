@@ -94,8 +94,15 @@ def _nearest(
     if mesh is None:
         return compare(bank, queries, exclude, 0)
     axes, whole = mesh.axis_names, PartitionSpec()
+
+    def on_device(
+        bank: jax.Array, queries: jax.Array, exclude: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        first = jax.lax.axis_index(axes) * len(bank)
+        return compare(bank, queries, exclude, first)
+
     nearest, rows = jax.shard_map(
-        lambda bank, *rest: compare(bank, *rest, jax.lax.axis_index(axes) * len(bank)),
+        on_device,
         mesh=mesh,
         in_specs=(PartitionSpec(axes), whole, whole),
         out_specs=PartitionSpec(None, axes),

@@ -16,11 +16,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from supcon_jax.losses.cross_entropy import cross_entropy_loss
 
 # From a classifier that hardly moves to one that is hardly held, two values a decade.
-GRID = tuple(float(10.0 ** (power / 2)) for power in range(4, -13, -1))
+GRID = tuple(float(10.0 ** (power / 2)) for power in range(2, -13, -1))
 # Where no class has a second example to hold out.
 FALLBACK_L2 = 1e-2
 # Up to this many examples each is held out once, in `FOLDS` solutions for a value of l2;
@@ -78,32 +79,27 @@ def fit_classifier(
       ValueError: no example has a label.
 
     Example:
-      >>> import numpy as np
-      >>> x = np.array([[-2.0], [-1.0], [1.0], [2.0]], np.float32)
-      >>> found = fit_classifier(jnp.asarray(x), np.array([0, 0, 1, 1]), num_classes=2)
-      >>> (x @ found.kernel + found.bias).argmax(axis=1)
-      array([0, 0, 1, 1])
+      found = fit_classifier(jnp.asarray(features), labels, num_classes=10)
+      logits = features @ found.kernel + found.bias
     """
     labels = np.pad(labels, (0, len(features) - len(labels)), constant_values=-1)
     if not np.any(labels >= 0):
         raise ValueError("no training image has a label (--config.data.train_split)")
-    # NumPy's arrays go to wherever the features are.
     mean, scale = moments(features, np.float32(labels >= 0))
     data = (features - mean) / scale, np.maximum(labels, 0)
     options = {"label_smoothing": label_smoothing}
-    zeros = {
-        "kernel": np.zeros((features.shape[1], num_classes), np.float32),
-        "bias": np.zeros(num_classes, np.float32),
-    }
+    zeros = _zeros(features, num_classes)
     folds = assign_folds(labels, FOLDS, seed=seed)
-    l2, start, losses = FALLBACK_L2, zeros, {}
+    l2, start = FALLBACK_L2, zeros
+    losses: dict[float, float] = {}
     if np.any(folds >= 0):
         held_out = range(FOLDS if np.sum(labels >= 0) <= CROSS_VALIDATED else 1)
         l2, start, losses = _choose(
             zeros, data, labels, folds, held_out, grid=grid, options=options
         )
+    known = np.float32(labels >= 0)
     params, iterations = solve(
-        start, *data, np.float32(labels >= 0), np.float32(l2), **options
+        start, *data, known, np.float32(l2), tolerance=1e-7, **options
     )
     kernel = params["kernel"] / scale
     return Solution(
@@ -113,6 +109,18 @@ def fit_classifier(
         validation_loss=losses,
         iterations=int(iterations),
     )
+
+
+def _zeros(features: jax.Array, num_classes: int) -> Params:
+    """Where L-BFGS begins, on all devices of the features."""
+    zeros: Params = {
+        "kernel": np.zeros((features.shape[1], num_classes), np.float32),
+        "bias": np.zeros(num_classes, np.float32),
+    }
+    if isinstance(features.sharding, NamedSharding):
+        whole = NamedSharding(features.sharding.mesh, PartitionSpec())
+        return jax.device_put(zeros, whole)
+    return zeros
 
 
 def assign_folds(labels: np.ndarray, folds: int, *, seed: int) -> np.ndarray:
@@ -180,7 +188,7 @@ def solve(
     weights: jax.Array,
     l2: jax.Array,
     *,
-    tolerance: float = 1e-7,
+    tolerance: float,
     max_iterations: int = 1000,
     label_smoothing: float = 0.0,
 ) -> tuple[Params, jax.Array]:
@@ -227,7 +235,7 @@ def solve(
         *_, least, count, since = carry
         return (least > tolerance) & (count < max_iterations) & (since < 20)
 
-    carry = start, optimizer.init(start), start, jnp.inf, 0, 0
+    carry = start, optimizer.init(start), start, jnp.inf, jnp.int32(0), 0
     _, _, best, _, count, _ = jax.lax.while_loop(goes_on, iterate, carry)
     return best, count
 

@@ -114,6 +114,11 @@ def plan_run(
             f"mode={config.mode} trains nothing, so there is no step to plan; allowed: a "
             f"config of {', '.join(TRAINING_MODES)} (--config)"
         )
+    if config.probe.solver == "lbfgs":
+        raise ValueError(
+            "probe.solver=lbfgs takes no steps, so there is none to plan; allowed: 'sgd' "
+            "(--config.probe.solver)"
+        )
     if not topology.chip.nvlink:
         # The compiler needs no device; a CPU beside it is enough, and a TPU stays free.
         jax.config.update("jax_platforms", "cpu")

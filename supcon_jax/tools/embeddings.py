@@ -28,13 +28,10 @@ from ml_collections import ConfigDict
 from supcon_jax import builders, features, parallel, storage
 from supcon_jax.checkpoint import digest, restore_state
 from supcon_jax.cli import one_line_errors
-from supcon_jax.config import ENCODER_KEYS, check_config, config_of
+from supcon_jax.config import ENCODER_KEYS, config_of
 from supcon_jax.data.datasets import open_source
 from supcon_jax.data.sources import Source
-from supcon_jax.evaluation import geometry, ood
-from supcon_jax.evaluation.knn import knn_accuracies
-from supcon_jax.evaluation.rankme import rankme
-from supcon_jax.evaluation.retrieval import retrieval
+from supcon_jax.evaluation.embeddings import detection_metrics, embedding_metrics
 from supcon_jax.features import Features
 from supcon_jax.logs import setup_logging
 from supcon_jax.metrics import METRICS, label_and_value
@@ -50,7 +47,7 @@ from supcon_jax.report import next_command
 from supcon_jax.run import open_sources, setup_compilation_cache
 from supcon_jax.storage import epaths
 from supcon_jax.tools.arguments import (
-    change_config,
+    apply_changes,
     create_parser,
     load_config,
     parse,
@@ -60,8 +57,6 @@ from supcon_jax.workdir import read_config
 logger = logging.getLogger(__name__)
 PyTree = Any
 REPRESENTATIONS = ("embedding", "projection")
-# Of the votes of neighbours, beside the run's own.
-KS, TEMPERATURES = (1, 5, 20, 100, 200), (0.02, 0.07, 0.2)
 FILE = "embeddings.json"
 
 
@@ -100,7 +95,7 @@ def main(arguments: list[str] | None = None) -> None:
         help="images that are not of the run's classes: a data.name, or a config",
     )
     parser.add_argument(
-        "--ood_split", default="", help="of them; the evaluation split of the config"
+        "--ood_split", default="", help="of them: test, or the config's eval_split"
     )
     parser.add_argument(
         "--classifier",
@@ -110,6 +105,11 @@ def main(arguments: list[str] | None = None) -> None:
     options, changes = parse(parser, arguments)
     setup_logging()
     with one_line_errors():
+        if options.representation not in (*REPRESENTATIONS, "both"):
+            raise ValueError(
+                f"got --representation={options.representation}; allowed: embedding, "
+                "projection, both"
+            )
         model = open_model(options.workdir, changes)
         wanted = chosen(options.representation, model)
         other = classifier = None
@@ -131,17 +131,9 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def write(found: dict[str, Any], model: Model) -> str:
-    """Writes `embeddings.json` into the run's folder; returns where.
-
-    Raises:
-      ValueError: the folder cannot be written to.
-    """
+    """Writes `embeddings.json` into the run's folder; returns where."""
     path = storage.join(model.workdir, FILE)
-    try:
-        storage.write(path, (json.dumps(found, indent=2) + "\n").encode())
-    except OSError as error:
-        reason = error.strerror or error
-        raise ValueError(f"cannot write {storage.shown(path)}: {reason}") from None
+    storage.write(path, (json.dumps(found, indent=2) + "\n").encode())
     return storage.shown(path)
 
 
@@ -166,9 +158,14 @@ def open_model(workdir: str, changes: list[str]) -> Model:
     mesh = parallel.create_mesh()
     # Batches of the frozen encoder alone; what comes out does not depend on them.
     config.batch_size = max(min(config.batch_size, 256) // mesh.size, 1) * mesh.size
-    config.microbatch_size = 0
-    change_config(config, [f"pretrained={workdir}", *changes])
-    check_config(config)
+    config.microbatch_size = config.data.lanes = 0
+    config.pretrained = workdir
+    apply_changes(config, changes)
+    if config.data.fake:
+        raise ValueError(
+            f"{workdir} was trained on noise, of which there is nothing to measure "
+            "(--config.data.fake=False)"
+        )
     check_keys(config, theirs, (*ENCODER_KEYS, "mode", "loss.name"))
     parallel.check_batch_size(config.batch_size, mesh)
     warn_if_unfinished(workdir)
@@ -198,10 +195,6 @@ def chosen(representation: str, model: Model) -> list[str]:
     Raises:
       ValueError: there is no such output.
     """
-    if representation not in (*REPRESENTATIONS, "both"):
-        raise ValueError(
-            f"got --representation={representation}; allowed: embedding, projection, both"
-        )
     if representation == "projection":
         check_projection(model.workdir, model.config)
     if representation != "both":
@@ -223,7 +216,7 @@ def open_classifier(model: Model, workdir: str) -> TrainedModel | None:
             return None
     found = load_model(workdir, model.mesh)
     encoder = found.variables["encoder"]
-    if found.config.representation == "projection":
+    if reads(found) == "projection":
         encoder = {kind: tree.get("encoder", {}) for kind, tree in encoder.items()}
     if digest(encoder) != digest(model.variables):
         raise ValueError(
@@ -233,6 +226,12 @@ def open_classifier(model: Model, workdir: str) -> TrainedModel | None:
     return found
 
 
+def reads(classifier: TrainedModel) -> str:
+    """Which output a classifier was trained on; a pretraining run's own: the embedding."""
+    config = classifier.config
+    return config.representation if config.mode == "linear_eval" else "embedding"
+
+
 def open_other(model: Model, name: str, split: str) -> Source:
     """The images that are not of the run's classes, in the size of the run's.
 
@@ -240,6 +239,7 @@ def open_other(model: Model, name: str, split: str) -> Source:
       ValueError: there are none of that name.
     """
     data = ConfigDict(model.config.data)
+    data.eval_split = "test"
     if ".py" in name:
         data = load_config(name, []).data
         if model.config.data.dir:
@@ -290,10 +290,13 @@ def measure(
       `{"step": ..., "data": ..., representation: {metric: value}}`.
     """
     train, evaluation = open_sources(model.config)
+    place = functools.partial(parallel.split_rows, mesh=model.mesh)
     splits = {"train": train, "evaluation": evaluation}
     if other is not None:
         splits["other"] = other
     found = {name: _extract(model, name, source) for name, source in splits.items()}
+    if not all(np.any(found[name].labels >= 0) for name in ("train", "evaluation")):
+        logger.info("no kNN, retrieval and geometry: they need labels in both splits")
     result: dict[str, Any] = {
         "step": model.step,
         "data": model.config.data.name,
@@ -308,17 +311,30 @@ def measure(
                 features.project, model.head, model.head_variables
             )
             values = {name: project(x) for name, x in found.items()}
+        knn = model.config.knn
         metrics = embedding_metrics(
-            values["train"],
-            values["evaluation"],
-            model=model,
+            *values["train"],
+            *values["evaluation"],
+            k=knn.k,
+            temperature=knn.temperature,
             num_classes=train.num_classes,
+            place=place,
         )
         if other is not None:
-            head = None
-            if classifier and classifier.config.representation == representation:
-                head = classifier
-            metrics |= detection_metrics(values, model=model, classifier=head)
+            logits = None
+            if classifier and reads(classifier) == representation:
+                logits = functools.partial(
+                    jax.jit(classifier.head.apply, static_argnames="train"),
+                    classifier.variables["head"],
+                    train=False,
+                )
+            metrics |= detection_metrics(
+                *values["train"],
+                values["evaluation"].values,
+                values["other"].values,
+                logits=logits,
+                place=place,
+            )
         result[representation] = metrics
     return result
 
@@ -333,69 +349,6 @@ def _extract(model: Model, name: str, source: Source) -> Features:
         name=name,
         folders=[storage.join(model.workdir, "features")],
     )
-
-
-def embedding_metrics(
-    train: Features, evaluation: Features, *, model: Model, num_classes: int
-) -> dict[str, float]:
-    """kNN, retrieval and geometry of one representation.
-
-    Without labels, what needs none.
-    """
-    metrics = {
-        "embedding/uniformity": geometry.uniformity(evaluation.values),
-        "embedding/rankme": rankme(evaluation.values),
-    }
-    bank, queries = train.labelled(), evaluation.labelled()
-    if not len(bank.labels) or not len(queries.labels):
-        logger.info("no kNN, retrieval and geometry: they need labels in both splits")
-        return metrics
-    own = model.config.knn
-    ks = sorted({min(k, len(bank.labels)) for k in (*KS, own.k)})
-    temperatures = sorted({*TEMPERATURES, own.temperature})
-    place = functools.partial(parallel.split_rows, mesh=model.mesh)
-    accuracies = knn_accuracies(
-        *bank,
-        *queries,
-        ks=ks,
-        temperatures=temperatures,
-        num_classes=num_classes,
-        place=place,
-    )
-    metrics["knn/top1"] = accuracies[min(own.k, len(bank.labels)), own.temperature]
-    metrics |= {f"knn/top1_k{k}_t{t:g}": x for (k, t), x in accuracies.items()}
-    for name, references in (("test", (None, None)), ("train", bank)):
-        found = retrieval(*queries, *references, place=place)
-        recalls = {f"recall_at_{k}": share for k, share in found.recall.items()}
-        of_r = {"r_precision": found.r_precision, "map_at_r": found.map_at_r}
-        metrics |= {f"retrieval/{name}_{n}": x for n, x in (recalls | of_r).items()}
-    metrics["embedding/alignment"] = geometry.alignment(*queries)
-    shape = geometry.class_geometry(*queries)._asdict()
-    return metrics | {f"embedding/{name}": x for name, x in shape.items()}
-
-
-def detection_metrics(
-    values: dict[str, Features], *, model: Model, classifier: TrainedModel | None
-) -> dict[str, float]:
-    """How well the evaluation split is told from other images, by each score."""
-    train, inside, outside = (values[n] for n in ("train", "evaluation", "other"))
-    place = functools.partial(parallel.split_rows, mesh=model.mesh)
-    scores = {"knn": functools.partial(ood.knn_scores, train.values, place=place)}
-    bank = train.labelled()
-    if len(bank.labels):
-        scores["mahalanobis"] = functools.partial(ood.mahalanobis_scores, *bank)
-    if classifier is not None:
-        logits = jax.jit(
-            lambda x: classifier.head.apply(
-                classifier.variables["head"], x, train=False
-            )
-        )
-        scores["softmax"] = lambda x: ood.max_softmax_scores(logits(x))
-    metrics = {}
-    for name, score in scores.items():
-        found = ood.detection(score(inside.values), score(outside.values))
-        metrics |= {f"ood/{name}_{key}": x for key, x in found._asdict().items()}
-    return metrics
 
 
 def as_text(found: dict[str, Any], representations: list[str], model: Model) -> str:
@@ -428,8 +381,8 @@ def _grid(representation: str, metrics: dict[str, float]) -> list[str]:
     cells = {}
     for name, value in metrics.items():
         if name.startswith("knn/top1_k"):
-            k, _, temperature = name.removeprefix("knn/top1_k").partition("_t")
-            cells[int(k), float(temperature)] = value
+            number, _, temperature = name.removeprefix("knn/top1_k").partition("_t")
+            cells[int(number), float(temperature)] = value
     if not cells:
         return []
     temperatures = sorted({temperature for _, temperature in cells})
