@@ -199,8 +199,9 @@ def find_encoder(workdir: str) -> tuple[SavedEncoder, str]:
       ValueError: there is no run, it has saved nothing, the run of its encoder is gone, or
         its encoder is untrained.
     """
-    average, noted = False, ""
+    average, noted, seen = False, "", set()
     while True:
+        seen.add(storage.absolute(workdir))
         config = read_config(workdir)
         if config is None:
             raise ValueError(f"no run in {workdir!r}")
@@ -218,7 +219,9 @@ def find_encoder(workdir: str) -> tuple[SavedEncoder, str]:
         of_encoder = config.get("representation", "embedding") == "embedding"
         if config["mode"] == "linear_eval" and of_encoder:
             noted = read_facts(workdir).get("frozen", "")
-        workdir = _find_used_run(pretrained, workdir)
+        user, workdir = workdir, _find_used_run(pretrained, workdir)
+        if storage.absolute(workdir) in seen:  # one of that name is beside itself
+            raise ValueError(f"the run {pretrained} that {user} uses is gone")
 
 
 def load_model(workdir: str, mesh: Mesh, *, average: bool = False) -> TrainedModel:

@@ -1,12 +1,11 @@
 """Tiny runs that several test files share."""
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 
 from configs import digits, linear_digits
 from supcon_jax.checkpoint import Checkpointer
 from supcon_jax.evaluation.corruption import CORRUPTIONS, SEVERITIES
-from supcon_jax.loop import restore_or_init
 from supcon_jax.run import build_train_batches, open_run
 from supcon_jax.workdir import leave
 from supcon_jax.writers import MetricWriter
@@ -53,15 +52,22 @@ def probe_config(pretrained, **overrides):
     return config
 
 
-def save_untrained(config, workdir, *, step=12):
-    """A finished workdir whose checkpoint is the initial state: no step is compiled.
+def save_made_up(config, workdir, *, step=12):
+    """A finished workdir with random weights and made-up metrics: nothing is compiled.
 
-    Its metrics are made up: a loss that falls, and kNN that rises.
+    Its loss falls, and its kNN rises.
     """
     run = open_run(config, workdir)
+    rng = np.random.default_rng(0)
+
+    def random(leaf):
+        return (0.2 * rng.normal(size=leaf.shape)).astype(leaf.dtype)
+
+    state = jax.tree.map(random, run.plan.abstract_state())
+    variances = jax.tree.map(lambda leaf: 1 + leaf**2, state.batch_stats)
+    state = state.replace(step=np.asarray(step, np.int32), batch_stats=variances)
     checkpointer = Checkpointer(run.workdir)
-    state, _ = restore_or_init(checkpointer, run.plan)
-    checkpointer.save(state.replace(step=jnp.asarray(step, jnp.int32)), step, {})
+    checkpointer.save(jax.device_put(state), step, {})
     checkpointer.close()
     writer = MetricWriter(
         run.folder,
@@ -95,8 +101,6 @@ def snapshot(folder):
 
 def assert_trees_equal(ours, theirs):
     """Same structure, bitwise the same arrays."""
-    import jax
-
     assert jax.tree.structure(ours) == jax.tree.structure(theirs)
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b))

@@ -105,6 +105,14 @@ def test_the_encoder_of_a_run_of_any_mode(runs, tmp_path):
         assert find_encoder(str(workdir)) == (expected, digest((variables,)))
     with pytest.raises(ValueError, match="no run in"):
         find_encoder(str(tmp_path))
+    # Its own name is that of the run that is gone.
+    shutil.copytree(runs / "linear", tmp_path / "moved/pretrain")
+    config = json.loads((runs / "linear/config.json").read_text())
+    (tmp_path / "moved/pretrain/config.json").write_text(
+        json.dumps(config | {"pretrained": "gone/pretrain"})
+    )
+    with pytest.raises(ValueError, match="the run gone/pretrain .* is gone"):
+        find_encoder(str(tmp_path / "moved/pretrain"))
 
 
 def test_runs_that_were_moved_together(runs, tmp_path):

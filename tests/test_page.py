@@ -18,7 +18,7 @@ from configs import evaluate_digits
 from supcon_jax import evaluate
 from supcon_jax.page import charts, pictures
 from supcon_jax.tools import report
-from tests.runs import pretrain_config, save_untrained, shrink, snapshot
+from tests.runs import pretrain_config, save_made_up, shrink, snapshot
 
 TEST_IMAGES = 120
 VOID = {"meta", "br", "img", "link"}
@@ -70,7 +70,7 @@ def runs(tmp_path_factory):
     )
     data = {"data.name": "arrays", "data.root": str(folder / "data.npz")}
     config = pretrain_config(**data, **{"probe.learning_rate": 0.01})
-    save_untrained(config, folder / "pretrain")
+    save_made_up(config, folder / "pretrain")
     config = shrink(evaluate_digits.get_config())
     config.update_from_flattened_dict(data | {"pretrained": str(folder / "pretrain")})
     evaluate.evaluate(config, folder / "evaluate")
