@@ -23,9 +23,10 @@ from supcon_jax import hosts, storage
 from supcon_jax.checkpoint import digest
 from supcon_jax.config import check_config
 from supcon_jax.data.corrupted import (
+    check_whole,
     class_numbers,
     find_splits,
-    split_name,
+    is_released,
 )
 from supcon_jax.data.datasets import open_source
 from supcon_jax.data.identity import identify
@@ -34,13 +35,7 @@ from supcon_jax.data.sources import Source
 from supcon_jax.evaluate import open_classifier
 from supcon_jax.evaluation import classification
 from supcon_jax.evaluation.calibration import expected_calibration_error
-from supcon_jax.evaluation.corruption import (
-    ALEXNET,
-    CORRUPTIONS,
-    PUBLISHED,
-    SEVERITIES,
-    Reference,
-)
+from supcon_jax.evaluation.corruption import ALEXNET, PUBLISHED, Reference
 from supcon_jax.figures import plot_robustness
 from supcon_jax.logs import add_log_file, format_duration, progress
 from supcon_jax.pretrained import TrainedModel
@@ -50,7 +45,6 @@ from supcon_jax.robustness_table import (
     Results,
     as_text,
     errors_by_corruption,
-    splits_of,
     summarize,
     table,
 )
@@ -133,30 +127,8 @@ def _find(config: ConfigDict) -> dict[str, dict[str, str]]:
         )
     if others:
         logger.info("left alone, none of the 15: %s", ", ".join(sorted({*others})))
-    corruptions = [c for c in CORRUPTIONS if any(s in places for s in splits_of(c))]
-    has = {
-        c: [s for s in SEVERITIES if split_name(c, s) in places] for c in corruptions
-    }
-    for corruption, severities in has.items():
-        missing = sorted({s for other in has.values() for s in other} - {*severities})
-        if missing:
-            raise ValueError(
-                f"{place} has {corruption} without severity "
-                f"{', '.join(map(str, missing))}, which others have; unpack it whole or "
-                "remove it (--config.robustness.data)"
-            )
-    if lacking := [c for c in CORRUPTIONS if c not in has]:
-        logger.warning(
-            "warning: %s lacks %d of 15 corruptions: %s",
-            place,
-            len(lacking),
-            ", ".join(lacking),
-        )
-    severities = next(iter(has.values()))
-    if len(severities) < len(SEVERITIES):
-        logger.warning(
-            "warning: %s has no severity but %s", place, ", ".join(map(str, severities))
-        )
+    with _naming_the_flag():
+        check_whole(places, place)
     return places
 
 
@@ -247,6 +219,13 @@ def _find_reference(
                 f"pixels; these data have {num_classes} classes and "
                 f"{config.data.image_size} pixels; allowed: 'none', or the workdir of "
                 "another robustness run (--config.robustness.reference)"
+            )
+        if not is_released(config.robustness.data):
+            logger.warning(
+                "warning: AlexNet's errors are those on the released ImageNet-C, and %s "
+                "was made anew: its mCE is comparable with the paper's roughly "
+                "(--config.robustness.data)",
+                config.robustness.data,
             )
         return ALEXNET
     results = _read_results(name)

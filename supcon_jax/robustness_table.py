@@ -148,7 +148,7 @@ def as_text(
     """The table for people, in percent, and what the paper printed beside it."""
 
     def line(name: str, cells: list[str]) -> str:
-        return f"{name:<20}" + "".join(f"{cell:>8}" for cell in cells)
+        return f"{name:<21}" + "".join(f"{cell:>8}" for cell in cells)
 
     def percent(cell: str) -> str:
         return f"{100 * float(cell):.2f}" if cell else "-"

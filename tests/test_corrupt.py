@@ -60,6 +60,14 @@ def test_folders_have_the_same_images_and_classes(command, tmp_path, monkeypatch
     tool.main([*command, "--layout=folders", "--corruptions=contrast"])
     folder = tmp_path / "out/contrast/4"
     assert sorted(p.name for p in folder.iterdir()) == sorted(names)
+    source = open_source("corrupted", "contrast_4", root=str(tmp_path / "out"))
+    assert source.class_names == names
+    for file in (folder / "ant").iterdir():  # a class of which no image is left
+        file.unlink()
+    (folder / "ant").rmdir()
+    few = open_source("corrupted", "contrast_4", root=str(tmp_path / "out"))
+    assert few.class_names == names and {*few.labels} == {0, 2}
+    tool.main([*command, "--layout=folders", "--corruptions=contrast"])
     files = sorted(folder.rglob("*.png"))
     assert len(files) == 11
     for file in files[::2]:

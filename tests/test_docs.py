@@ -119,7 +119,18 @@ RUN = {
     "python -m supcon_jax.tools.report runs/digits runs/linear_digits "
     "runs/evaluate_digits": "",
     "python -m supcon_jax.tools.gradients runs/digits": "--images=16",
+    "python -m supcon_jax.tools.corrupt --config=configs/digits.py --out=runs/digits_c": (
+        "--severities=3"
+    ),
+    "python main.py --config=configs/robustness_digits.py": "",
+    "python main.py --config=configs/evaluate_digits.py --workdir=runs/fog_3  "
+    "--config.data.name=corrupted --config.data.root=runs/digits_c "
+    "--config.data.eval_split=fog_3": "",
     "python main.py --config=configs/cross_entropy_digits.py": SHORT,
+    "python main.py --config=configs/robustness_digits.py  "
+    "--config.pretrained=runs/cross_entropy_digits --workdir=runs/robustness_baseline": "",
+    "python main.py --config=configs/robustness_digits.py  "
+    "--config.robustness.reference=runs/robustness_baseline": "",
     "python main.py --config=configs/digits.py --config.seed=$seed  "
     "--workdir=runs/digits_seed$seed": SHORT,
     "python main.py --config=configs/linear_digits.py --config.seed=$seed  "
@@ -204,6 +215,9 @@ NOT_RUN = {
         "ResNet-50 on data that are not here; tests/test_finetune.py"
     ),
     "python main.py --config=configs/supcon_cifar10.py:pytorch": "downloads CIFAR-10",
+    "python -m supcon_jax.tools.corrupt": "no command, the tool's name",
+    "python main.py --config=configs/robustness_r50.py --config.data.dir=DIR  "
+    "--config.robustness.data=DIR/imagenet-c": "needs ImageNet-C",
     "python main.py --config=configs/supcon_r50.py --config.data.dir=DIR": (
         "for a pod; the same with three steps is run"
     ),

@@ -332,7 +332,7 @@ def test_the_papers_figures_stand_beside_imagenet_c():
         results[name] = {"top1": paper.top1[severity], "ece": paper.ece[severity]}
     metrics = summarize(results, ALEXNET)
     lines = as_text(results, ALEXNET, metrics)
-    shown = {line[:20].strip(): line[20:].split() for line in lines}
+    shown = {line[:21].strip(): line[21:].split() for line in lines}
     for place in range(6):
         name = f"severity {place}" if place else "clean"
         for key in ("top1", "ece"):

@@ -9,9 +9,11 @@ supcon_jax.tools.corrupt makes of small images). TFDS has each as a config of a 
 from __future__ import annotations
 
 import difflib
+import json
+import logging
 import re
 import zlib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 from zipfile import BadZipFile
 
@@ -25,12 +27,15 @@ from supcon_jax.data.sources import ArraySource, Source
 from supcon_jax.data.tfds import prepared_configs
 from supcon_jax.evaluation.corruption import CORRUPTIONS, SEVERITIES
 
+logger = logging.getLogger(__name__)
 # What TFDS calls two of them.
 ALIASES = {"frosted_glass_blur": "glass_blur", "elastic": "elastic_transform"}
 # Groups of corruptions and what archives were unpacked into; a folder with more folders
 # than that has something else in them.
 DEPTH, MOST_FOLDERS = 2, 40
 LABELS = "labels.npy"
+# What supcon_jax.tools.corrupt notes of the folder that it makes.
+MANIFEST = "corruptions.json"
 
 
 def split_name(corruption: str, severity: int) -> str:
@@ -107,6 +112,49 @@ def find_splits(
     }, tuple(c for c in prepared if not _split_of_config(c))
 
 
+def is_released(place: str) -> bool:
+    """Whether images were not made anew, by us or by TFDS, as far as can be seen."""
+    root = storage.absolute(place)
+    if storage.is_dir(root):
+        return not storage.is_file(storage.join(root, MANIFEST))
+    return not place.startswith("imagenet2012_corrupted")
+
+
+def check_whole(splits: Collection[str], place: str) -> None:
+    """Warns of corruptions and severities that a dataset lacks.
+
+    Args:
+      splits: those that it has.
+      place: where it is.
+
+    Raises:
+      ValueError: a corruption lacks severities that others have.
+    """
+    has = {
+        corruption: [s for s in SEVERITIES if split_name(corruption, s) in splits]
+        for corruption in CORRUPTIONS
+    }
+    severities = sorted({severity for found in has.values() for severity in found})
+    for corruption, found in has.items():
+        missing = ", ".join(str(s) for s in severities if s not in found)
+        if found and missing:
+            raise ValueError(
+                f"{place} has {corruption} without severity {missing}, which others have; "
+                "unpack it whole or remove it (--config.data.root)"
+            )
+    if lacking := [corruption for corruption, found in has.items() if not found]:
+        logger.warning(
+            "warning: %s lacks %d of 15 corruptions: %s",
+            place,
+            len(lacking),
+            ", ".join(lacking),
+        )
+    if len(severities) < len(SEVERITIES):
+        logger.warning(
+            "warning: %s has no severity but %s", place, ", ".join(map(str, severities))
+        )
+
+
 def open_corrupted(split: str, dir: str, root: str) -> Source:
     """One corruption and severity, "fog_3", of a folder in any of the three layouts.
 
@@ -122,7 +170,7 @@ def open_corrupted(split: str, dir: str, root: str) -> Source:
     paths, _ = _find(root)
     path = paths[pick_split(split, [name for name in ALL_SPLITS if name in paths])]
     if storage.is_dir(path):
-        return open_classes(path)
+        return open_classes(path, _manifest(root).get("classes", ()))
     if path.endswith(".npz"):
         return _open_npz(path)
     return _open_npy(path, severity=int(split[-1]))
@@ -225,6 +273,14 @@ def _find(root: str) -> tuple[dict[str, str], tuple[str, ...]]:
             "(--config.data.root)"
         )
     return found, tuple(others)
+
+
+def _manifest(root: str) -> dict[str, Any]:
+    path = storage.join(storage.absolute(root), MANIFEST)
+    try:
+        return json.loads(storage.read(path)) if storage.is_file(path) else {}
+    except ValueError as error:
+        raise ValueError(f"cannot read {path}: {error} (--config.data.root)") from None
 
 
 def _open_npz(path: str) -> ArraySource:

@@ -7,7 +7,7 @@ import dataclasses
 import logging
 import os
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -77,14 +77,18 @@ def open_folder(split: str, dir: str, root: str) -> FileSource:
     return source
 
 
-def open_classes(root: str) -> FileSource:
+def open_classes(root: str, names: Sequence[str] = ()) -> FileSource:
     """`root/<class>/...`, whatever the folders are called.
+
+    Args:
+      root: the folder.
+      names: of the classes, of which some may have no folder; else those of the folders.
 
     Raises:
       ValueError: there is no such folder, or a class without images.
     """
     path = _open_root(root)
-    return _image_folder(path, _class_names(path))
+    return _image_folder(path, list(names) or _class_names(path))
 
 
 @dataclasses.dataclass(frozen=True)

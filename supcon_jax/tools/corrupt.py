@@ -30,7 +30,7 @@ import numpy as np
 
 from supcon_jax import storage
 from supcon_jax.cli import one_line_errors
-from supcon_jax.data.corrupted import check_corruptions, split_name
+from supcon_jax.data.corrupted import MANIFEST, check_corruptions, split_name
 from supcon_jax.data.corruptions import SMALLEST, corrupt, corrupt_many
 from supcon_jax.data.identity import identify
 from supcon_jax.data.pipeline import Batch, eval_batches, num_eval_batches
@@ -47,8 +47,8 @@ ARRAYS_BYTES = 2**28
 ALONE_BYTES = 2**22
 # Images that one process corrupts at a time.
 CHUNK = 64
-# What a folder was made with; another value makes other images.
-MANIFEST, VERSION = "corruptions.json", 1
+# Of the corruptions; another one makes other images.
+VERSION = 1
 LAYOUTS = ("auto", "arrays", "folders")
 # A source -> its batches; `map`, or that of a pool of processes.
 Batches = Callable[[Source], Iterable[Batch]]
@@ -189,6 +189,7 @@ def _check_folder(job: Job, config: Any, source: Source) -> None:
         "image_size": config.data.image_size,
         "eval_resize": config.data.eval_resize,
         "layout": "folders" if job.folders else "arrays",
+        "classes": list(job.folders),
     }
     path = storage.join(job.out, MANIFEST)
     if storage.is_file(path):
