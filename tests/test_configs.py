@@ -314,6 +314,8 @@ ELSEWHERE = {
     "next_config": "test_report.py::test_next_command",
     "encoder_average.use": "test_linear_eval.py::test_the_average_is_used_when_asked",
     "pretrained": "test_linear_eval.py::test_random_encoder_differs",
+    "representation": "test_probe.py::test_online_metrics_of_projections",
+    "probe.solver": "test_probe.py::test_the_probe_is_a_whole_linear_evaluation",
     "eval_metric": "test_finetune.py::test_the_headline_is_the_metric_asked_for",
     "writers": "test_writers.py::test_a_run_writes_where_its_config_says",
     "project": "test_writers.py::test_a_run_writes_where_its_config_says",
