@@ -119,6 +119,9 @@ RUN = {
     "python -m supcon_jax.tools.report runs/digits runs/linear_digits "
     "runs/evaluate_digits": "",
     "python -m supcon_jax.tools.gradients runs/digits": "--images=16",
+    "python -m supcon_jax.tools.embeddings runs/digits": "",
+    "python -m supcon_jax.tools.embeddings runs/digits --ood=synthetic  "
+    "--classifier=runs/linear_digits": "",
     "python -m supcon_jax.tools.corrupt --config=configs/digits.py --out=runs/digits_c": (
         "--severities=3"
     ),

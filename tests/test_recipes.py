@@ -36,7 +36,7 @@ CONTRASTIVE = {
     *("loss.denominator", "loss.positives_cap"),
 }
 # Those of fine-tuning are in docs/transfer.md, see test_finetune.py.
-ELSEWHERE = ("digits", "evaluate", "finetune", "transfer")
+ELSEWHERE = ("digits", "evaluate", "finetune", "robustness", "transfer")
 RECIPES = [(s, v) for s, v in ALL if not any(word in s for word in ELSEWHERE)]
 
 
