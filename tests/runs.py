@@ -3,7 +3,10 @@
 import numpy as np
 
 from configs import digits, linear_digits
-from supcon_jax.run import build_train_batches
+from supcon_jax.checkpoint import Checkpointer
+from supcon_jax.loop import restore_or_init
+from supcon_jax.run import build_train_batches, open_run
+from supcon_jax.workdir import leave
 
 
 def shrink(config):
@@ -45,6 +48,16 @@ def probe_config(pretrained, **overrides):
     config.pretrained = str(pretrained)
     config.update_from_flattened_dict(overrides)
     return config
+
+
+def untrained_run(workdir, **overrides):
+    """A pretraining run that ended before its first step: no step is compiled for it."""
+    run = open_run(pretrain_config(**overrides), workdir)
+    checkpointer = Checkpointer(workdir)
+    state, _ = restore_or_init(checkpointer, run.plan)
+    checkpointer.save(state, 12, {})
+    checkpointer.close()
+    leave(run.workdir)
 
 
 def first_batches(run):
