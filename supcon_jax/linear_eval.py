@@ -35,6 +35,8 @@ from supcon_jax.stop import StopRequests
 from supcon_jax.writers import MetricWriter
 
 logger = logging.getLogger(__name__)
+# Numbers in the features of a split from which on all devices share them: 128 MiB.
+SPLIT_FROM = 2**25
 
 
 def linear_eval(config: ConfigDict, workdir: str | pathlib.Path) -> dict[str, Any]:
@@ -116,8 +118,7 @@ def _fit(run: Run, stop: StopRequests) -> tuple[TrainState, Metrics]:
         train = _features(run, run.train_source, "train").labelled()
         evaluation = _features(run, run.eval_source, "evaluation")
         solution = fit_classifier(
-            # Of unit length, as the classifier's linear layer gets them.
-            parallel.split_rows(_unit(train.values), run.mesh),
+            _placed(train.values, run),
             train.labels,
             num_classes=run.plan.num_classes,
             label_smoothing=config.loss.label_smoothing,
@@ -151,8 +152,12 @@ def _features(run: Run, source: Source, name: str) -> Features:
     )
 
 
-def _unit(values: np.ndarray) -> np.ndarray:
-    return np.asarray(jax.jit(l2_normalize)(values))
+def _placed(values: np.ndarray, run: Run) -> jax.Array:
+    """Features of unit length, as the classifier's linear layer gets them, on devices."""
+    # Devices that share few would wait for each other more than they compute.
+    small = values.size < SPLIT_FROM
+    placed = jnp.asarray(values) if small else parallel.split_rows(values, run.mesh)
+    return jax.jit(l2_normalize)(placed)
 
 
 def _state_of(run: Run, solution: Solution) -> TrainState:

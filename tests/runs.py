@@ -6,6 +6,7 @@ import numpy as np
 from configs import digits, linear_digits
 from supcon_jax.checkpoint import Checkpointer
 from supcon_jax.evaluation.corruption import CORRUPTIONS, SEVERITIES
+from supcon_jax.loop import restore_or_init
 from supcon_jax.run import build_train_batches, open_run
 from supcon_jax.workdir import leave
 from supcon_jax.writers import MetricWriter
@@ -86,6 +87,15 @@ def save_made_up(config, workdir, *, step=12):
         }
         writer.write(number, metrics, **({"final": True} if number == step else {}))
     writer.close()
+
+
+def untrained_run(workdir, **overrides):
+    """A pretraining run that ended before its first step: no step is compiled for it."""
+    run = open_run(pretrain_config(**overrides), workdir)
+    checkpointer = Checkpointer(workdir)
+    state, _ = restore_or_init(checkpointer, run.plan)
+    checkpointer.save(state, 12, {})
+    checkpointer.close()
     leave(run.workdir)
 
 

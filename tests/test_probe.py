@@ -1,19 +1,18 @@
-"""The probe by L-BFGS, either output of a run, and the features that both are made of."""
+"""The probe by L-BFGS: a whole linear evaluation; and the projections of a run."""
 
-import logging
-import shutil
+import functools
+import json
 
-import jax
 import numpy as np
 import pytest
 
 from configs import evaluate_digits
 from supcon_jax import builders, evaluate, features, linear_eval, parallel, pretrain
 from supcon_jax import pretrained as pretrained_model
-from supcon_jax.checkpoint import restore_encoder, restore_state, saved_steps
+from supcon_jax.checkpoint import Checkpointer, restore_state, saved_steps
+from supcon_jax.loop import restore_or_init
 from supcon_jax.models import EncoderWithProjection
-from supcon_jax.run import create_predictor, open_sources
-from supcon_jax.tools import embeddings
+from supcon_jax.run import create_predictor, open_run, open_sources
 from supcon_jax.writers import MetricWriter, read_metrics
 from tests.runs import (
     linear_config,
@@ -21,34 +20,29 @@ from tests.runs import (
     probe_config,
     shrink,
     snapshot,
+    untrained_run,
 )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def two_values_of_l2():
+    """Instead of fifteen, in five folds each."""
+    few = functools.partial(linear_eval.fit_classifier, grid=(1e-2, 1e-3))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(linear_eval, "fit_classifier", few)
+        yield
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """A pretraining run and the probe on it."""
     folder = tmp_path_factory.mktemp("runs")
-    pretrain.pretrain(pretrain_config(**{"knn.bank": 0}), folder / "pretrain")
+    untrained_run(folder / "pretrain")
     linear_eval.linear_eval(probe_config(folder / "pretrain"), folder / "probe")
     return folder
 
 
-def parts(runs, **changes):
-    """What `features.extract` takes, of the training split of a run."""
-    config = probe_config(runs / "pretrain", **changes)
-    mesh = parallel.create_mesh()
-    encoder = builders.build_encoder(config, "cpu")
-    variables = restore_encoder(runs / "pretrain", sharding=parallel.replicated(mesh))
-    return config, mesh, encoder, variables, open_sources(config)[0]
-
-
-def extract(arguments, *folders):
-    return features.extract(
-        *arguments, name="train", folders=[str(folder) for folder in folders]
-    )
-
-
-def no_encoder(*arguments):
+def no_encoder(*arguments, **options):
     raise AssertionError("the encoder runs")
 
 
@@ -103,21 +97,36 @@ def test_a_probe_that_was_stopped_goes_on_with_the_features_it_has(
     assert {**ours, "wall_s": 0} == {**theirs, "wall_s": 0}
 
 
-def test_few_images_and_some_without_label(runs, tmp_path):
-    """Fewer than a batch; those without a label count nowhere."""
-    rng = np.random.default_rng(0)
-    images = rng.integers(0, 256, (60, 8, 8, 3), np.uint8)
-    labels = np.where(np.arange(60) % 4 == 3, -1, np.arange(60) % 10)
-    arrays = {f"{s}_{n}": x for s in ("train", "test") for n, x in
-              (("images", images), ("labels", labels))}  # fmt: skip
-    np.savez(tmp_path / "few.npz", **arrays)
+def test_fewer_images_than_a_batch_and_some_without_label(runs, tmp_path):
+    """Those without a label count nowhere."""
+    digits = np.load(write_digits(tmp_path / "some.npz", unlabelled=100))
     config = probe_config(
         runs / "pretrain",
-        **{"data.name": "arrays", "data.root": str(tmp_path / "few.npz")},
+        **{
+            "data.name": "arrays",
+            "data.root": str(tmp_path / "some.npz"),
+            "batch_size": 2000,
+        },
     )
     final = linear_eval.linear_eval(config, tmp_path / "run")
-    assert final["eval/num_examples"] == np.sum(labels >= 0) < 60
-    assert final["eval/top1"] == final["train/top1"]
+    assert len(digits["train_labels"]) == 1397 and final["eval/num_examples"] == 500
+    theirs = read_metrics(runs / "probe")[-1]
+    for name in ("eval/top1", "train/loss", "probe/l2"):  # those of all that have one
+        assert final[name] == pytest.approx(theirs[name], rel=1e-4), name
+
+
+def write_digits(path, *, unlabelled):
+    """The digits as arrays, with more training images that have no label."""
+    train, test = open_sources(probe_config("random"))
+    noise = np.random.default_rng(0).integers(0, 256, (unlabelled, 8, 8, 3), np.uint8)
+    np.savez(
+        path,
+        train_images=np.concatenate([noise, train.images]),
+        train_labels=np.concatenate([np.full(unlabelled, -1), train.labels]),
+        test_images=test.images,
+        test_labels=test.labels,
+    )
+    return path
 
 
 @pytest.mark.parametrize(
@@ -141,43 +150,48 @@ def test_what_a_solver_cannot_do_is_refused(change, says, tmp_path):
 def test_projections_are_those_of_the_head(runs, tmp_path):
     """Encoder and head as one, from disk; the probe by SGD and by L-BFGS take it."""
     state = restore_state(runs / "pretrain")
-    config, mesh, encoder, variables, source = parts(runs, representation="projection")
+    config = probe_config(runs / "pretrain", representation="projection")
     config = pretrained_model.take_projection(config)
     assert config.projection.output_dim == 64  # of the run, not the default
     module = builders.build_representation(config, "cpu")
     assert isinstance(module, EncoderWithProjection)
-    images = (source.images[:9] / 255.0 - 0.5) / 0.5
-    embeddings = encoder.apply(variables, images.astype(np.float32), train=False)
+    train, test = open_sources(config)
+    images = ((train.images[:9] / 255.0 - 0.5) / 0.5).astype(np.float32)
+    embeddings = module.encoder.apply(state.encoder_variables(), images, train=False)
     expected = np.asarray(embeddings) @ state.params["head"]["dense_out"]["kernel"]
-    found = extract(
-        (config, mesh, module, state.projection_variables(), source), tmp_path / "f"
+    mesh, variables = parallel.create_mesh(), state.projection_variables()
+    found = features.extract(
+        config,
+        mesh,
+        module,
+        variables,
+        train,
+        name="train",
+        folders=[str(runs / "pretrain/features")],
     )
-    np.testing.assert_allclose(found.values[:9], expected, rtol=1e-4, atol=1e-5)
-    finals = [
-        linear_eval.linear_eval(
-            make(runs / "pretrain", representation="projection"), tmp_path / name
-        )
-        for name, make in (("sgd", linear_config), ("lbfgs", probe_config))
-    ]
-    model = pretrained_model.load_model(str(tmp_path / "lbfgs"), mesh)
-    predictor = create_predictor(config, mesh, model.encoder, model.head)
-    again = predictor.classify(model.variables, open_sources(config)[1])
-    assert again["eval/top1"] == pytest.approx(finals[1]["eval/top1"], abs=2e-3)
-    on_embeddings = read_metrics(runs / "probe")[-1]
-    assert finals[1]["eval/loss"] != on_embeddings["eval/loss"]
+    np.testing.assert_allclose(found.values[:9], expected, rtol=1e-4, atol=1e-6)
+    projects = {"representation": "projection"}
+    sgd = linear_config(runs / "pretrain", total_steps=1, log_every=1, **projects)
+    linear_eval.linear_eval(sgd, tmp_path / "sgd")
+    solved = probe_config(runs / "pretrain", **projects)
+    final = linear_eval.linear_eval(solved, tmp_path / "lbfgs")
+    assert final["eval/loss"] != read_metrics(runs / "probe")[-1]["eval/loss"]
+    for name in ("sgd", "lbfgs"):
+        model = pretrained_model.load_model(str(tmp_path / name), mesh)
+        predictor = create_predictor(config, mesh, model.encoder, model.head)
+        again = predictor.classify(model.variables, test)
+        told = read_metrics(tmp_path / name)[-1]
+        assert again["eval/loss"] == pytest.approx(told["eval/loss"], rel=1e-4)
 
 
-def test_online_metrics_of_projections(tmp_path):
-    """The same run, whose kNN looks at the other output."""
-    finals = [
-        pretrain.pretrain(
-            pretrain_config(total_steps=2, representation=name), tmp_path / name
-        )
-        for name in embeddings.REPRESENTATIONS
-    ]
-    assert finals[0]["train/loss"] == finals[1]["train/loss"]
-    for name in ("knn/top1", "embedding/rankme"):
-        assert finals[0][name] != finals[1][name]
+def test_online_metrics_look_at_either_output(tmp_path):
+    found = {}
+    for name in ("embedding", "projection"):
+        run = open_run(pretrain_config(representation=name), tmp_path / name)
+        state, _ = restore_or_init(Checkpointer(tmp_path / name), run.plan)
+        found[name] = pretrain.build_evaluation(run)(state)
+    for metric in ("knn/top1", "embedding/rankme"):
+        assert found["embedding"][metric] != found["projection"][metric]
 
 
 @pytest.mark.parametrize(
@@ -196,106 +210,19 @@ def test_projections_that_there_are_not_are_refused(change, says, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_run_without_a_projection_head_is_refused(runs, tmp_path):
-    copy = tmp_path / "copy"
-    shutil.copytree(runs / "pretrain", copy)
-    text = (copy / "config.json").read_text()
-    (copy / "config.json").write_text(text.replace('"supcon"', '"cross_entropy"'))
-    config = probe_config(copy, representation="projection")
-    with pytest.raises(ValueError, match="has no projection head"):
-        linear_eval.linear_eval(config, tmp_path / "run")
-    config = probe_config(
-        runs / "pretrain",
-        **{"representation": "projection", "encoder.normalize_embedding": True},
-    )
+def test_a_run_whose_head_does_not_fit_is_refused(runs, tmp_path):
+    projects = {"representation": "projection"}
+    unlike = {"encoder.normalize_embedding": True}
     with pytest.raises(ValueError, match="encoder.normalize_embedding=False"):
-        linear_eval.linear_eval(config, tmp_path / "run")
-
-
-# --- features ---
-
-
-def test_features_are_kept_beside_the_encoders_run(runs, tmp_path, monkeypatch):
-    arguments = parts(runs)
-    config, mesh, encoder, variables, source = arguments
-    predictor = create_predictor(config, mesh, encoder, None)
-    values, labels = predictor.embed({"encoder": variables}, source)
-    kept = {path.name for path in (runs / "pretrain/features").iterdir()}
-    assert len([name for name in kept if name.startswith("train-")]) == 1
-    monkeypatch.setattr(features, "create_predictor", no_encoder)
-    found = extract(arguments, runs / "pretrain/features")
-    np.testing.assert_array_equal(found.values, values)
-    np.testing.assert_array_equal(found.labels, labels)
-    assert {path.name for path in (runs / "pretrain/features").iterdir()} == kept
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"data.fraction": 0.9},
-        {"data.samples_per_class": 5},
-        {"data.samples_per_class": 5, "data.split_seed": 1},
-        {"data.label_noise": 0.1},
-        {"data.mean": (0.4, 0.5, 0.5)},
-        {"data.eval_resize": 9},
-    ],
-    ids=str,
-)
-def test_other_images_or_preparations_are_other_features(runs, change):
-    described = [
-        features.describe(config, encoder, {}, source)
-        for config, _, encoder, _, source in (parts(runs), parts(runs, **change))
-    ]
-    names = {features._file_name("train", facts) for facts in described}
-    assert len(names) == 2
-
-
-@pytest.mark.parametrize("damage", ["flipped", "cut", "empty"])
-def test_damaged_features_are_extracted_anew(runs, damage, tmp_path, caplog):
-    arguments = parts(runs, **{"data.samples_per_class": 5})
-    before = extract(arguments, tmp_path)
-    (path,) = tmp_path.iterdir()
-    whole = path.read_bytes()
-    content = bytearray(whole)
-    if damage == "flipped":
-        content[content.index(before.values.tobytes()) + 100] ^= 1
-    path.write_bytes({"cut": whole[:-100], "empty": b""}.get(damage, bytes(content)))
-    with caplog.at_level(logging.WARNING, logger="supcon_jax"):
-        logging.getLogger("supcon_jax").addHandler(caplog.handler)
-        after = extract(arguments, tmp_path)
-        logging.getLogger("supcon_jax").removeHandler(caplog.handler)
-    assert "cannot be read" in caplog.text and "extracting them anew" in caplog.text
-    np.testing.assert_array_equal(after.values, before.values)
-    assert path.read_bytes() == whole
-
-
-def test_features_of_another_checkpoint_are_extracted_anew(runs, tmp_path, messages):
-    config, mesh, encoder, variables, source = parts(
-        runs, **{"data.samples_per_class": 5}
-    )
-    before = extract((config, mesh, encoder, variables, source), tmp_path)
-    later = jax.tree.map(lambda x: 1.1 * x, variables)
-    after = extract((config, mesh, encoder, later, source), tmp_path)
-    assert any("are of another checkpoint; extracting" in line for line in messages)
-    assert not np.array_equal(after.values, before.values)
-    assert len(list(tmp_path.iterdir())) == 1  # they took the place of the others
-
-
-def test_features_lie_elsewhere_where_the_run_cannot_be_written_to(
-    runs, tmp_path, monkeypatch, messages
-):
-    (tmp_path / "closed").write_text("no folder")
-    arguments = parts(runs, **{"data.samples_per_class": 5})
-    folders = tmp_path / "closed/features", tmp_path / "own/features"
-    found = extract(arguments, *folders)
-    assert any("are not kept in" in line for line in messages)
-    monkeypatch.setattr(features, "create_predictor", no_encoder)
-    np.testing.assert_array_equal(extract(arguments, *folders).values, found.values)
-
-
-def test_features_in_a_bucket(runs, bucket, monkeypatch):
-    arguments = parts(runs, **{"data.samples_per_class": 5})
-    found = extract(arguments, f"{bucket}/features")
-    monkeypatch.setattr(features, "create_predictor", no_encoder)
-    again = extract(arguments, f"{bucket}/features")
-    np.testing.assert_array_equal(again.values, found.values)
+        linear_eval.linear_eval(
+            probe_config(runs / "pretrain", **projects, **unlike), tmp_path / "run"
+        )
+    config = json.loads((runs / "pretrain/config.json").read_text())
+    config["loss"]["name"] = "cross_entropy"
+    (tmp_path / "baseline").mkdir()
+    (tmp_path / "baseline/config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="has no projection head"):
+        linear_eval.linear_eval(
+            probe_config(tmp_path / "baseline", **projects), tmp_path / "run"
+        )
+    assert not (tmp_path / "run").exists()
