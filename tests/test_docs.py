@@ -108,7 +108,7 @@ TOY = (
 )
 RUN = {
     "python main.py --config=configs/digits.py": SHORT,
-    "python main.py --config=configs/linear_digits.py": LINEAR,
+    "python main.py --config=configs/linear_digits.py": "",
     "python main.py --config=configs/evaluate_digits.py": "",
     "python main.py --config=configs/digits.py --config.data.labelled_per_class=10 "
     "--workdir=runs/digits_10": SHORT,
@@ -138,7 +138,7 @@ RUN = {
     "--workdir=runs/digits_seed$seed": SHORT,
     "python main.py --config=configs/linear_digits.py --config.seed=$seed  "
     "--config.pretrained=runs/digits_seed$seed "
-    "--workdir=runs/linear_digits_seed$seed": LINEAR,
+    "--workdir=runs/linear_digits_seed$seed": "",
     "python -m supcon_jax.tools.seeds runs/digits_seed*": "",
     "python -m supcon_jax.tools.seeds runs/linear_digits_seed* "
     "--out=runs/linear_digits.json": "",
