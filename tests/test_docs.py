@@ -269,13 +269,13 @@ def run_documented(command, folder):
     assert "warning" not in done.stderr.lower(), f"{line}\n{done.stderr}"
 
 
-@pytest.mark.parametrize("command", list(RUN)[:2])
+@pytest.mark.parametrize("command", list(RUN)[:2], ids=str)
 def test_the_first_commands_of_the_readme_run(command, clone):
     run_documented(command, clone)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", list(RUN)[2:])
+@pytest.mark.parametrize("command", list(RUN)[2:], ids=str)
 def test_each_command_runs(command, clone):
     """All of them in this order: later ones take the runs of earlier ones."""
     run_documented(command, clone)
