@@ -80,8 +80,9 @@ class Jsonl:
             self._file.flush()
 
     def close(self) -> None:
-        """Closes the file."""
-        self._file.close()
+        """Closes the file; a line that found no room is tried once more here."""
+        with _named(self._file.name):
+            self._file.close()
 
 
 class TensorBoard:

@@ -56,7 +56,10 @@ def test_a_save_that_finds_no_room_can_be_made_later(tmp_path, size):
 @pytest.mark.slow
 @pytest.mark.parametrize("writers", ["()", "('tensorboard',)"])
 def test_a_line_of_metrics_that_finds_no_room(tmp_path, writers):
-    changes = SAVES | {"log_every": 1, "writers": writers}
+    # No save may be under way then: it would find no room first.
+    changes = SAVES | {"log_every": 1, "writers": writers, "checkpoint_every": 0}
+    with Job(commands(1, flags(tmp_path, **changes), {0: "terminate@^step 5$"})) as job:
+        assert job.wait(400) == {0: 0}, job[0].err
     fault = {0: "full@^step 21$"}
     with Job(commands(1, flags(tmp_path, **changes), fault)) as job:
         ends_with(job, "metrics.jsonl: File too large")
