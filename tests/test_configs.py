@@ -304,6 +304,8 @@ ELSEWHERE = {
     "next_config": "test_report.py::test_next_command",
     "encoder_average.use": "test_linear_eval.py::test_the_average_is_used_when_asked",
     "pretrained": "test_linear_eval.py::test_random_encoder_differs",
+    "representation": "test_probe.py::test_projections_are_those_of_the_head",
+    "probe.solver": "test_probe.py::test_the_probe_is_a_whole_linear_evaluation",
     "writers": "test_writers.py::test_a_run_writes_where_its_config_says",
     "project": "test_writers.py::test_a_run_writes_where_its_config_says",
     "compilation_cache": "test_configs.py::test_compilation_cache",
