@@ -1,5 +1,6 @@
 """Tiny runs that several test files share."""
 
+import flax.linen as nn
 import jax
 import numpy as np
 
@@ -44,10 +45,27 @@ def linear_config(pretrained, **overrides):
     return config
 
 
+class OneLayer(nn.Module):
+    """An encoder that compiles at once."""
+
+    axis_name: str | None = None
+
+    @nn.compact
+    def __call__(self, images, *, train):
+        x = nn.Dense(16)(images.reshape(len(images), -1))
+        x = nn.BatchNorm(use_running_average=not train, axis_name=self.axis_name)(x)
+        return nn.relu(x)
+
+
+def build_one_layer(*, axis_name, **options):
+    """For `ENCODERS["one_layer"]`, as a test has to enter it."""
+    return OneLayer(axis_name)
+
+
 def probe_config(pretrained, **overrides):
-    """A linear evaluation of a tiny run by L-BFGS."""
+    """A linear evaluation of `untrained_run` by L-BFGS."""
     config = linear_digits.get_config()
-    config.encoder.width = 0.25
+    config.encoder.name = "one_layer"
     config.pretrained = str(pretrained)
     config.update_from_flattened_dict(overrides)
     return config
@@ -90,8 +108,10 @@ def save_made_up(config, workdir, *, step=12):
 
 
 def untrained_run(workdir, **overrides):
-    """A pretraining run that ended before its first step: no step is compiled for it."""
-    run = open_run(pretrain_config(**overrides), workdir)
+    """A pretraining run of `OneLayer` before its first step, which is never compiled."""
+    config = pretrain_config(**{"encoder.name": "one_layer", **overrides})
+    config.encoder.width = 1.0
+    run = open_run(config, workdir)
     checkpointer = Checkpointer(workdir)
     state, _ = restore_or_init(checkpointer, run.plan)
     checkpointer.save(state, 12, {})

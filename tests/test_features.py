@@ -11,11 +11,12 @@ from supcon_jax.plan import create_plan, init_encoder
 from supcon_jax.run import open_sources
 from tests.runs import probe_config
 
+pytestmark = pytest.mark.usefixtures("one_layer")
 FEW = {"data.samples_per_class": 5}
 
 
 @pytest.fixture(scope="module")
-def variables():
+def variables(one_layer):
     """Of an encoder that nobody has trained."""
     mesh = parallel.create_mesh()
     plan = create_plan(probe_config("random"), mesh, num_classes=10, num_examples=50)
@@ -75,7 +76,6 @@ def test_images_without_label_are_kept_and_can_be_left_out(variables, tmp_path):
         {"data.label_noise": 0.1},
         {"data.mean": (0.4, 0.5, 0.5)},
         {"data.eval_resize": 9},
-        {"encoder.dtype": "bfloat16"},
     ],
     ids=str,
 )

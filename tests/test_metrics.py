@@ -2,12 +2,15 @@
 
 import json
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from configs import evaluate_digits, robustness_digits
 from supcon_jax import evaluate, linear_eval, metrics, pretrain
 from supcon_jax.checkpoint import saved_steps
 from supcon_jax.data.datasets import open_source
+from supcon_jax.evaluation.embeddings import detection_metrics, embedding_metrics
 from supcon_jax.metrics import LINE_FIELDS, METRICS
 from supcon_jax.robustness import robustness
 from supcon_jax.writers import read_metrics
@@ -28,6 +31,9 @@ def test_everything_that_runs_write_is_listed(tmp_path):
     for name, config in runs.items():
         pretrain.pretrain(config, tmp_path / name)
     linear_eval.linear_eval(linear_config(tmp_path / "supcon"), tmp_path / "linear")
+    solved = linear_config(tmp_path / "supcon", **{"probe.solver": "lbfgs"})
+    solved.total_steps = 0
+    linear_eval.linear_eval(solved, tmp_path / "solved")
     config = shrink(evaluate_digits.get_config())
     config.pretrained = str(tmp_path / "linear")
     evaluate.evaluate(config, tmp_path / "evaluation")
@@ -52,12 +58,25 @@ def test_everything_that_runs_write_is_listed(tmp_path):
     for workdir in tmp_path.iterdir():
         for record in read_metrics(workdir):
             written |= record.keys()
+    written |= {name for name in offline() if not name.startswith("knn/top1_k")}
     assert written - {*LINE_FIELDS} == set(METRICS)
+
+
+def offline():
+    """What the tool for embeddings writes, of random ones."""
+    rng = np.random.default_rng(0)
+    x, labels = rng.normal(size=(40, 4)).astype(np.float32), np.arange(40) % 2
+    sets, options = (x, labels, x, labels), {"k": 1, "temperature": 1.0}
+    return embedding_metrics(*sets, num_classes=2, **options) | detection_metrics(
+        x, labels, x, x, logits=jnp.asarray
+    )
 
 
 def test_entries_can_be_shown():
     for name, metric in METRICS.items():
         assert metric.text.format(0.5).strip(), name
+        label, value = metrics.label_and_value(name, 0.5)
+        assert value and f"{label} {value}".strip() in metric.text.format(0.5)
         assert metric.panel in ("", "loss", "accuracy")
         # A panel's axis is in percent, or it is not.
         assert (metric.panel == "accuracy") <= metric.is_share, name

@@ -18,10 +18,11 @@ from tests.runs import (
     linear_config,
     pretrain_config,
     probe_config,
-    shrink,
     snapshot,
     untrained_run,
 )
+
+pytestmark = pytest.mark.usefixtures("one_layer")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -34,7 +35,7 @@ def two_values_of_l2():
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
+def runs(one_layer, tmp_path_factory):
     """A pretraining run and the probe on it."""
     folder = tmp_path_factory.mktemp("runs")
     untrained_run(folder / "pretrain")
@@ -57,8 +58,8 @@ def test_the_probe_is_a_whole_linear_evaluation(runs, tmp_path):
     assert 0 < final["eval/top1"] <= final["eval/top5"] <= 1
     assert saved_steps(runs / "probe") == [1]
     assert not (runs / "probe/checkpoints/1/encoder").exists()
-    config = shrink(evaluate_digits.get_config())
-    config.pretrained = str(runs / "probe")
+    config = evaluate_digits.get_config()
+    config.encoder.name, config.pretrained = "one_layer", str(runs / "probe")
     found = evaluate.evaluate(config, tmp_path / "evaluation")
     for name in ("eval/top1", "eval/top5", "eval/loss", "eval/num_examples"):
         assert found[name] == pytest.approx(final[name], rel=1e-4), name
@@ -170,24 +171,31 @@ def test_projections_are_those_of_the_head(runs, tmp_path):
         folders=[str(runs / "pretrain/features")],
     )
     np.testing.assert_allclose(found.values[:9], expected, rtol=1e-4, atol=1e-6)
-    projects = {"representation": "projection"}
-    sgd = linear_config(runs / "pretrain", total_steps=1, log_every=1, **projects)
-    linear_eval.linear_eval(sgd, tmp_path / "sgd")
-    solved = probe_config(runs / "pretrain", **projects)
+    solved = probe_config(runs / "pretrain", representation="projection")
     final = linear_eval.linear_eval(solved, tmp_path / "lbfgs")
     assert final["eval/loss"] != read_metrics(runs / "probe")[-1]["eval/loss"]
-    for name in ("sgd", "lbfgs"):
-        model = pretrained_model.load_model(str(tmp_path / name), mesh)
-        predictor = create_predictor(config, mesh, model.encoder, model.head)
-        again = predictor.classify(model.variables, test)
-        told = read_metrics(tmp_path / name)[-1]
-        assert again["eval/loss"] == pytest.approx(told["eval/loss"], rel=1e-4)
+    model = pretrained_model.load_model(str(tmp_path / "lbfgs"), mesh)
+    predictor = create_predictor(config, mesh, model.encoder, model.head)
+    again = predictor.classify(model.variables, test)
+    assert again["eval/loss"] == pytest.approx(final["eval/loss"], rel=1e-4)
+
+
+def test_steps_of_sgd_on_projections(runs, tmp_path):
+    one_step = {"total_steps": 1, "batch_size": 16, "knn.bank": 0}
+    config = linear_config(runs / "pretrain", representation="projection", **one_step)
+    config.encoder.name, config.encoder.width = "one_layer", 1.0
+    final = linear_eval.linear_eval(config, tmp_path)
+    model = pretrained_model.load_model(str(tmp_path), parallel.create_mesh())
+    assert model.head.num_classes == 10
+    kernel = model.variables["head"]["params"]["dense_out"]["kernel"]
+    assert kernel.shape == (64, 10) and final["eval/num_examples"] == 500
 
 
 def test_online_metrics_look_at_either_output(tmp_path):
     found = {}
     for name in ("embedding", "projection"):
-        run = open_run(pretrain_config(representation=name), tmp_path / name)
+        config = pretrain_config(representation=name, **{"encoder.name": "one_layer"})
+        run = open_run(config, tmp_path / name)
         state, _ = restore_or_init(Checkpointer(tmp_path / name), run.plan)
         found[name] = pretrain.build_evaluation(run)(state)
     for metric in ("knn/top1", "embedding/rankme"):

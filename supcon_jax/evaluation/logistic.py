@@ -158,7 +158,7 @@ def _choose(
             known = np.float32((labels >= 0) & (folds != fold))
             # From the solution of the value before, which is near.
             params[fold], _ = solve(
-                params[fold], *data, known, np.float32(l2), tolerance=1e-4, **options
+                params[fold], *data, known, np.float32(l2), tolerance=1e-5, **options
             )
             total += float(_loss(params[fold], *data, np.float32(folds == fold)))
         losses[l2] = total / int(np.sum(np.isin(folds, held_out)))
@@ -195,7 +195,7 @@ def solve(
     """The least of the module's loss, examples weighted, by L-BFGS.
 
     It ends where the largest element of the gradient is at most `tolerance`, or where
-    that has not become smaller for 20 iterations: float32 has no more.
+    that has not become smaller for 50 iterations: float32 has no more.
 
     Args:
       start: {"kernel": `[D, C]`, "bias": `[C]`} to begin at.
@@ -233,7 +233,7 @@ def solve(
 
     def goes_on(carry: tuple) -> jax.Array:
         *_, least, count, since = carry
-        return (least > tolerance) & (count < max_iterations) & (since < 20)
+        return (least > tolerance) & (count < max_iterations) & (since < 50)
 
     carry = start, optimizer.init(start), start, jnp.inf, jnp.int32(0), 0
     _, _, best, _, count, _ = jax.lax.while_loop(goes_on, iterate, carry)
