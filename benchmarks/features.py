@@ -54,7 +54,7 @@ def extraction_table(options: argparse.Namespace) -> str:
     config.encoder.dtype = "auto"
     mesh = parallel.create_mesh()
     plan = create_plan(config, mesh, num_classes=10, num_examples=options.images)
-    variables = {"encoder": jax.jit(init_encoder, static_argnums=0)(plan)}
+    variables = {"encoder": jax.jit(lambda: init_encoder(plan))()}
     source = images_of(options)
     predictor = create_predictor(config, mesh, plan.modules.encoder, None)
     on_device = [
