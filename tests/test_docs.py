@@ -155,6 +155,7 @@ RUN = {
     "--config.batch_size=8 --config.total_steps=3": "--config.encoder.width=0.25",
     "python -m benchmarks.digits --seeds=5": "--seeds=1",
     "python -m benchmarks.input --data_dir=DIR --cifar": "--rounds=1",
+    "python -m benchmarks.features --data_dir=DIR": "--rounds=1 --images=500",
     "python -m benchmarks.reading": "--batch=65536",
     "python -m benchmarks.reading --data_dir=DIR": (
         "--hosts=0 --records=512 --read_batch=64 --rounds=1"
@@ -196,6 +197,7 @@ NOT_RUN = {
     "python -m pytest -m slow -s tests/test_topologies.py": "the tests themselves",
     "python -m pytest tests/test_hosts.py tests/test_jobs.py": "the tests themselves",
     "python -m supcon_jax.tools.show_batch": "no command, the tool's name",
+    "python -m supcon_jax.tools.embeddings WORKDIR": "run on runs/digits",
     "python -m supcon_jax.tools.plan --config=configs/supcon_r50.py "
     "--topology=v5e:16x16 --config.batch_size=8192": "libtpu; tests/test_forecast.py",
     "python -m supcon_jax.tools.plan --config=configs/supcon_r50.py "
