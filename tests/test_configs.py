@@ -472,6 +472,7 @@ def test_fake(tmp_path):
     assert not np.array_equal(one["id"], two["id"])
 
 
+@pytest.mark.slow
 def test_host_augmentation_keys(tmp_path):
     images = folder_of_noise(tmp_path / "images")
 

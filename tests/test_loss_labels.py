@@ -49,7 +49,7 @@ def batches(draw):
 
 
 @settings(
-    max_examples=60,
+    max_examples=30,
     deadline=None,
     suppress_health_check=list(HealthCheck),
     database=None,

@@ -162,6 +162,7 @@ def test_runs_on_images_without_labels(name, directory, tmp_path, messages):
         open_sources(config(directory, name, **baseline))
 
 
+@pytest.mark.slow
 def test_labels_of_a_large_split_stay_unread(directory, monkeypatch, tmp_path):
     """Nobody waits for 150 GB; then the line at the start does not count them."""
     monkeypatch.setattr("supcon_jax.data.sources.READ_AT_START_BYTES", 100)

@@ -78,6 +78,7 @@ def test_forward_pass_equals_numpy(train):
     assert "conv_shortcut" not in variables["params"]["stage1_block1"]
 
 
+@pytest.mark.slow
 def test_bfloat16_and_remat():
     encoder = create_encoder("wrn16_4", stem="cifar", width=0.25, dtype=jnp.bfloat16)
     images = jnp.ones((2, 8, 8, 3))

@@ -41,6 +41,9 @@ FREE = {
     "health.loss_rise": 2.0,
     "health.norm_growth": 5.0,
     "hosts.watchdog_minutes": 0.0,
+    "eval_metric": "mean_class_accuracy",
+    "robustness.data": "elsewhere",
+    "robustness.reference": "runs/another",
 }
 
 
