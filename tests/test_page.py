@@ -301,6 +301,18 @@ def test_data_that_moved_leave_a_page_without_pictures(runs, tmp_path, capsys):
     assert "was made with other data; evaluation split" in capsys.readouterr().out
 
 
+def test_an_encoder_that_has_changed_gives_no_map(runs, tmp_path, capsys):
+    config = json.loads((runs / "pretrain/config.json").read_text())
+    config |= {"mode": "linear_eval", "pretrained": str(runs / "pretrain")}
+    (tmp_path / "linear").mkdir()
+    (tmp_path / "linear/config.json").write_text(json.dumps(config))
+    facts = json.dumps({"frozen": "sha256:of another one"})
+    (tmp_path / "linear/run.json").write_text(facts)
+    write(tmp_path / "linear", f"--out={tmp_path / 'out.html'}")
+    assert "pretrain is another one by now" in capsys.readouterr().out
+    assert 'id="map"' not in (tmp_path / "out.html").read_text()
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [

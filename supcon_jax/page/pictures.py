@@ -8,6 +8,7 @@ import io
 import json
 import logging
 import time
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -113,33 +114,55 @@ def take_pictures(runs: list[RunRecord]) -> Pictures:
     Args:
       runs: of a report; those with equal data or encoders share them.
     """
-    mesh = parallel.create_mesh()
+    found, reasons = Pictures(), _Reasons()
+    _read_galleries(runs, found, reasons)
+    _embed_galleries(runs, found, reasons)
+    found.problems.extend(f"{', '.join(n)}: {reason}" for reason, n in reasons.items())
+    return found
+
+
+class _Reasons(dict[str, list[str]]):
+    """Why there are no pictures -> names of the runs."""
+
+    def add(self, reason: str, names: Iterable[str]) -> None:
+        self.setdefault(reason, []).extend(names)
+
+
+def _read_galleries(runs: list[RunRecord], found: Pictures, reasons: _Reasons) -> None:
+    """Fills in the images of each split that the runs have."""
     sources: dict[str, Source] = {}
     users: dict[str, list[RunRecord]] = {}
-    reasons: dict[str, list[str]] = {}
     for run in runs:
         try:
-            key = _open_data(run, sources)
+            users.setdefault(_open_data(run, sources), []).append(run)
         except (ValueError, OSError) as error:
-            reasons.setdefault(f"no pictures: {error}", []).append(run.name)
-        else:
-            users.setdefault(key, []).append(run)
-    found = Pictures()
-    for number, (key, of_data) in enumerate(users.items()):
-        found.galleries.append(_read_gallery(sources.pop(key), of_data))
-        found.gallery_of.update({run.name: number for run in of_data})
-    encoders: dict[tuple[SavedEncoder, int], dict[str, str]] = {}
-    for run in runs:
-        if run.name not in found.gallery_of:
-            continue
+            reasons.add(f"no pictures: {error}", [run.name])
+    for key, of_data in users.items():
+        names = [run.name for run in of_data]
         try:
-            saved, noted = find_encoder(run.workdir)
-        except ValueError as error:
-            reasons.setdefault(f"no map: {error}", []).append(run.name)
-        else:
-            same = (saved, found.gallery_of[run.name])
-            encoders.setdefault(same, {})[run.name] = noted
-    for (saved, number), digests in encoders.items():
+            gallery = _read_gallery(sources.pop(key), of_data)
+        except (ValueError, OSError) as error:
+            reasons.add(f"no pictures: {error}", names)
+            continue
+        found.gallery_of.update(dict.fromkeys(names, len(found.galleries)))
+        found.galleries.append(gallery)
+
+
+def _embed_galleries(runs: list[RunRecord], found: Pictures, reasons: _Reasons) -> None:
+    """Fills in how each encoder of the runs places the images of their split."""
+    mesh = parallel.create_mesh()
+    # An encoder and a gallery -> names of runs, and the digests that they have noted.
+    users: dict[tuple[SavedEncoder, int], dict[str, str]] = {}
+    for run in runs:
+        if run.name in found.gallery_of:
+            try:
+                saved, noted = find_encoder(run.workdir)
+            except ValueError as error:
+                reasons.add(f"no map: {error}", [run.name])
+            else:
+                same = saved, found.gallery_of[run.name]
+                users.setdefault(same, {})[run.name] = noted
+    for (saved, number), digests in users.items():
         try:
             variables = restore_encoder(
                 saved.workdir,
@@ -147,18 +170,16 @@ def take_pictures(runs: list[RunRecord]) -> Pictures:
                 sharding=parallel.replicated(mesh),
             )
         except ValueError as error:
-            reasons.setdefault(f"no map: {error}", []).extend(digests)
+            reasons.add(f"no map: {error}", digests)
             continue
         now = digest((variables,))
         names = [name for name, noted in digests.items() if noted in ("", now)]
-        if others := [name for name in digests if name not in names]:
+        if others := digests.keys() - names:
             reason = f"no map: the encoder in {saved.workdir} is another one by now"
-            reasons.setdefault(reason, []).extend(others)
+            reasons.add(reason, sorted(others))
         if names:
             gallery = found.galleries[number]
             found.views.append(_view(saved, variables, names, number, gallery, mesh))
-    found.problems.extend(f"{', '.join(n)}: {reason}" for reason, n in reasons.items())
-    return found
 
 
 def losses_of(run: RunRecord) -> np.ndarray:
@@ -236,7 +257,7 @@ def _read_gallery(source: Source, runs: list[RunRecord]) -> Gallery:
         if run.predictions is not None
     ]
     rows = np.unique(np.concatenate([sample, *hard]).astype(int))
-    rows = rows[rows < source.num_examples]
+    rows = rows[(rows >= 0) & (rows < source.num_examples)]
     batches = eval_batches(
         source.take_rows(rows),
         batch_size=BATCH_SIZE,
