@@ -139,8 +139,10 @@ def eval_batches(
             index = sampler(step)[rows, 1]
             mask = index != PADDING
             image, label = fetch(index)
+            if not mask.all():  # the last batch; the others need no copy
+                image = np.where(mask[:, None, None, None, None], image, np.uint8(0))
             yield {
-                "image": np.where(mask[:, None, None, None, None], image, np.uint8(0)),
+                "image": image,
                 "label": np.where(mask, label, 0).astype(np.int32),
                 "mask": mask.astype(np.float32),
             }
