@@ -108,14 +108,17 @@ TOY = (
 )
 RUN = {
     "python main.py --config=configs/digits.py": SHORT,
-    "python main.py --config=configs/linear_digits.py": LINEAR,
+    "python main.py --config=configs/linear_digits.py": "",
     "python main.py --config=configs/evaluate_digits.py": "",
+    "python -m supcon_jax.tools.embeddings runs/digits": "",
+    "python -m supcon_jax.tools.embeddings runs/digits --ood=synthetic  "
+    "--classifier=runs/linear_digits": "",
     "python main.py --config=configs/cross_entropy_digits.py": SHORT,
     "python main.py --config=configs/digits.py --config.seed=$seed  "
     "--workdir=runs/digits_seed$seed": SHORT,
     "python main.py --config=configs/linear_digits.py --config.seed=$seed  "
     "--config.pretrained=runs/digits_seed$seed "
-    "--workdir=runs/linear_digits_seed$seed": LINEAR,
+    "--workdir=runs/linear_digits_seed$seed": "",
     "python -m supcon_jax.tools.seeds runs/digits_seed*": "",
     "python -m supcon_jax.tools.seeds runs/linear_digits_seed* "
     "--out=runs/linear_digits.json": "",
@@ -132,6 +135,7 @@ RUN = {
     "--config.batch_size=8 --config.total_steps=3": "--config.encoder.width=0.25",
     "python -m benchmarks.digits --seeds=5": "--seeds=1",
     "python -m benchmarks.input --data_dir=DIR --cifar": "--rounds=1",
+    "python -m benchmarks.features --data_dir=DIR": "--rounds=1 --images=500",
     "python -m benchmarks.reading": "--batch=65536",
     "python -m benchmarks.reading --data_dir=DIR": (
         "--hosts=0 --records=512 --read_batch=64 --rounds=1"
