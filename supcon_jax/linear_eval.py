@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from supcon_jax import features, loop, parallel, report, storage
+from supcon_jax import features, hosts, loop, parallel, report, storage
 from supcon_jax.checkpoint import Checkpointer
 from supcon_jax.config import check_config
 from supcon_jax.data.sources import Source
@@ -123,6 +123,7 @@ def _fit(run: Run, stop: StopRequests) -> tuple[TrainState, Metrics]:
             num_classes=run.plan.num_classes,
             label_smoothing=config.loss.label_smoothing,
             seed=config.seed,
+            on_fit=lambda l2: hosts.beat(f"fitting with l2={l2:.1g}", patience=6),
         )
     state = _state_of(run, solution)
     metrics = _measure(run, state, evaluation)

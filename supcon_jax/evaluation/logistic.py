@@ -10,6 +10,7 @@ solution has not seen.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -22,7 +23,7 @@ from supcon_jax.losses.cross_entropy import cross_entropy_loss
 
 # From a classifier that hardly moves to one that is hardly held, two values a decade.
 GRID = tuple(float(10.0 ** (power / 2)) for power in range(2, -13, -1))
-# Where no class has a second example to hold out.
+# Where most examples are the only ones of their class, so that few can be held out.
 FALLBACK_L2 = 1e-2
 # Up to this many examples each is held out once, in `FOLDS` solutions for a value of l2;
 # with more, a `FOLDS`-th of them is enough to tell the values apart.
@@ -60,6 +61,7 @@ def fit_classifier(
     label_smoothing: float = 0.0,
     grid: tuple[float, ...] = GRID,
     seed: int = 0,
+    on_fit: Callable[[float], None] = lambda l2: None,
 ) -> Solution:
     """Chooses l2 on held-out examples, then fits all of them.
 
@@ -74,6 +76,7 @@ def fit_classifier(
       label_smoothing: see `cross_entropy_loss`.
       grid: values of l2, falling.
       seed: of what is held out.
+      on_fit: called with each l2 before it is fitted.
 
     Raises:
       ValueError: no example has a label.
@@ -92,11 +95,12 @@ def fit_classifier(
     folds = assign_folds(labels, FOLDS, seed=seed)
     l2, start = FALLBACK_L2, zeros
     losses: dict[float, float] = {}
-    if np.any(folds >= 0):
+    if 2 * np.sum(folds >= 0) >= np.sum(labels >= 0):
         held_out = range(FOLDS if np.sum(labels >= 0) <= CROSS_VALIDATED else 1)
         l2, start, losses = _choose(
-            zeros, data, labels, folds, held_out, grid=grid, options=options
+            zeros, data, labels, folds, held_out, grid, on_fit, options
         )
+    on_fit(l2)
     known = np.float32(labels >= 0)
     params, iterations = solve(
         start, *data, known, np.float32(l2), tolerance=1e-7, **options
@@ -144,8 +148,8 @@ def _choose(
     labels: np.ndarray,
     folds: np.ndarray,
     held_out: range,
-    *,
     grid: tuple[float, ...],
+    on_fit: Callable[[float], None],
     options: dict[str, float],
 ) -> tuple[float, Params, dict[float, float]]:
     """The l2 with the least loss of what is held out, its parameters, all losses."""
@@ -153,6 +157,7 @@ def _choose(
     losses: dict[float, float] = {}
     best, start = grid[0], zeros
     for number, l2 in enumerate(grid):
+        on_fit(l2)
         total = 0.0
         for fold in held_out:
             known = np.float32((labels >= 0) & (folds != fold))
