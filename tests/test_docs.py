@@ -242,7 +242,7 @@ def test_every_command_is_run_or_says_why_not():
 def clone(tmp_path_factory):
     """What a user has after `git clone`, to run commands in."""
     folder = tmp_path_factory.mktemp("clone")
-    for part in ("main.py", "configs", "supcon_jax", "benchmarks"):
+    for part in ("main.py", "configs", "supcon_jax", "benchmarks", "tests"):
         (folder / part).symlink_to(ROOT / part)
     return folder
 
