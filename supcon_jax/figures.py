@@ -25,7 +25,7 @@ def plot_curves(workdir: pathlib.Path) -> pathlib.Path | None:
     records = read_metrics(workdir)
     if len(records) < 2:
         return None
-    if (figure := _figure(9, 3.5)) is None:
+    if (figure := new_figure(9, 3.5)) is None:
         return None
     panels = {"loss": (1, "loss"), "accuracy": (100, "accuracy (%)")}
     axes = dict(zip(panels, figure.subplots(1, len(panels)), strict=True))
@@ -55,7 +55,7 @@ def plot_reliability(
       workdir: a folder.
       before, after: `calibration.reliability` without and with temperature scaling.
     """
-    if (figure := _figure(8, 4)) is None:
+    if (figure := new_figure(8, 4)) is None:
         return None
     titles = ("as trained", "with temperature scaling")
     panels = figure.subplots(1, 2, sharey=True)
@@ -97,7 +97,7 @@ def plot_confusion(
     """
     count = len(matrix)
     side = min(max(4.0, 0.45 * count + 1.5), 14.0)
-    if (figure := _figure(side + 1, side)) is None:
+    if (figure := new_figure(side + 1, side)) is None:
         return None
     share = 100 * matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
     axis = figure.subplots()
@@ -134,7 +134,7 @@ def plot_gradients(
       Whether it was drawn: not without matplotlib.
     """
     kinds = ("positive", "negative")
-    if (figure := _figure(1 + 3.6 * len(panels), 5.6)) is None:
+    if (figure := new_figure(1 + 3.6 * len(panels), 5.6)) is None:
         return False
     axes = figure.subplots(
         len(kinds), len(panels), squeeze=False, sharex=True, sharey="row"
@@ -187,7 +187,7 @@ def plot_robustness(
       top1, ece: of "clean" and of each "corruption_severity" that there is.
       published: what others have, for the lines by severity.
     """
-    if (figure := _figure(13, 7)) is None:
+    if (figure := new_figure(13, 7)) is None:
         return None
     panels = figure.subplot_mosaic(
         [["corruptions", "corruptions"], ["top1", "ece"]], height_ratios=(1.2, 1)
@@ -244,7 +244,7 @@ def draw_corruptions(
         {severity for shown in corrupted.values() for severity in shown}
     )
     height = 1.1 * len(severities) + 0.5
-    if (figure := _figure(1.1 * len(corrupted) + 1.5, height)) is None:
+    if (figure := new_figure(1.1 * len(corrupted) + 1.5, height)) is None:
         return None
     axes = figure.subplots(len(severities), 1 + len(corrupted), squeeze=False)
     columns = {"clean": {severities[0]: image}} | dict(corrupted)
@@ -278,8 +278,8 @@ def _shades(count: int) -> list[Any]:
     return [colormaps["viridis_r"](0.15 + 0.8 * n / count) for n in range(count)]
 
 
-def _figure(width: float, height: float) -> Any:
-    """An empty figure; None without matplotlib."""
+def new_figure(width: float, height: float) -> Any:
+    """An empty figure of so many inches; None without matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ImportError:

@@ -1,0 +1,31 @@
+"""Batch size: Figure 4 (b) of the paper.
+
+    python -m supcon_jax.tools.study studies/batch_size.py
+
+The number of epochs is the same, the learning rate grows with the batch.
+Hardware: 2 CPU cores. Time: twenty minutes. Result: docs/studies.md.
+"""
+
+from studies import common
+
+
+def get_study(scale):
+    sizes = (16, 32, 64, 128) if scale == "small" else (1024, 2048, 4096, 6144, 8192)
+    shared = common.shared(scale)
+    if scale == "small":
+        shared |= {"total_steps": 0, "epochs": 100.0}
+    return {
+        "title": "Batch size",
+        "stages": common.stages(scale),
+        "shared": shared,
+        "grid": {
+            "method": {"SupCon": {}, "cross-entropy": common.cross_entropy(scale)},
+            "batch_size": sizes,
+        },
+        "seeds": common.seeds(scale),
+        "metrics": ("evaluate:eval/top1",),
+        "baseline": {"method": "cross-entropy"},
+        "paper": {
+            "source": "Figure 4 (b): SupCon is ahead at all sizes, 2048 suffices"
+        },
+    }

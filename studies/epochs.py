@@ -1,0 +1,27 @@
+"""Length of pretraining: Figure 4 (c) of the paper.
+
+    python -m supcon_jax.tools.study studies/epochs.py
+
+Hardware: 2 CPU cores. Time: twenty minutes. Result: docs/studies.md.
+"""
+
+from studies import common
+
+
+def get_study(scale):
+    lengths = (25.0, 50.0, 100.0, 200.0)
+    if scale == "full":
+        lengths = (100.0, 200.0, 350.0, 700.0, 1400.0)
+    return {
+        "title": "Epochs of pretraining",
+        "stages": common.stages(scale),
+        "shared": common.shared(scale) | {"total_steps": 0},
+        "grid": {
+            "method": {"SupCon": {}, "cross-entropy": common.cross_entropy(scale)},
+            "epochs": lengths,
+        },
+        "seeds": common.seeds(scale),
+        "metrics": ("evaluate:eval/top1",),
+        "baseline": {"method": "cross-entropy"},
+        "paper": {"source": "Figure 4 (c): 200 epochs are likely sufficient"},
+    }

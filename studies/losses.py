@@ -1,0 +1,56 @@
+"""Losses: SupCon, its inner sum, SimCLR, and cross-entropy: Tables 1, 2 and 3.
+
+    python -m supcon_jax.tools.study studies/losses.py
+
+N-pairs is SupCon with one view, two images of each class and temperature 1 (section 9 of the
+paper's appendix). Triplets are the same with two classes, so with two negatives beside the
+one positive and not with one.
+Hardware: 2 CPU cores. Time: twenty minutes. Result: docs/studies.md.
+"""
+
+from studies import common
+
+
+def get_study(scale):
+    batch = 64 if scale == "small" else 6144
+    one_view = {"data.views": 1, "loss.temperature": 1.0}
+    return {
+        "title": "Losses",
+        "stages": common.stages(scale),
+        "shared": common.shared(scale),
+        "grid": {
+            "loss": {
+                "SupCon": {},
+                "SupCon, inner sum": {"loss.summation": "inside"},
+                "SimCLR": {"loss.name": "simclr"},
+                "N-pairs": {
+                    **one_view,
+                    # Ten digits, so a batch has several of each.
+                    "data.classes_per_batch": 8 if scale == "small" else batch // 2,
+                },
+                "triplets": {**one_view, "batch_size": 4, "data.classes_per_batch": 2},
+                "cross-entropy": common.cross_entropy(scale),
+                "label smoothing": common.cross_entropy(
+                    scale, **{"loss.label_smoothing": 0.1}
+                ),
+                "Mixup": common.cross_entropy(scale, **{"augment.mixup_alpha": 0.2}),
+                "CutMix": common.cross_entropy(scale, **{"augment.cutmix_alpha": 1.0}),
+            }
+        },
+        "seeds": common.seeds(scale),
+        "metrics": ("evaluate:eval/top1", "evaluate:eval/ece"),
+        "baseline": {"loss": "cross-entropy"},
+        "paper": {
+            "source": "Tables 1, 2 and 3, ResNet-50 on ImageNet; N-pairs: section 4.1; the "
+            "cross-entropy of Table 2 is a cited figure",
+            "values": {
+                "SupCon": 78.7,
+                "SupCon, inner sum": 67.4,
+                "SimCLR": 70.2,
+                "N-pairs": 57.4,
+                "cross-entropy": 78.2,
+                "Mixup": 77.4,
+                "CutMix": 78.6,
+            },
+        },
+    }

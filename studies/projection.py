@@ -1,0 +1,35 @@
+"""Projection head, and which output is used: sections 3.1 and 4.4 of the paper.
+
+    python -m supcon_jax.tools.study studies/projection.py
+
+Hardware: 2 CPU cores. Time: fifteen minutes. Result: docs/studies.md.
+"""
+
+from studies import common
+
+
+def get_study(scale):
+    width = 128 if scale == "small" else 2048
+    return {
+        "title": "Projection head, and the output that is used",
+        "stages": common.stages(scale, evaluate=False),
+        "shared": common.shared(scale, evaluate=False),
+        "grid": {
+            "head": {
+                "linear": {"all:projection.hidden_dims": ()},
+                "MLP": {"all:projection.hidden_dims": (width,)},
+                "two hidden layers": {"all:projection.hidden_dims": (width, width)},
+            },
+            "output": {
+                "embedding": {},
+                "projection": {"probe:representation": "projection"},
+            },
+        },
+        "seeds": common.seeds(scale),
+        "metrics": (
+            "probe:eval/top1",
+            "pretrain:knn/top1",
+            "pretrain:embedding/rankme",
+        ),
+        "baseline": {"output": "embedding"},
+    }

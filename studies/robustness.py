@@ -1,0 +1,49 @@
+"""Robustness and calibration under corruption: Figure 3 and Table 6 of the paper.
+
+    python -m supcon_jax.tools.study studies/robustness.py
+    python -m supcon_jax.tools.study studies/robustness.py --scale=full --config.data.dir=DIR
+
+At full scale ImageNet-C is expected in the study's folder, as OUT/corrupted; at small scale
+the study makes its corrupted digits itself.
+Hardware: 2 CPU cores. Time: fifteen minutes. Result: docs/studies.md.
+"""
+
+from studies import common
+
+
+def get_study(scale):
+    stages = common.stages(scale, evaluate=False)
+    stages["robustness"] = (
+        f"configs/robustness_{'digits' if scale == 'small' else 'r50'}.py"
+    )
+    shared = common.shared(scale, evaluate=False)
+    shared["robustness:robustness.data"] = "{out}/corrupted"
+    if scale == "small":
+        shared["robustness:data.samples_per_class"] = 0
+    tool = ("supcon_jax.tools.corrupt", "--config=configs/digits.py")
+    return {
+        "title": "Robustness and calibration under corruption",
+        "stages": stages,
+        "shared": shared,
+        "prepare": ((*tool, "--out={out}/corrupted"),) if scale == "small" else (),
+        "grid": {
+            "method": {
+                "SupCon": {},
+                "SimCLR": {"loss.name": "simclr"},
+                "cross-entropy": common.cross_entropy(scale),
+            }
+        },
+        "seeds": common.seeds(scale),
+        "metrics": (
+            "robustness:robustness/top1",
+            "robustness:robustness/clean_top1",
+            *(f"robustness:robustness/top1_severity_{s}" for s in range(1, 6)),
+            "robustness:robustness/clean_ece",
+            *(f"robustness:robustness/ece_severity_{s}" for s in range(1, 6)),
+        ),
+        "baseline": {"method": "cross-entropy"},
+        "paper": {
+            "source": "Table 6, ResNet-50 on ImageNet-C, mean over the severities",
+            "values": {"SupCon": 46.75, "cross-entropy": 45.79},
+        },
+    }

@@ -1,0 +1,139 @@
+"""What a study costs: runs, steps, images and operations, before anything is run."""
+
+from __future__ import annotations
+
+import functools
+import json
+import pathlib
+import statistics
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+from ml_collections import ConfigDict
+
+from supcon_jax import parallel
+from supcon_jax.config import TRAINING_MODES, config_of
+from supcon_jax.logs import format_duration
+from supcon_jax.plan import Plan, create_plan
+from supcon_jax.planning.flops import count_flops
+from supcon_jax.planning.forecast import Data, look_at_data
+from supcon_jax.study import results
+from supcon_jax.study.definition import Study, cells, is_tool, stage_config
+from supcon_jax.study.runner import count_jobs, jobs
+from supcon_jax.tools.arguments import apply_changes
+
+
+class Cost(NamedTuple):
+    """What all runs of one stage cost together.
+
+    Attributes:
+      runs: processes.
+      steps: updates; 0 where none are taken.
+      images: that are seen, each view counted.
+      flops: operations of the training steps; None where they were not counted.
+    """
+
+    runs: int
+    steps: int
+    images: int
+    flops: float | None
+
+
+def estimate(
+    study: Study, places: Sequence[str] = (), *, flops: bool = False
+) -> dict[str, Cost]:
+    """The costs of a study by stage, nothing of which is run.
+
+    Args:
+      study: see `definition.Study`.
+      places: `KEY=VALUE` changes for every config: where data are.
+      flops: whether operations are counted, which traces each step that differs.
+    """
+    costs: dict[str, Cost] = {}
+    judged = study.metrics[0].partition(":")[0]
+    for cell in cells(study):
+        for trial in ("", *cell.trials):
+            times = study.tune_seeds if trial else len(study.seed_list)
+            names = list(cell.stages)
+            for stage in names[: names.index(judged) + 1] if trial else names:
+                one = Cost(1, 0, 0, 0.0 if flops else None)
+                if not is_tool(cell.stages[stage]):
+                    config = stage_config(study, cell, stage, trial=trial)
+                    one = _of_config(config, places, flops=flops)
+                before = costs.get(stage, Cost(0, 0, 0, 0.0 if flops else None))
+                costs[stage] = Cost(
+                    before.runs + times,
+                    before.steps + times * one.steps,
+                    before.images + times * one.images,
+                    None
+                    if one.flops is None or before.flops is None
+                    else before.flops + times * one.flops,
+                )
+    return costs
+
+
+def _of_config(config: ConfigDict, places: Sequence[str], *, flops: bool) -> Cost:
+    """One run of a config."""
+    config = ConfigDict(config)
+    apply_changes(config, [*places, "seed=0"])
+    return _of_text(json.dumps(config.to_dict()), flops)
+
+
+@functools.lru_cache(maxsize=1024)
+def _of_text(config_text: str, flops: bool) -> Cost:
+    config = config_of(json.loads(config_text))
+    none = 0.0 if flops else None
+    if config.mode not in TRAINING_MODES:
+        return Cost(1, 0, 0, none)
+    data = _look_at_data(json.dumps(config.data.to_dict()), config.augment.policy)
+    if config.probe.solver == "lbfgs":
+        return Cost(1, 0, data.num_examples, none)
+    plan = create_plan(
+        config,
+        parallel.create_mesh(jax.devices()[:1]),
+        num_classes=data.num_classes,
+        num_examples=data.num_examples,
+    )
+    images = plan.total_steps * config.batch_size * config.data.views
+    return Cost(1, plan.total_steps, images, _flops(plan) if flops else None)
+
+
+@functools.lru_cache(maxsize=64)
+def _look_at_data(data_text: str, policy: str) -> Data:
+    config = config_of({"data": json.loads(data_text), "augment": {"policy": policy}})
+    return look_at_data(config, measure=False)
+
+
+def _flops(plan: Plan) -> float:
+    """Operations of all steps of a plan."""
+    step = count_flops(
+        plan.step,
+        plan.abstract_state(),
+        plan.abstract_batch(),
+        *plan.abstract_frozen(),
+    )
+    return float(step) * plan.total_steps
+
+
+def as_text(study: Study, costs: dict[str, Cost], out: pathlib.Path) -> str:
+    """The costs for people, with the time that is left where some jobs are done."""
+    every = jobs(study, out)
+    over = [r for job in every if (r := results.read(job.folder(out))) is not None]
+    grid = cells(study)
+    lines = [
+        f"{study.title}: {len(grid)} cells x {len(study.seed_list)} seeds, in {out}",
+        "| stage | runs | steps | images, all views | operations |",
+        "|---|---|---|---|---|",
+    ]
+    for stage, cost in costs.items():
+        operations = "" if not cost.flops else f"{cost.flops / 1e12:,.3g} TFLOP"
+        lines.append(
+            f"| {stage} | {cost.runs} | {cost.steps:,} | {cost.images:,} | {operations} |"
+        )
+    told = f"{len(over)} of {count_jobs(study)} jobs are done"
+    if over:
+        each = statistics.fmean(sum(r["seconds"].values()) for r in over)
+        left = (count_jobs(study) - len(over)) * each
+        told += f", {format_duration(each)} each: about {format_duration(left)} for the rest"
+    return "\n".join([*lines, told])

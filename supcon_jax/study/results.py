@@ -1,0 +1,299 @@
+"""What came out of a study: statistics, results.csv, results.md and results.png.
+
+A cell's number is the mean over its seeds, with the sample deviation. A difference to the
+baseline is paired by seed, with the 95 % interval of Student's t: `d ± t(n - 1) s_d /
+sqrt(n)`. It is called larger than chance where the interval leaves out 0.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import pathlib
+import statistics
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from scipy import stats
+
+from supcon_jax import storage
+from supcon_jax.metrics import is_share, label_and_value
+from supcon_jax.study.definition import Cell, Study, cells, reference, slug
+from supcon_jax.study.picture import Line, plot_study
+from supcon_jax.writers import LINE_FIELDS
+
+Result = dict[str, Any]
+
+
+class Difference(NamedTuple):
+    """A difference of two cells, paired by seed.
+
+    Attributes:
+      mean: of the differences.
+      half: of the 95 % interval; infinite with one seed.
+      seeds: that both have.
+    """
+
+    mean: float
+    half: float
+    seeds: int
+
+    @property
+    def is_real(self) -> bool:
+        """Whether the interval leaves out 0."""
+        return abs(self.mean) > self.half
+
+
+def read(folder: pathlib.Path) -> Result | None:
+    """The result of a job; None where it is not over."""
+    try:
+        return json.loads((folder / "result.json").read_text())
+    except FileNotFoundError:
+        return None
+
+
+def numbers(found: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers of a line of metrics.jsonl, or of a tool's file, where they may nest."""
+    flat: dict[str, float] = {}
+    for name, value in found.items():
+        if isinstance(value, dict):
+            flat |= {f"{name}.{n}": v for n, v in numbers(value).items()}
+        elif isinstance(value, int | float) and name not in LINE_FIELDS:
+            flat[name] = value
+    return flat
+
+
+def folder_of(
+    cell: Cell, seed: int, out: pathlib.Path, trial: str = ""
+) -> pathlib.Path:
+    """Where a job of a cell runs."""
+    name = f"{cell.folder}-tune-{slug(trial)}" if trial else cell.folder
+    return out / "runs" / name / f"seed{seed}"
+
+
+def values_of(
+    study: Study, cell: Cell, metric: str, out: pathlib.Path, *, trial: str = ""
+) -> dict[int, float]:
+    """seed -> value of a metric, of the seeds that are done and did not fail."""
+    found = {}
+    for seed in study.seed_list:
+        result = read(folder_of(cell, seed, out, trial))
+        if result and not result.get("failed") and metric in result["metrics"]:
+            found[seed] = float(result["metrics"][metric])
+    return found
+
+
+def chosen(study: Study, cell: Cell, out: pathlib.Path) -> str:
+    """The trial with the best mean of the first metric on held-out images; "" without one."""
+    tried = {}
+    for trial in cell.trials:
+        found = values_of(study, cell, study.metrics[0], out, trial=trial)
+        if found:
+            tried[trial] = statistics.fmean(found.values())
+    return max(tried, key=lambda trial: tried[trial], default="")
+
+
+def compare(
+    study: Study, cell: Cell, metric: str, out: pathlib.Path
+) -> Difference | None:
+    """The difference of a cell to its baseline; None without one, or without values."""
+    other = reference(study, cell)
+    if other is None:
+        return None
+    ours = values_of(study, cell, metric, out)
+    theirs = values_of(study, other, metric, out)
+    return paired({s: ours[s] - theirs[s] for s in ours if s in theirs})
+
+
+def paired(differences: Mapping[int, float]) -> Difference | None:
+    """Mean and 95 % interval of differences, seed -> value."""
+    values = list(differences.values())
+    if not values:
+        return None
+    count = len(values)
+    if count == 1:
+        return Difference(values[0], math.inf, 1)
+    half = stats.t.ppf(0.975, count - 1) * statistics.stdev(values) / math.sqrt(count)
+    return Difference(statistics.fmean(values), float(half), count)
+
+
+def failures(study: Study, out: pathlib.Path) -> list[str]:
+    """A line for each job that failed."""
+    found = []
+    for cell in cells(study):
+        for trial in ("", *cell.trials):
+            for seed in study.seed_list:
+                result = read(folder_of(cell, seed, out, trial))
+                if result and result.get("failed"):
+                    tried = f" [{trial}]" if trial else ""
+                    found.append(
+                        f"{cell.label}{tried}, seed {seed}: {result['failed']}"
+                    )
+    return found
+
+
+def shown(study: Study, cell: Cell, result: Result) -> str:
+    """The study's metrics of one job, for a line of the log."""
+    texts = []
+    for metric in study.metrics:
+        if metric in result["metrics"]:
+            label, value = _label_and_value(metric, result["metrics"][metric])
+            texts.append(f"{label} {value}")
+    return ", ".join(texts)
+
+
+def _label_and_value(metric: str, value: float) -> tuple[str, str]:
+    name = _plain(metric)
+    try:
+        return label_and_value(name, value)
+    except KeyError:
+        return name, f"{value:.4g}"
+
+
+def _plain(metric: str) -> str:
+    """A metric's own name: without its stage, and a tool's representation."""
+    return metric.partition(":")[2].rpartition(".")[2]
+
+
+def write(study: Study, out: pathlib.Path) -> None:
+    """Writes results.csv and results.md into the study's folder."""
+    storage.write(out / "results.csv", as_csv(study, out).encode())
+    storage.write(out / "results.md", as_markdown(study, out).encode())
+
+
+def draw(study: Study, out: pathlib.Path) -> None:
+    """Draws results.png, where there is something to draw."""
+    if picture := plot_study(study.title, *_panels(study, out)):
+        storage.write(out / "results.png", picture)
+
+
+def as_csv(study: Study, out: pathlib.Path) -> str:
+    """A row for each seed of each cell, with what it measured, or why it failed."""
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow([*study.axes, "seed", *study.metrics, "chosen", "seconds", "failed"])
+    for cell in cells(study):
+        for seed in study.seed_list:
+            result = read(folder_of(cell, seed, out))
+            if result is None:
+                continue
+            found = [result["metrics"].get(metric, "") for metric in study.metrics]
+            seconds = round(sum(result["seconds"].values()), 1)
+            ends = [result.get("chosen", ""), seconds, result.get("failed", "")]
+            table.writerow([*cell.values, seed, *found, *ends])
+    return text.getvalue()
+
+
+def as_markdown(study: Study, out: pathlib.Path) -> str:
+    """The table: mean ± deviation (n) of each metric, differences, the paper's values."""
+    grid = cells(study)
+    tuned = any(cell.trials for cell in grid)
+    compared = bool(study.baseline)
+    named = ", ".join(str(label) for label in study.baseline.values())
+    paper = study.paper.get("values", {})
+    header = [*study.axes, *(_header(metric) for metric in study.metrics)]
+    header += [f"against {named}"] if compared else []
+    header += ["chosen"] if tuned else []
+    header += [f"paper: {study.paper.get('unit', 'top-1 (%)')}"] if paper else []
+    lines = [_row(header), "|---" * len(header) + "|"]
+    for cell in grid:
+        row = [*cell.values]
+        for metric in study.metrics:
+            row.append(
+                _mean_text(metric, [*values_of(study, cell, metric, out).values()])
+            )
+        if compared:
+            row.append(_difference_text(study, cell, out))
+        if tuned:
+            count = len(cell.trials)
+            best = chosen(study, cell, out)
+            row.append(f"{best} (of {count})" if best else "")
+        if paper:
+            row.append(str(paper.get(cell.label, "")))
+        lines.append(_row(row))
+    text = f"# {study.title}\n\n" + "\n".join(lines) + "\n"
+    seeds = len(study.seed_list)
+    notes = [f"mean ± sample deviation over {seeds} seeds (n where fewer are done)"]
+    if compared:
+        notes.append(
+            f"differences of {_header(study.metrics[0])} are paired by seed, with their "
+            "95 % interval; bold where it leaves out 0"
+        )
+    if tuned:
+        notes.append(
+            f"chosen on {100 * study.held_out:.0f} % of the training images, held out, with "
+            f"{study.tune_seeds} seed(s) each"
+        )
+    if source := study.paper.get("source"):
+        notes.append(f"paper: {source}")
+    text += "\n" + "; ".join(notes) + ".\n"
+    if failed := failures(study, out):
+        text += "\nFailed:\n\n" + "".join(f"- {line}\n" for line in failed)
+    return text + (f"\n{study.reading.strip()}\n" if study.reading else "")
+
+
+def _row(cells_of_row: list[str]) -> str:
+    return "| " + " | ".join(cells_of_row) + " |"
+
+
+def _header(metric: str) -> str:
+    label = _label_and_value(metric, 0.0)[0]
+    return f"{label} (%)" if is_share(_plain(metric)) else label
+
+
+def _mean_text(metric: str, values: list[float]) -> str:
+    if not values:
+        return ""
+    factor, form = (100, "{:.2f}") if is_share(_plain(metric)) else (1, "{:.4f}")
+    text = form.format(factor * statistics.fmean(values))
+    if len(values) > 1:
+        text += f" ± {form.format(factor * statistics.stdev(values))}"
+    return text
+
+
+def _difference_text(study: Study, cell: Cell, out: pathlib.Path) -> str:
+    found = compare(study, cell, study.metrics[0], out)
+    if found is None:
+        return ""
+    share = is_share(_plain(study.metrics[0]))
+    factor, form = (100, "{:+.2f}") if share else (1, "{:+.4f}")
+    text = form.format(factor * found.mean)
+    if math.isfinite(found.half):
+        text += " ± " + form.format(factor * found.half).lstrip("+")
+    return f"**{text}**" if found.is_real else text
+
+
+def _panels(
+    study: Study, out: pathlib.Path
+) -> tuple[dict[str, list[Line]], dict[str, str]]:
+    """The lines of each panel of the picture, and the labels of its axes.
+
+    The first panel has ours, the second one the paper's. The last axis of the grid runs
+    along the panel, every combination of the others is a line.
+    """
+    metric = study.metrics[0]
+    factor = 100 if is_share(_plain(metric)) else 1
+    ours: dict[str, Line] = {}
+    theirs: dict[str, Line] = {}
+    for cell in cells(study):
+        name = ", ".join(cell.values[:-1])
+        found = [factor * v for v in values_of(study, cell, metric, out).values()]
+        if found:
+            ours.setdefault(name, Line(name, [], []))
+            ours[name].places.append(cell.values[-1])
+            ours[name].values.append(found)
+        if cell.label in study.paper.get("values", {}):
+            theirs.setdefault(name, Line(name, [], []))
+            theirs[name].places.append(cell.values[-1])
+            theirs[name].values.append([float(study.paper["values"][cell.label])])
+    panels = {"measured here": list(ours.values())}
+    if theirs:
+        panels[f"paper: {study.paper.get('source', '')}"] = list(theirs.values())
+    unit = study.paper.get("unit", "top-1 (%)")
+    return panels, {
+        "x": study.axes[-1],
+        "measured here": _header(metric),
+        **{name: unit for name in panels if name != "measured here"},
+    }

@@ -1,0 +1,362 @@
+"""Runs the cells of a study: each stage in a process of its own, any number of runners.
+
+A job is a cell with a seed (or one of its trials, where it is tuned). Its folder holds the
+workdirs of its stages, their output, and result.json when it is done. A runner takes the
+next job whose folder nobody holds, so runners share a folder without knowing of each other;
+one that was killed leaves no lock behind, and its job goes on from its last checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from supcon_jax import storage
+from supcon_jax.logs import format_duration
+from supcon_jax.stop import Stopped, StopRequests, restart_command
+from supcon_jax.storage.lock import Lock
+from supcon_jax.study import results
+from supcon_jax.study.definition import (
+    TOOL_RESULTS,
+    Cell,
+    Study,
+    cells,
+    describe,
+    fill,
+    flags,
+    is_tool,
+    stage_changes,
+)
+from supcon_jax.workdir import finished_metrics
+
+logger = logging.getLogger(__name__)
+WAIT_S = 5.0  # between two looks at jobs that other runners have
+STOPPED_CODE = 85  # of a stage that was asked to stop, and can go on
+_MAIN = pathlib.Path(__file__).resolve().parents[2] / "main.py"
+
+
+class Job(NamedTuple):
+    """A cell with a seed, or one of its trials with one.
+
+    Attributes:
+      cell: of the grid.
+      trial: label of what is tried; "": the cell itself.
+      seed: of every stage.
+    """
+
+    cell: Cell
+    trial: str
+    seed: int
+
+    def folder(self, out: pathlib.Path) -> pathlib.Path:
+        """Where it runs."""
+        return results.folder_of(self.cell, self.seed, out, self.trial)
+
+    @property
+    def words(self) -> str:
+        """The job in words."""
+        tried = f" [{self.trial}]" if self.trial else ""
+        return f"{self.cell.label}{tried}, seed {self.seed}"
+
+
+def run_study(study: Study, out: pathlib.Path, *, places: Sequence[str] = ()) -> bool:
+    """Runs what is not done yet, and writes table and CSV after every job, the picture at the end.
+
+    Args:
+      study: see `definition.Study`.
+      out: its folder; other runners may work in it at the same time.
+      places: `KEY=VALUE` changes for every config that change no result: where data are.
+
+    Returns:
+      Whether all jobs of the study are done, and none failed.
+
+    Raises:
+      ValueError: the folder holds results of another study; what differs is named.
+      Stopped: a signal; what was begun goes on with the same command.
+    """
+    open_folder(study, out)
+    began = time.time()
+    with StopRequests() as stop:
+        _prepare(study, out, places, stop)
+        told = False
+        while waiting := [
+            job for job in jobs(study, out) if not _is_over(job, out, since=began)
+        ]:
+            if _run_first_free(waiting, study, out, places, stop, began):
+                results.write(study, out)
+                told = False
+                continue
+            if not told:
+                told = True
+                logger.info("%d jobs are with other runners; waiting", len(waiting))
+            with stop.interruptible():
+                time.sleep(WAIT_S)
+    results.write(study, out)
+    results.draw(study, out)
+    return not results.failures(study, out)
+
+
+def open_folder(study: Study, out: pathlib.Path) -> None:
+    """Makes the study's folder, or checks that its results are of this study.
+
+    Raises:
+      ValueError: it holds results of another one; the first difference is named.
+    """
+    path = out / "study.json"
+    ours = json.loads(json.dumps(describe(study)))
+    theirs = json.loads(path.read_text()) if path.exists() else None
+    if theirs is not None:
+        if difference := _difference(theirs, ours):
+            raise ValueError(
+                f"{out} has results of another version of this study: {difference}; use "
+                "another --out, or remove the folder"
+            )
+        # Cells that were added meanwhile join those that are there.
+        ours["cells"] = theirs["cells"] | ours["cells"]
+    out.mkdir(parents=True, exist_ok=True)
+    storage.write(path, (json.dumps(ours, indent=2) + "\n").encode())
+
+
+def _difference(theirs: dict[str, Any], ours: dict[str, Any]) -> str:
+    """What is not the same in two descriptions; cells may be added, and taken away."""
+    for key, value in theirs.items():
+        if key not in ("cells", "title") and ours.get(key) != value:
+            return f"{key} was {value!r} and is {ours.get(key)!r}"
+    for label, cell in theirs["cells"].items():
+        now = ours["cells"].get(label, cell)
+        for part in cell:
+            for name in {**cell[part], **now[part]}:
+                was, is_now = cell[part].get(name), now[part].get(name)
+                if was != is_now:
+                    return f"{part} of cell {label!r}, {name!r}, was {was!r} and is {is_now!r}"
+    return ""
+
+
+def jobs(study: Study, out: pathlib.Path) -> list[Job]:
+    """What there is to run: trials first, then the cells whose trials are over."""
+    found = []
+    for cell in cells(study):
+        trials = [
+            Job(cell, trial, seed)
+            for trial in cell.trials
+            for seed in study.seed_list[: study.tune_seeds]
+        ]
+        found += trials
+        if all(results.read(job.folder(out)) for job in trials):
+            if trials and not results.chosen(study, cell, out):
+                continue  # all failed; they are told of as they are
+            found += [Job(cell, "", seed) for seed in study.seed_list]
+    return found
+
+
+def _is_over(job: Job, out: pathlib.Path, *, since: float) -> bool:
+    """Whether a job is done, or failed in this very call; older failures are tried again."""
+    result = results.read(job.folder(out))
+    if result is None:
+        return False
+    return not result.get("failed") or result["time"] >= since
+
+
+def _run_first_free(
+    waiting: Sequence[Job],
+    study: Study,
+    out: pathlib.Path,
+    places: Sequence[str],
+    stop: StopRequests,
+    began: float,
+) -> bool:
+    """Runs the first job that no other runner has; False where there is none."""
+    for job in waiting:
+        folder = job.folder(out)
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            lock = Lock(folder)
+        except ValueError:  # another runner has it
+            continue
+        try:
+            if not _is_over(job, out, since=began):
+                run_job(job, study, out, places, stop)
+        finally:
+            lock.release()
+        return True
+    return False
+
+
+def run_job(
+    job: Job,
+    study: Study,
+    out: pathlib.Path,
+    places: Sequence[str],
+    stop: StopRequests,
+) -> None:
+    """Runs the stages of a job one after the other and writes its result."""
+    folder = job.folder(out)
+    result: dict[str, Any] = {"metrics": {}, "seconds": {}, "time": 0.0}
+    chosen = "" if job.trial else results.chosen(study, job.cell, out)
+    wanted = list(job.cell.stages)
+    if job.trial:  # nothing after the stage that is judged
+        wanted = wanted[: wanted.index(study.metrics[0].partition(":")[0]) + 1]
+    for stage in wanted:
+        start = time.monotonic()
+        command = stage_command(job, study, stage, folder, places, chosen=chosen)
+        failure = _run(command, folder / f"{stage}.log", stop)
+        result["seconds"][stage] = round(time.monotonic() - start, 2)
+        found = None if failure else _stage_metrics(job.cell, stage, folder)
+        if failure or found is None:
+            result["failed"] = f"{stage}: {failure or 'it wrote no final metrics'}"
+            break
+        result["metrics"] |= {f"{stage}:{name}": value for name, value in found.items()}
+    result |= {"chosen": chosen, "time": time.time()}
+    storage.write(folder / "result.json", (json.dumps(result) + "\n").encode())
+    _report(job, study, out, result)
+
+
+def stage_command(
+    job: Job,
+    study: Study,
+    stage: str,
+    folder: pathlib.Path,
+    places: Sequence[str],
+    *,
+    chosen: str = "",
+) -> list[str]:
+    """The command line of a stage.
+
+    Args:
+      job, study, stage: what.
+      folder: of the job.
+      places: `KEY=VALUE` changes for every config.
+      chosen: label of the trial that won, for a cell that was tuned.
+    """
+    what = job.cell.stages[stage]
+    if is_tool(what):
+        here = {name: str(folder / name) for name in job.cell.stages}
+        here |= {"out": str(folder.parents[2]), "seed": str(job.seed)}
+        module, *arguments = (fill(word, here) for word in what)
+        return [sys.executable, "-m", module, *arguments, *_as_flags(places)]
+    changes = stage_changes(
+        study, job.cell, stage, trial=job.trial, seed=job.seed, folder=str(folder)
+    )
+    if chosen:
+        changes |= job.cell.trials[chosen][stage]
+    command = [sys.executable, str(_MAIN), f"--config={what}"]
+    command.append(f"--workdir={folder / stage}")
+    return [*command, *_as_flags(flags(changes)), *_as_flags(places)]
+
+
+def _as_flags(changes: Sequence[str]) -> list[str]:
+    return [f"--config.{change}" for change in changes]
+
+
+def _run(command: Sequence[str], log: pathlib.Path, stop: StopRequests) -> str:
+    """Runs a command; returns what it died of, in one line, or nothing.
+
+    Raises:
+      Stopped: we or it were asked to stop; it has saved what it had.
+    """
+    with log.open("ab") as output:
+        environment = os.environ | {"SUPCON_STOPPED_CODE": str(STOPPED_CODE)}
+        process = subprocess.Popen(
+            command, stdout=output, stderr=subprocess.STDOUT, env=environment
+        )
+        try:
+            with stop.interruptible():
+                code = process.wait()
+        except BaseException:
+            process.send_signal(signal.SIGTERM)
+            process.wait()
+            raise _stopped() from None
+    if code == STOPPED_CODE:
+        raise _stopped()
+    if code == 0:
+        return ""
+    text = log.read_text(errors="replace")
+    lines = [line for line in text.splitlines() if line.strip()] or ["no output"]
+    errors = [line for line in lines if line.startswith("error: ")]
+    return f"exit code {code}: {(errors or lines)[-1].removeprefix('error: ')}"
+
+
+def _stopped() -> Stopped:
+    told = f"stopped; the same command goes on:\n{restart_command()}"
+    logger.info("%s", told)
+    return Stopped(told)
+
+
+def _stage_metrics(
+    cell: Cell, stage: str, folder: pathlib.Path
+) -> dict[str, float] | None:
+    """The final numbers of a stage."""
+    what = cell.stages[stage]
+    if not is_tool(what):
+        found = finished_metrics(folder / stage)
+        return found and results.numbers(found)
+    here = {name: str(folder / name) for name in cell.stages}
+    path = pathlib.Path(fill(TOOL_RESULTS[what[0]], here))
+    return results.numbers(json.loads(path.read_text())) if path.exists() else None
+
+
+def _prepare(
+    study: Study, out: pathlib.Path, places: Sequence[str], stop: StopRequests
+) -> None:
+    """Runs what cells share, once for all runners."""
+    if not study.prepare:
+        return
+    folder = out / "prepared"
+    folder.mkdir(parents=True, exist_ok=True)
+    while True:
+        try:
+            lock = Lock(folder)
+            break
+        except ValueError:
+            logger.info("another runner prepares the study; waiting")
+            with stop.interruptible():
+                time.sleep(WAIT_S)
+    try:
+        for number, words in enumerate(study.prepare):
+            done = folder / f"{number}.done"
+            if done.exists():
+                continue
+            module, *arguments = (fill(word, {"out": str(out)}) for word in words)
+            logger.info("preparing: %s", " ".join(words))
+            command = [sys.executable, "-m", module, *arguments, *_as_flags(places)]
+            if failure := _run(command, folder / f"{number}.log", stop):
+                raise ValueError(f"the study cannot be prepared: {failure}")
+            done.touch()
+    finally:
+        lock.release()
+
+
+def _report(job: Job, study: Study, out: pathlib.Path, result: dict[str, Any]) -> None:
+    """One line about a job that is over, with how long the rest will take."""
+    known = [results.read(j.folder(out)) for j in jobs(study, out)]
+    over = [found for found in known if found is not None]
+    total = count_jobs(study)
+    took = [sum(found["seconds"].values()) for found in over]
+    left = total - len(over)
+    eta = format_duration(left * sum(took) / len(took))
+    times = ", ".join(
+        f"{stage} {format_duration(seconds)}"
+        for stage, seconds in result["seconds"].items()
+    )
+    if failure := result.get("failed"):
+        what = f"FAILED, {failure}"
+    else:
+        what = f"{results.shown(study, job.cell, result)} ({times})"
+    logger.info("[%d/%d] %s: %s  ETA %s", len(over), total, job.words, what, eta)
+
+
+def count_jobs(study: Study) -> int:
+    """How many jobs a study has, trials too."""
+    return sum(
+        len(cell.trials) * len(study.seed_list[: study.tune_seeds])
+        + len(study.seed_list)
+        for cell in cells(study)
+    )
