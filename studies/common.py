@@ -27,6 +27,7 @@ _FEW_DIGITS = {
     "total_steps": 300,
     "eval_every": 0,
     "checkpoint_every": 0,
+    "probe:batch_size": 50,
     "all:data.samples_per_class": 20,
     "evaluate:data.samples_per_class": 0,
     "all:data.split_seed": "{seed}",

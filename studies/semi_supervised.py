@@ -14,7 +14,7 @@ def get_study(scale):
     shared = {"all:data.split_seed": "{seed}", "probe:data.samples_per_class": few}
     if scale == "small":
         shared |= {"batch_size": 128, "total_steps": 400}
-        shared |= {"eval_every": 0, "checkpoint_every": 0}
+        shared |= {"eval_every": 0, "checkpoint_every": 0, "probe:batch_size": 50}
     alone = {"data.samples_per_class": few}
     if scale == "small":
         alone |= {"batch_size": 50, "total_steps": 1000}
