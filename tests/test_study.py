@@ -315,14 +315,21 @@ def test_tuning_chooses_on_held_out_images_and_the_test_is_read_once(fake, tmp_p
 
 def test_costs_are_counted_by_hand():
     study = make(
-        grid={"batch_size": (128, 64)}, baseline={}, shared={"epochs": 2.0}, seeds=3
+        grid={"batch_size": (128, 64)},
+        baseline={},
+        shared={
+            "epochs": 2.0,
+            "all:data.samples_per_class": 15,
+            "probe:batch_size": 50,
+        },
+        seeds=3,
     )
     costs = estimate(study)
-    steps = int(2 * 1297 / 128), int(2 * 1297 / 64)
+    steps = int(2 * 150 / 128), int(2 * 150 / 64)
     assert costs["pretrain"].runs == 6
     assert costs["pretrain"].steps == 3 * sum(steps)
     assert costs["pretrain"].images == 3 * 2 * (steps[0] * 128 + steps[1] * 64)
-    assert costs["probe"].images == 6 * 1297
+    assert costs["probe"].images == 6 * 150
     told = as_text(study, costs, pathlib.Path("nowhere"))
     assert "2 cells x 3 seeds" in told and "0 of 6 jobs are done" in told
 

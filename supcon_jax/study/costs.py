@@ -102,6 +102,7 @@ def _of_text(config_text: str, flops: bool) -> Cost:
 @functools.lru_cache(maxsize=64)
 def _look_at_data(data_text: str, policy: str) -> Data:
     config = config_of({"data": json.loads(data_text), "augment": {"policy": policy}})
+    config.batch_size = 1  # any data are enough to be looked at
     return look_at_data(config, measure=False)
 
 
