@@ -105,7 +105,7 @@ def get_config() -> ConfigDict:
     # The head of contrastive losses; linear_eval takes that of `pretrained`, if any
     config.projection = ConfigDict()
     config.projection.hidden_dims = (2048,)  # (): one linear layer
-    config.projection.output_dim = 128
+    config.projection.output_dim = 128  # 0: no head, the loss compares embeddings
     config.projection.batch_norm = False  # after every hidden layer
     config.projection.bias = False  # of the last layer
 

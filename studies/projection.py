@@ -16,9 +16,10 @@ def get_study(scale):
         "shared": common.shared(scale, evaluate=False),
         "grid": {
             "head": {
-                "linear": {"all:projection.hidden_dims": ()},
-                "MLP": {"all:projection.hidden_dims": (width,)},
-                "two hidden layers": {"all:projection.hidden_dims": (width, width)},
+                "none": {"projection.hidden_dims": (), "projection.output_dim": 0},
+                "linear": {"projection.hidden_dims": ()},
+                "MLP": {"projection.hidden_dims": (width,)},
+                "two hidden layers": {"projection.hidden_dims": (width, width)},
             },
             "output": {
                 "embedding": {},

@@ -220,7 +220,7 @@ KEYS: dict[str, Key] = {
     "encoder.batch_norm_momentum": Key(0.9, _number(0, 0.9999)),
     "encoder.remat": Key(False, _FLAG, free=True),
     "projection.hidden_dims": Key((2048,), _numbers(None, 1, WIDEST, whole=True)),
-    "projection.output_dim": Key(128, _number(1, WIDEST)),
+    "projection.output_dim": Key(128, _number(0, WIDEST)),
     "projection.batch_norm": Key(False, _FLAG),
     "projection.bias": Key(False, _FLAG),
     "classifier.init": Key("glorot", _one_of(CLASSIFIER_INITS)),
@@ -342,6 +342,7 @@ def check_config(config: ConfigDict) -> None:
     _check_momentum(config)
     _check_finetune(config)
     _check_solver(config)
+    _check_projection(config)
     _check_representation(config)
     pretraining = config.mode == "pretrain"
     contrastive = OBJECTIVES[config.loss.name].contrastive
@@ -452,6 +453,16 @@ def _check_solver(config: ConfigDict) -> None:
             )
 
 
+def _check_projection(config: ConfigDict) -> None:
+    """Refuses hidden layers of a projection head that there is not."""
+    if not config.projection.output_dim and config.projection.hidden_dims:
+        raise ValueError(
+            f"got projection.output_dim=0 with projection.hidden_dims="
+            f"{tuple(config.projection.hidden_dims)}; allowed: no hidden layers, as there "
+            "is no head (--config.projection.hidden_dims='()')"
+        )
+
+
 def _check_representation(config: ConfigDict) -> None:
     """Refuses projections where there is no projection head, or none that fits."""
     if config.representation == "embedding":
@@ -463,6 +474,8 @@ def _check_representation(config: ConfigDict) -> None:
         why = f"mode={config.mode}, where the classifier's run has chosen"
     elif not OBJECTIVES[config.loss.name].contrastive and config.mode == "pretrain":
         why = f"loss.name={config.loss.name}, which has no projection head"
+    elif not config.projection.output_dim and config.mode == "pretrain":
+        why = "projection.output_dim=0, which is no head"
     elif config.encoder_average.use or config.encoder_average.decay:
         why = "an average of the encoder, which the projection head has none of"
     if why:

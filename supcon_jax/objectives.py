@@ -114,3 +114,8 @@ OBJECTIVES: dict[str, Objective] = {
         contrastive=False,
     ),
 }
+
+
+def has_projection(config: ConfigDict) -> bool:
+    """Whether a pretraining run of this config has a projection head."""
+    return OBJECTIVES[config.loss.name].contrastive and config.projection.output_dim > 0

@@ -22,7 +22,7 @@ from supcon_jax.checkpoint import (
     saved_steps,
 )
 from supcon_jax.config import ENCODER_KEYS, config_of, flatten
-from supcon_jax.objectives import OBJECTIVES
+from supcon_jax.objectives import OBJECTIVES, has_projection
 from supcon_jax.plan import Plan, create_plan, init_encoder
 from supcon_jax.steps.state import TrainState
 from supcon_jax.workdir import finished_metrics, read_config, read_facts
@@ -85,11 +85,12 @@ def check_projection(workdir: str, theirs: ConfigDict) -> None:
     Raises:
       ValueError: naming the loss that it was trained with.
     """
-    if not OBJECTIVES[theirs.loss.name].contrastive:
+    if not has_projection(theirs):
         raise ValueError(
-            f"the run in {workdir} was trained with loss.name={theirs.loss.name} and has "
-            "no projection head; allowed: representation='embedding' "
-            "(--config.representation, --representation)"
+            f"the run in {workdir} was trained with loss.name={theirs.loss.name} and "
+            f"projection.output_dim={theirs.projection.output_dim} and has no projection "
+            "head; allowed: representation='embedding' (--config.representation, "
+            "--representation)"
         )
 
 

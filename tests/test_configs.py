@@ -132,6 +132,15 @@ def test_refused_values(key, value):
         ({"momentum_encoder.decay": 0.9}, "loss.contrast_mode='all' .* 'one'"),
         (MOMENTUM | {"loss.name": "cross_entropy"}, "loss.name='cross_entropy'"),
         (MOMENTUM | {"loss.positives_cap": 2}, "loss.positives_cap=2"),
+        ({"projection.output_dim": 0}, "hidden_dims=.2048,.; allowed: no hidden"),
+        (
+            {
+                "projection.output_dim": 0,
+                "projection.hidden_dims": (),
+                "representation": "projection",
+            },
+            "projection.output_dim=0, which is no head",
+        ),
         (MOMENTUM | {"data.views": 1}, "data.views=1 .* at least 2"),
         (MOMENTUM | {"momentum_encoder.queue_size": 255}, "at least the 256 keys"),
         (CROSS_ENTROPY | {"probe.learning_rate": 0.1}, "beside a contrastive loss"),

@@ -40,6 +40,15 @@ def test_projection_head_bias_of_the_last_layer():
     )
 
 
+def test_without_a_head_the_embedding_itself_is_compared():
+    x = np.array([[3.0, 4.0]], np.float32)
+    for normalize, expected in ((False, x), (True, x / 5)):
+        head = ProjectionHead(output_dim=0, normalize_embedding=normalize)
+        out, variables = head.init_with_output(jax.random.key(0), x, train=True)
+        assert not jax.tree.leaves(variables)
+        np.testing.assert_allclose(out, expected, rtol=1e-6)
+
+
 def test_projection_head_normalizes_what_comes_in_not_what_goes_out():
     head = ProjectionHead(output_dim=4, normalize_embedding=True)
     x = np.array([[3.0, 4.0], [0.6, 0.8]], np.float32)  # the same direction

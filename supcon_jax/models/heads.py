@@ -31,7 +31,8 @@ class ProjectionHead(nn.Module):
 
     Attributes:
       hidden_dims: widths of the hidden layers (ReLU after each).
-      output_dim: dimension D of the projection.
+      output_dim: dimension D of the projection; 0: there is no head, and the embedding is
+        what the loss compares.
       batch_norm: BatchNorm after every hidden layer (SimCLR recipe).
       normalize_embedding: scale the embedding to unit length first (SupCon recipe).
       bias: of the last layer (the authors' PyTorch code; the official code has none).
@@ -66,6 +67,8 @@ class ProjectionHead(nn.Module):
                     name=f"batch_norm{index}",
                 )(x)
             x = nn.relu(x)
+        if not self.output_dim:
+            return x
         return nn.Dense(
             self.output_dim,
             use_bias=self.bias,

@@ -108,7 +108,7 @@ def init_state(
     momentum = {}
     if momentum_decay:
         momentum = init_momentum(
-            {name: tree["params"] for name, tree in variables.items()},
+            {name: tree.get("params", {}) for name, tree in variables.items()},
             queue_size=queue_size,
             output_dim=outputs.shape[-1],
         )
@@ -117,7 +117,8 @@ def init_state(
         if module is not None:
             key = jax.random.fold_in(head_key, number)
             variables[name] = module.init(key, embeddings, train=True)
-    params = {name: tree["params"] for name, tree in variables.items()}
+    # Where there is no projection head it has none.
+    params = {name: tree.get("params", {}) for name, tree in variables.items()}
     state = TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,

@@ -231,6 +231,7 @@ def as_markdown(study: Study, out: pathlib.Path) -> str:
     text += "\n" + "; ".join(notes) + ".\n"
     if failed := failures(study, out):
         text += "\nFailed:\n\n" + "".join(f"- {line}\n" for line in failed)
+    text += f"\n![{study.title}](results.png)\n"
     return text + (f"\n{study.reading.strip()}\n" if study.reading else "")
 
 

@@ -35,7 +35,7 @@ from supcon_jax.evaluation.embeddings import detection_metrics, embedding_metric
 from supcon_jax.features import Features
 from supcon_jax.logs import setup_logging
 from supcon_jax.metrics import METRICS, label_and_value
-from supcon_jax.objectives import OBJECTIVES
+from supcon_jax.objectives import has_projection
 from supcon_jax.pretrained import (
     TrainedModel,
     check_keys,
@@ -172,7 +172,7 @@ def open_model(workdir: str, changes: list[str]) -> Model:
     setup_compilation_cache(enabled=config.compilation_cache)
     state = restore_state(workdir, sharding=parallel.replicated(mesh))
     head = None
-    if OBJECTIVES[config.loss.name].contrastive:
+    if has_projection(config):
         head = builders.build_projection(config, 0)
     return Model(
         config=config,
