@@ -153,6 +153,7 @@ RUN = {
     "python main.py --config=configs/cross_entropy_cifar10.py $F": CIFAR,
     "python main.py --config=configs/supcon_r50.py --config.data.dir=DIR "
     "--config.batch_size=8 --config.total_steps=3": "--config.encoder.width=0.25",
+    "python -m supcon_jax.tools.study studies/temperature.py --dry_run": "",
     "python -m benchmarks.digits --seeds=5": "--seeds=1",
     "python -m benchmarks.input --data_dir=DIR --cifar": "--rounds=1",
     "python -m benchmarks.features --data_dir=DIR": "--rounds=1 --images=500",
@@ -211,6 +212,11 @@ NOT_RUN = {
     "python -m pytest tests/test_buckets.py tests/test_lock.py": "the tests themselves",
     "python -m supcon_jax.tools.index --config=configs/supcon_r50.py "
     "--config.data.dir=DIR": "writes beside the data; run in test_index.py",
+    "python -m supcon_jax.tools.study studies/temperature.py": (
+        "ten minutes; tests/test_study.py runs a shorter one"
+    ),
+    "python -m supcon_jax.tools.study studies/temperature.py --scale=full "
+    "--config.data.dir=DIR --dry_run": "needs ImageNet; tests/test_study.py checks it",
     "python -m venv .venv": "not ours",
     "python main.py --config=configs/transfer.py:food101 --config.data.dir=DIR": (
         "ResNet-50 on data that are not here; tests/test_finetune.py"
@@ -242,7 +248,7 @@ def test_every_command_is_run_or_says_why_not():
 def clone(tmp_path_factory):
     """What a user has after `git clone`, to run commands in."""
     folder = tmp_path_factory.mktemp("clone")
-    for part in ("main.py", "configs", "supcon_jax", "benchmarks", "tests"):
+    for part in ("main.py", "configs", "supcon_jax", "benchmarks", "studies", "tests"):
         (folder / part).symlink_to(ROOT / part)
     return folder
 

@@ -57,6 +57,7 @@ LAYERS = {
     "supcon_jax.robustness_table": 3,
     "supcon_jax.features": 3,
     "supcon_jax.pretrained": 3,
+    "supcon_jax.study": 3,
     "supcon_jax.page": 3,
     "supcon_jax.page.charts": 0,
 }

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -128,6 +129,16 @@ def test_the_seed_may_be_a_value():
     study = make(shared={"all:data.split_seed": "{seed}"})
     config = stage_config(study, cells(study)[0], "probe", seed=7)
     assert (config.seed, config.data.split_seed) == (7, 7)
+
+
+def test_the_example_of_the_documents_is_a_study():
+    (example,) = re.findall(
+        r"^```python\n(.*?)^```", (ROOT / "docs/studies.md").read_text(), re.M | re.S
+    )
+    names = {}
+    exec(example, names)
+    for scale in SCALES:
+        assert len(cells(create_study(names["get_study"](scale)))) == 3
 
 
 # Running; the processes are imitated, except in the last test.
