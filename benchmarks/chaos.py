@@ -195,8 +195,8 @@ def strike(lab: Lab, run: str, workdir: pathlib.Path, fault: str, victim: int) -
 
 def finish(
     lab: Lab, run: str, workdir: pathlib.Path, *, cold: bool
-) -> tuple[float | None, list[int]]:
-    """The same command to its end: seconds to its first step, exit codes."""
+) -> tuple[float | None, list[int], list[str]]:
+    """The same command to its end: seconds to its first step, exit codes, what failed."""
     begun, first_s = time.monotonic(), None
     with lab.start(run, workdir, cold=cold) as job:
         while job[0].code is None:
@@ -204,7 +204,8 @@ def finish(
                 first_s = round(time.monotonic() - begun, 2)
             time.sleep(0.02)
         codes = job.wait(600)
-    return first_s, [codes[rank] for rank in sorted(codes)]
+        told = [job[rank].err[-2000:] for rank in sorted(codes) if codes[rank]]
+    return first_s, [codes[rank] for rank in sorted(codes)], told
 
 
 def trial_of_a_run(lab: Lab, fault: str, number: int) -> dict[str, Any]:
@@ -244,11 +245,11 @@ def trial_of_a_run(lab: Lab, fault: str, number: int) -> dict[str, Any]:
         rotten = f"{kind}: {file.relative_to(workdir)}"
     cold = number % 10 == 9
     resumed = newest(workdir)
-    first_s, codes = finish(lab, run, workdir, cold=cold)
+    first_s, codes, told = finish(lab, run, workdir, cold=cold)
     return {
         "fault": fault, "number": number, "run": run, "strikes": strikes, "cold": cold,
         "rotten": rotten, "first_s": first_s if 0 < resumed < STEPS else None,
-        "codes": codes, "equal": set(codes) == {0} and final(workdir) == final(whole),
+        "codes": codes, "told": told, "equal": set(codes) == {0} and final(workdir) == final(whole),
     }  # fmt: skip
 
 

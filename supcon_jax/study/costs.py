@@ -13,15 +13,35 @@ import jax
 from ml_collections import ConfigDict
 
 from supcon_jax import parallel
-from supcon_jax.config import TRAINING_MODES, config_of
+from supcon_jax.config import KEYS, TRAINING_MODES, config_of
 from supcon_jax.logs import format_duration
-from supcon_jax.plan import Plan, create_plan
+from supcon_jax.plan import create_plan
 from supcon_jax.planning.flops import count_flops
 from supcon_jax.planning.forecast import Data, look_at_data
 from supcon_jax.study import results
 from supcon_jax.study.definition import Study, cells, is_tool, stage_config
 from supcon_jax.study.runner import count_jobs, jobs
 from supcon_jax.tools.arguments import apply_changes
+
+# Keys whose values change no operation of a step, only its numbers.
+_SCALARS = (
+    "seed",
+    "epochs",
+    "total_steps",
+    "data.fraction",
+    "data.label_noise",
+    "data.labelled_fraction",
+    "data.labelled_per_class",
+    "data.samples_per_class",
+    "data.split_seed",
+    "data.validation_fraction",
+    "augment.crop_area",
+    "loss.temperature",
+    "loss.label_smoothing",
+    "optimizer.learning_rate",
+    "optimizer.weight_decay",
+    "optimizer.warmup_epochs",
+)
 
 
 class Cost(NamedTuple):
@@ -96,7 +116,13 @@ def _of_text(config_text: str, flops: bool) -> Cost:
         num_examples=data.num_examples,
     )
     images = plan.total_steps * config.batch_size * config.data.views
-    return Cost(1, plan.total_steps, images, _flops(plan) if flops else None)
+    if not flops:
+        return Cost(1, plan.total_steps, images, None)
+    # One trace for all configs whose steps have the same operations.
+    config.update_from_flattened_dict({key: KEYS[key].default for key in _SCALARS})
+    config.total_steps = 1
+    each = _flops(json.dumps(config.to_dict()), data.num_classes, data.whole_images)
+    return Cost(1, plan.total_steps, images, each * plan.total_steps)
 
 
 @functools.lru_cache(maxsize=64)
@@ -106,15 +132,18 @@ def _look_at_data(data_text: str, policy: str) -> Data:
     return look_at_data(config, measure=False)
 
 
-def _flops(plan: Plan) -> float:
-    """Operations of all steps of a plan."""
-    step = count_flops(
-        plan.step,
-        plan.abstract_state(),
-        plan.abstract_batch(),
-        *plan.abstract_frozen(),
+@functools.lru_cache(maxsize=256)
+def _flops(config_text: str, num_classes: int, whole_images: bool | None) -> float:
+    """Operations of one step."""
+    plan = create_plan(
+        config_of(json.loads(config_text)),
+        parallel.create_mesh(jax.devices()[:1]),
+        num_classes=num_classes,
+        num_examples=10**6,
+        whole_images=whole_images,
     )
-    return float(step) * plan.total_steps
+    state, batch = plan.abstract_state(), plan.abstract_batch()
+    return float(count_flops(plan.step, state, batch, *plan.abstract_frozen()))
 
 
 def as_text(study: Study, costs: dict[str, Cost], out: pathlib.Path) -> str:
