@@ -105,6 +105,7 @@ class Checkpointer:
         metrics: dict[str, float],
         *,
         health: dict[str, float] | None = None,
+        told: dict[str, float] | None = None,
     ) -> None:
         """Starts to save; returns once the device's arrays have been copied.
 
@@ -113,6 +114,7 @@ class Checkpointer:
           step: its number.
           metrics: of its evaluation, if there was one; the best step is kept.
           health: what the next save is judged against, see health.py.
+          told: the metrics of the last step of a run, for its final line.
 
         Raises:
           OSError: this save or the one before could not be written.
@@ -121,20 +123,25 @@ class Checkpointer:
         trees = _split(state)
         items: dict[str, Any] = {n: ocp.args.StandardSave(t) for n, t in trees.items()}
         record = {"digests": _digests(trees), "health": health or {}}
+        if told:
+            record["told"] = told
         items[RECORD] = ocp.args.JsonSave(record)
         with _failures_told(self._workdir, "written"):
             self._manager.save(step, args=ocp.args.Composite(**items), metrics=known)
 
     def restore_newest(
         self, abstract_state: TrainState
-    ) -> tuple[TrainState, dict[str, float]] | None:
-        """The newest step that is whole, and its health; None where nothing was saved.
+    ) -> tuple[TrainState, dict[str, Any]] | None:
+        """The newest step that is whole; None where nothing was saved.
 
         Steps after it that are damaged are moved into `damaged_checkpoints/`, with one
         warning each.
 
         Args:
           abstract_state: shapes and shardings to restore into.
+
+        Returns:
+          The state, and the `health` and what was `told` that were saved with it.
 
         Raises:
           ValueError: there are steps, and none is whole.
@@ -151,7 +158,7 @@ class Checkpointer:
             else:
                 if not _any_process(False):
                     self._put_aside(reasons, step)
-                    return _join(trees), record.get("health", {})
+                    return _join(trees), record
                 reasons[step] = "another process cannot read it"
         if reasons:
             newest = max(reasons)

@@ -160,7 +160,7 @@ class _Training:
     def run(self) -> Metrics:
         """Everything, in order; returns the metrics of the final line."""
         plan, config = self._plan, self._config
-        state, saved_health = restore_or_init(
+        state, saved = restore_or_init(
             self._checkpointer, plan, self._run.initial_encoder
         )
         start_step = int(state.step)
@@ -191,8 +191,9 @@ class _Training:
         )
         self._goodput.training_starts()
         self._reference = health.measure(state.params, state.batch_stats, math.nan)
-        if saved_health:
-            self._reference = Health(**saved_health)
+        if saved.get("health"):
+            self._reference = Health(**saved["health"])
+        self._told = saved.get("told", {})
         self._meter = _Meter(start_step)
         batches = self._timed(itertools.chain([first_batch], batches))
         steps = run_steps(
@@ -203,17 +204,21 @@ class _Training:
             first=start_step + 1,
             last=plan.total_steps,
         )
-        del state  # given away
         with contextlib.closing(self._writer):
-            return self._train(steps, start_step)
+            return self._train(steps, state, start_step)
 
     def _train(
-        self, steps: Iterator[tuple[int, TrainState, DeviceMetrics]], start_step: int
+        self,
+        steps: Iterator[tuple[int, TrainState, DeviceMetrics]],
+        state: TrainState,
+        start_step: int,
     ) -> Metrics:
         config, total_steps = self._config, self._plan.total_steps
-        state: TrainState | None = None
         before: DeviceMetrics = {}
         pending, last = False, {}
+        if start_step == total_steps:
+            # It ended between its last save and its final line; its last step was told.
+            last = self._told
         for number, state, device_metrics in steps:
             # Of the step before, which is done; this one is on the device.
             if before:
@@ -235,18 +240,18 @@ class _Training:
                     if eval_due and not stop_due:
                         metrics, stop_due = self._evaluate(state, number)
                     if save_due or stop_due:
-                        self._save(state, number, metrics, device_metrics)
+                        told = self._log(number, device_metrics) if final else None
+                        self._save(state, number, metrics, device_metrics, told=told)
                 if stop_due:
-                    if pending:  # its line is that of a run that goes on
+                    if pending and not final:  # its line is that of a run that goes on
                         self._log(number, device_metrics)
                     raise Stopped
         if before:
             self._check_step(total_steps, before)
             last = self._log(total_steps, before)
-        assert state is not None
         metrics, stopped = self._evaluate(state, total_steps)
         if self._checkpointer.latest_step() != total_steps:
-            self._save(state, total_steps, metrics, before, final=True)
+            self._save(state, total_steps, metrics, before, told=last)
         self._checkpointer.wait()
         if stopped:  # it is evaluated again when the run goes on
             raise Stopped
@@ -305,9 +310,12 @@ class _Training:
         metrics: Metrics,
         device_metrics: DeviceMetrics,
         *,
-        final: bool = False,
+        told: Metrics | None = None,
     ) -> None:
-        """Saves a state that is well; what was saved before stays where it is not."""
+        """Saves a state that is well; what was saved before stays where it is not.
+
+        That of the last step has what was `told` of it: the final line is not written yet.
+        """
         if step == self._checkpointer.latest_step():
             return
         hosts.beat(f"saving step {step}")
@@ -323,10 +331,12 @@ class _Training:
             )
             if reason is None:
                 self._refused, self._reference = 0, now
-                self._checkpointer.save(state, step, metrics, health=now._asdict())
+                self._checkpointer.save(
+                    state, step, metrics, health=now._asdict(), told=told
+                )
                 return
         self._refused += 1
-        if final or not now.finite or self._refused > PATIENCE:
+        if told is not None or not now.finite or self._refused > PATIENCE:
             self._give_up(f"the state of step {step} is not saved: {reason}")
         logger.warning(
             "warning: the state of step %d is not saved: %s (--config.health.loss_rise, "
@@ -404,7 +414,7 @@ def run_steps(
 def restore_or_init(
     checkpointer: Checkpointer, plan: Plan, initial_encoder: PyTree = None
 ) -> tuple[TrainState, dict[str, Any]]:
-    """The newest whole state and its health, or a new one and {}; replicated.
+    """The newest whole state and what was saved with it, or a new one and {}; replicated.
 
     A restored state costs no compilation of `init`. A new one has the `initial_encoder`,
     where there is one.

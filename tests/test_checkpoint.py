@@ -32,7 +32,8 @@ def saved(states, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("saved")
     checkpointer = Checkpointer(workdir, keep=5)
     for number, state in states.items():
-        checkpointer.save(state, number, {}, health={"loss": 1.0 * number})
+        told = {"train/loss": 0.1 * number}
+        checkpointer.save(state, number, {}, health={"loss": 1.0 * number}, told=told)
     checkpointer.close()
     return workdir
 
@@ -45,7 +46,7 @@ def workdir(saved, tmp_path):
 
 
 def restore(workdir, states):
-    """The newest whole state, its health, and the warnings' place."""
+    """The newest whole state, and what was saved with it."""
     mesh = parallel.create_mesh(jax.devices()[:1])
     abstract = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(
@@ -65,9 +66,10 @@ def newest(workdir):
 
 
 def test_what_is_saved_is_restored(workdir, states, messages):
-    state, health = restore(workdir, states)
+    state, saved = restore(workdir, states)
     assert_trees_equal(jax.device_get(state), states[3])
-    assert health == {"loss": 3.0}
+    assert saved["health"] == {"loss": 3.0}
+    assert saved["told"] == {"train/loss": 0.1 * 3}
     assert messages == [] and not (workdir / "damaged_checkpoints").exists()
 
 

@@ -15,11 +15,12 @@ import numpy as np
 import pytest
 
 from supcon_jax import pretrain
-from supcon_jax.checkpoint import restore_encoder
+from supcon_jax.checkpoint import restore_encoder, saved_steps
 from supcon_jax.data.sources import ArraySource
 from supcon_jax.run import check_positives, open_run
 from supcon_jax.steps import contrastive
-from supcon_jax.writers import read_metrics
+from supcon_jax.stop import StopRequests
+from supcon_jax.writers import MetricWriter, read_metrics
 from tests.runs import assert_trees_equal, pretrain_config, snapshot
 
 REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
@@ -146,6 +147,46 @@ def test_resumed_run_equals_an_uninterrupted_one(finished, tmp_path, monkeypatch
         assert final[name] == finished[1][name], name
     steps = [r["step"] for r in read_metrics(tmp_path) if "train/loss" in r]
     assert steps == sorted(set(steps)) and steps[-1] == 12
+
+
+def killed_before_the_final_line(patch):
+    write = MetricWriter.write
+
+    def die(self, step, metrics, **flags):
+        if flags:
+            raise KeyboardInterrupt
+        write(self, step, metrics)
+
+    patch.setattr(MetricWriter, "write", die)
+
+
+def stopped_at_the_last_step(patch):
+    questions = iter(range(1, 100))
+    patch.setattr(StopRequests, "due", lambda self: next(questions) == 12)
+
+
+@pytest.mark.parametrize(
+    "end", [killed_before_the_final_line, stopped_at_the_last_step]
+)
+def test_a_run_that_ends_after_its_last_save_is_finished_by_the_same_call(
+    end, finished, tmp_path
+):
+    """All steps are made and saved; only the evaluation and the final line are missing."""
+    config = pretrain_config(eval_every=5, checkpoint_every=5)
+    with pytest.MonkeyPatch.context() as patch:
+        end(patch)
+        with pytest.raises(KeyboardInterrupt):
+            pretrain.pretrain(config, tmp_path)
+    assert saved_steps(tmp_path)[-1] == 12
+    assert not read_metrics(tmp_path)[-1].get("final")
+    pretrain.pretrain(config, tmp_path)
+    assert_trees_equal(restore_encoder(tmp_path), restore_encoder(finished[0]))
+    ours, theirs = (read_metrics(folder) for folder in (tmp_path, finished[0]))
+    assert [r["step"] for r in ours] == [r["step"] for r in theirs]
+    timed = ("wall_s", "goodput/", "train/images_per_sec")
+    for name in theirs[-1]:
+        if not name.startswith(timed):
+            assert ours[-1][name] == theirs[-1][name], name
 
 
 def test_interrupts_wait_for_the_end_of_a_step(tmp_path, monkeypatch):
