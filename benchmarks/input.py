@@ -2,6 +2,7 @@
 
     python -m benchmarks.input --data_dir=DIR            # ImageNet JPEGs, 224 px
     python -m benchmarks.input --data_dir=DIR --cifar    # and CIFAR-10, 32 px
+    python -m benchmarks.input --data_dir=DIR --policies # policies on host and in step
 
 Two views of every image; CPU milliseconds a source image (all threads of the process),
 images/s a core, and the ratio of CPU times. Pillow stands for the loaders that
@@ -32,6 +33,7 @@ import numpy as np
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
 from configs import common
+from supcon_jax.data import views as view_options
 from supcon_jax.data.augment import augment_batch
 from supcon_jax.data.datasets import open_source
 from supcon_jax.data.pipeline import load_small, train_batches
@@ -76,7 +78,9 @@ def ours(source, policy: str) -> Iterator[dict[str, np.ndarray]]:
     )
 
 
-def in_step(options: Augmentation, *, whole_images: bool) -> Callable:
+def in_step(
+    options: Augmentation, *, whole_images: bool, chunk_size: int | None = None
+) -> Callable:
     """The jitted part of an augmentation."""
     return jax.jit(
         functools.partial(
@@ -84,6 +88,7 @@ def in_step(options: Augmentation, *, whole_images: bool) -> Callable:
             augmentation=options.step_part(whole_images=whole_images),
             seed=0,
             views=VIEWS,
+            chunk_size=chunk_size,
         )
     )
 
@@ -181,7 +186,7 @@ def _cutout(image: Image.Image, half: int) -> Image.Image:
 
 def pillow_auto_augment(image: Image.Image) -> Image.Image:
     """One of the 25 sub-policies."""
-    from supcon_jax.data.autoaugment import POLICY_V0
+    from supcon_jax.data.operations import POLICY_V0
 
     for name, probability, level in random.choice(POLICY_V0):
         if random.random() < probability:
@@ -336,6 +341,55 @@ def cifar(data_dir: str, rounds: int) -> None:
         )
 
 
+def policies(data_dir: str, rounds: int) -> None:
+    """CIFAR-10 in memory: the same policies by TensorFlow on the host and in the step."""
+    from supcon_jax.data import host
+
+    size, batch = 32, 128
+    source = load_small(open_source("cifar10", "train", dir=data_dir), size)
+    sampler = shuffled(source.num_examples, batch, seed=0)
+    print("\nPolicies at 32 px, with crop and flip: CPU milliseconds a view\n")
+    print("| policy | host | in step, this CPU | host / step |")
+    print("|---|---|---|---|")
+    for policy in view_options.POLICIES:
+        options = Augmentation(crop_area=(0.2, 1.0), policy=policy)
+        on_host = host.batches(
+            source,
+            sampler,
+            functools.partial(
+                host.crop_and_augment,
+                augmentation=options,
+                image_size=size,
+                views=VIEWS,
+                seed=0,
+            ),
+            shape=(VIEWS, size, size, 3),
+            start_step=0,
+            stop_step=None,
+            replace_unreadable=True,
+        )
+        ids = sampler(0)
+        example = {"image": source.images[ids[:, 1]][:, None], "id": ids, "label": ids}
+        in_step_work = functools.partial(
+            step_all, in_step(options, whole_images=True, chunk_size=64), example
+        )
+        consume(on_host, 8)
+        in_step_work()
+        times = [
+            (
+                measured(functools.partial(consume, on_host, 20))[0] / VIEWS,
+                measured(in_step_work)[0] / VIEWS,
+            )
+            for _ in range(rounds)
+        ]
+        on_host.close()
+        one, other = (statistics.median(column) for column in zip(*times, strict=True))
+        print(
+            f"| {policy} | {one:.3f} | {other:.3f} | {one / other:.1f} |",
+            flush=True,
+        )
+
+
 def step_all(function: Callable, batch: dict[str, np.ndarray]) -> int:
     """Augments a batch ten times."""
     for _ in range(10):
@@ -372,11 +426,15 @@ def main() -> None:
     parser.add_argument("--data_dir", required=True, help="TFDS data directory")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--cifar", action="store_true", help="CIFAR-10 as well")
+    parser.add_argument("--policies", action="store_true", help="policies alone")
     parser.add_argument("--memory_steps", type=int, default=0, help="memory over steps")
     options = parser.parse_args()
     print(f"{os.cpu_count()} cores, jax {jax.__version__}, Pillow {Image.__version__}")
     if options.memory_steps:
         memory(options.data_dir, options.memory_steps)
+        return
+    if options.policies:
+        policies(options.data_dir, options.rounds)
         return
     imagenet(options.data_dir, options.rounds)
     if options.cifar:

@@ -78,7 +78,8 @@ def get_config() -> ConfigDict:
     config.augment.jitter_probability = 0.8  # share of views that are jittered
     # "torchvision": brightness is scaled | "tensorflow": it is added to (docs/data.md)
     config.augment.jitter_kind = "torchvision"
-    config.augment.policy = "none"  # "none" | "auto_augment" | "rand_augment"
+    # "none" | "auto_augment" | "rand_augment" | "trivial_augment"
+    config.augment.policy = "none"
     config.augment.rand_augment_layers = 2  # operations a view
     config.augment.rand_augment_magnitude = 10.0  # of each, 0 to 10
     config.augment.grayscale_probability = 0.2  # share of views without colour
@@ -198,13 +199,14 @@ AUGMENTATIONS = {
     "identity": (0.0, "none", 0.0, 0.0),
     "auto_augment": (0.0, "auto_augment", 0.0, 0.0),
     "rand_augment": (0.0, "rand_augment", 0.0, 0.0),
+    "trivial_augment": (0.0, "trivial_augment", 0.0, 0.0),
     "sim_augment": (0.8, "none", 0.2, 0.5),
     "stacked_rand_augment": (0.8, "rand_augment", 0.2, 0.5),
 }
 
 
 def set_augmentation(config, name: str, *, strength: float = 1.0, blur: bool = True):
-    """Sets one of the paper's augmentations; all begin with crop and flip.
+    """Sets one of the paper's augmentations, or TrivialAugment, after crop and flip.
 
     Args:
       config: the config to change.

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from supcon_jax import optimizers
 from supcon_jax.data.augment import TRANSFORMS
-from supcon_jax.data.views import BLUR_BORDERS, JITTER_KINDS
+from supcon_jax.data.views import BLUR_BORDERS, JITTER_KINDS, POLICIES
 from supcon_jax.models import ENCODERS, STEMS
 from supcon_jax.models.heads import CLASSIFIER_INITS
 from supcon_jax.objectives import OBJECTIVES
@@ -202,7 +202,7 @@ KEYS: dict[str, Key] = {
     "augment.jitter_strength": Key(0.5, _number(0, 2.5)),
     "augment.jitter_probability": Key(0.8, _number(0, 1)),
     "augment.jitter_kind": Key("torchvision", _one_of(JITTER_KINDS)),
-    "augment.policy": Key("none", _one_of(("none", "auto_augment", "rand_augment"))),
+    "augment.policy": Key("none", _one_of(POLICIES)),
     "augment.rand_augment_layers": Key(2, _number(1)),
     "augment.rand_augment_magnitude": Key(10.0, _number(0, 10)),
     "augment.grayscale_probability": Key(0.2, _number(0, 1)),

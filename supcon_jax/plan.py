@@ -132,7 +132,7 @@ def create_plan(
     *,
     num_classes: int,
     num_examples: int,
-    whole_images: bool | None = None,
+    whole_images: bool = True,
 ) -> Plan:
     """What a config computes on a mesh; opens no data and no folder.
 
@@ -142,8 +142,7 @@ def create_plan(
         be here.
       num_classes: C of the training split.
       num_examples: its images.
-      whole_images: see `Plan`; None: as for arrays in memory, whole where no
-        augmentation policy runs on the host.
+      whole_images: see `Plan`; so they are for arrays in memory.
 
     Raises:
       ValueError: keys or values that are not allowed, or a batch that the devices
@@ -152,8 +151,6 @@ def create_plan(
     check_config(config)
     parallel.check_batch_size(config.batch_size, mesh)
     parallel.check_microbatch_size(config.microbatch_size, config.batch_size, mesh)
-    if whole_images is None:
-        whole_images = config.augment.policy == "none"
     steps_per_epoch = num_examples / config.batch_size
     # Whole steps, as in the official code; the summand is for products such as 389.9...9.
     steps = int(config.epochs * steps_per_epoch + 1e-6)

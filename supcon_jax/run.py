@@ -127,7 +127,7 @@ def open_run(
         mesh,
         num_classes=train_source.num_classes,
         num_examples=train_source.num_examples,
-        whole_images=not on_host(train_source, config.augment.policy),
+        whole_images=not on_host(train_source),
     )
     data = {"train": identify(train_source), "evaluation": identify(eval_source)}
     # What one process alone cannot use ends all of them here, before they compute together.

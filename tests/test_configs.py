@@ -498,7 +498,9 @@ def test_host_augmentation_keys(tmp_path):
     one_layer = first(**{"augment.policy": "rand_augment"}, **layers)
     magnitude = {"augment.rand_augment_magnitude": 3.0}
     milder = first(**{"augment.policy": "rand_augment"}, **magnitude)
-    for a, b in itertools.combinations([none, auto, rand, one_layer, milder], 2):
+    trivial = first(**{"augment.policy": "trivial_augment"})
+    seen_so_far = [none, auto, rand, one_layer, milder, trivial]
+    for a, b in itertools.combinations(seen_so_far, 2):
         assert a.shape == b.shape and not np.array_equal(a, b)
     # Jitter comes before a policy, so it moves to the host with it.
     jitter = first(**{"augment.policy": "rand_augment"}, **JITTER)

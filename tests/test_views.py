@@ -39,7 +39,7 @@ def work(augmentation):
     return {name for name, done in switches.items() if done}
 
 
-@pytest.mark.parametrize("policy", ["none", "auto_augment", "rand_augment"])
+@pytest.mark.parametrize("policy", views.POLICIES)
 def test_host_and_step_do_each_operation_once(policy):
     options = dataclasses.replace(EVERYTHING, policy=policy)
     host, step = options.host_part(), options.step_part(whole_images=False)
@@ -50,22 +50,15 @@ def test_host_and_step_do_each_operation_once(policy):
     assert host.crop_area == options.crop_area
 
 
-def test_the_step_does_all_for_whole_images():
-    assert EVERYTHING.step_part(whole_images=True) == EVERYTHING
+@pytest.mark.parametrize("policy", views.POLICIES)
+def test_the_step_does_all_for_whole_images(policy):
+    options = dataclasses.replace(EVERYTHING, policy=policy)
+    assert options.step_part(whole_images=True) == options
 
 
 def test_no_probability_is_no_jitter():
     assert not dataclasses.replace(EVERYTHING, jitter_probability=0.0).jitters
     assert not dataclasses.replace(EVERYTHING, jitter_strength=0.0).jitters
-
-
-def test_a_policy_inside_the_step_is_refused():
-    options = dataclasses.replace(EVERYTHING, policy="auto_augment")
-    images = jnp.zeros((1, 1, 4, 4, 3), jnp.uint8)
-    with pytest.raises(ValueError, match="policies run on the host"):
-        augment.augment_batch(
-            images, jnp.zeros((1, 2), jnp.int32), options, seed=0, views=1
-        )
 
 
 def test_every_key_of_the_config_is_an_option():

@@ -15,12 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from supcon_jax.data.color import color_jitter, to_grayscale
+from supcon_jax.data.policies import apply_policy
 from supcon_jax.data.views import BLUR_BORDERS, TORCHVISION_CROP, Augmentation
 
 # The number of the random stream of Mixup and CutMix. A view's own augmentation uses
 # other keys, so that the two are drawn apart.
 MIXING_STREAM = 1000
 EXTRA_STREAM = 2000
+POLICY_STREAM = 3000
 
 
 def view_keys(seed: int, ids: jax.Array, views: int) -> jax.Array:
@@ -194,7 +196,11 @@ TRANSFORMS: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {"cutout": 
 def augment_view(
     key: jax.Array, image: jax.Array, augmentation: Augmentation
 ) -> jax.Array:
-    """One view `[H, W, 3]`: crop, flip, colour jitter, grayscale, blur, extra ones."""
+    """One view `[H, W, 3]`: crop, flip, jitter, policy, grayscale, blur, extra ones.
+
+    A policy works on whole numbers in 0..255, so a view is rounded before it, and after a
+    jitter before it, where and as the host rounds it.
+    """
     options = augmentation
     keys = jax.random.split(key, 6)
     crop_key, flip_key, jitter_key, gray_key, some_key, blur_key = keys
@@ -202,6 +208,9 @@ def augment_view(
         image = random_resized_crop(crop_key, image, area=options.crop_area)
     if options.flip:
         image = random_flip(flip_key, image)
+    policy = options.policy != "none"
+    if policy:
+        image = jnp.floor(255.0 * image + 0.5) / 255.0
     if options.jitters:
         image = color_jitter(
             jitter_key,
@@ -210,6 +219,11 @@ def augment_view(
             probability=options.jitter_probability,
             kind=options.jitter_kind,
         )
+    if policy:
+        # 255.5 keeps every value that the jitter left alone, see autoaugment.apply_jitter.
+        levels = jnp.floor(255.5 * image)
+        policy_key = jax.random.fold_in(key, POLICY_STREAM)
+        image = apply_policy(policy_key, levels, options).astype(image.dtype) / 255.0
     if options.grayscale_probability > 0:
         grey = to_grayscale(image)
         image = _maybe(gray_key, options.grayscale_probability, grey, image)
@@ -237,22 +251,14 @@ def augment_batch(
       images: `[B, 1, H, W, 3]` uint8 whole images, or `[B, V, H, W, 3]` views that
         the host has cropped and flipped already.
       ids: `[B, 2]` int32, epoch and example index (the source of randomness).
-      augmentation: what is done to each view; policies run on the host alone.
+      augmentation: what is done to each view.
       seed: the run's seed.
       views: number of views V.
       chunk_size: images augmented at a time; None: all at once.
 
     Returns:
       `[B, V, H, W, 3]` float32 in [0, 1].
-
-    Raises:
-      ValueError: the augmentation has a policy.
     """
-    if augmentation.policy != "none":
-        raise ValueError(
-            f"got the policy {augmentation.policy!r} inside the step; policies run on "
-            "the host: Augmentation.step_part() says what is left to the step"
-        )
     view = functools.partial(augment_view, augmentation=augmentation)
 
     def example(inputs: tuple[jax.Array, jax.Array]) -> jax.Array:

@@ -1,12 +1,14 @@
-"""AutoAugment and RandAugment on the host: the official code's operations and policies.
+"""AutoAugment, RandAugment and TrivialAugment on the host, in TensorFlow.
 
 Operations take one view `[H, W, 3]` uint8 and an argument in their own unit; policies
 take a stateless seed, and are functions of (view, seed) alone. TensorFlow is imported at
-the top, so nothing imports this module before host.py does.
+the top, so nothing imports this module before host.py does. operations.py says what the
+policies are; policies.py does the same in the jitted step, bit for bit.
 
-Source: Cubuk et al., arXiv 1805.09501 and 1909.13719; the constants are those of
-tensorflow/models, official/legacy/image_classification/augment.py, which the official
-code of SupCon uses. Contrast alone differs from it, see `contrast`.
+Source: Cubuk et al., arXiv 1805.09501 and 1909.13719; Müller & Hutter, arXiv 2103.10158;
+the operations are those of tensorflow/models, official/legacy/image_classification/
+augment.py, which the official code of SupCon uses. Contrast alone differs from it, see
+`contrast`.
 """
 
 from __future__ import annotations
@@ -16,43 +18,22 @@ from collections.abc import Callable
 
 import tensorflow as tf
 
-# The value of pixels that come from outside the image.
-FILL = 128
-# Red, green and blue in the luma, as Pillow has them.
-LUMA = (0.299, 0.587, 0.114)
-
-# 25 pairs of (operation, probability, level 0..10); one pair is drawn for a view.
-POLICY_V0 = (
-    (("Equalize", 0.8, 1), ("ShearY", 0.8, 4)),
-    (("Color", 0.4, 9), ("Equalize", 0.6, 3)),
-    (("Color", 0.4, 1), ("Rotate", 0.6, 8)),
-    (("Solarize", 0.8, 3), ("Equalize", 0.4, 7)),
-    (("Solarize", 0.4, 2), ("Solarize", 0.6, 2)),
-    (("Color", 0.2, 0), ("Equalize", 0.8, 8)),
-    (("Equalize", 0.4, 8), ("SolarizeAdd", 0.8, 3)),
-    (("ShearX", 0.2, 9), ("Rotate", 0.6, 8)),
-    (("Color", 0.6, 1), ("Equalize", 1.0, 2)),
-    (("Invert", 0.4, 9), ("Rotate", 0.6, 0)),
-    (("Equalize", 1.0, 9), ("ShearY", 0.6, 3)),
-    (("Color", 0.4, 7), ("Equalize", 0.6, 0)),
-    (("Posterize", 0.4, 6), ("AutoContrast", 0.4, 7)),
-    (("Solarize", 0.6, 8), ("Color", 0.6, 9)),
-    (("Solarize", 0.2, 4), ("Rotate", 0.8, 9)),
-    (("Rotate", 1.0, 7), ("TranslateY", 0.8, 9)),
-    (("ShearX", 0.0, 0), ("Solarize", 0.8, 4)),
-    (("ShearY", 0.8, 0), ("Color", 0.6, 4)),
-    (("Color", 1.0, 0), ("Rotate", 0.6, 2)),
-    (("Equalize", 0.8, 4), ("Equalize", 0.0, 8)),
-    (("Equalize", 1.0, 4), ("AutoContrast", 0.6, 2)),
-    (("ShearY", 0.4, 7), ("SolarizeAdd", 0.6, 7)),
-    (("Posterize", 0.8, 2), ("Solarize", 0.6, 10)),
-    (("Solarize", 0.6, 8), ("Equalize", 0.6, 1)),
-    (("Color", 0.8, 6), ("Rotate", 0.4, 5)),
+from supcon_jax.data.operations import (
+    AUTO_AUGMENT_CUTOUT,
+    AUTO_AUGMENT_TRANSLATE,
+    FACTOR_STEPS,
+    FILL,
+    LUMA,
+    LUMA_PER_MILLE,
+    NAMES,
+    POLICY_V0,
+    RAND_AUGMENT_CUTOUT,
+    RAND_AUGMENT_TRANSLATE,
+    WIDE_LEVELS,
+    WIDE_RULES,
+    Rule,
+    official_rules,
 )
-# Pixels that a translation at level 10 moves, and half the side of its cutout.
-AUTO_AUGMENT_TRANSLATE, AUTO_AUGMENT_CUTOUT = 250.0, 100.0
-RAND_AUGMENT_TRANSLATE, RAND_AUGMENT_CUTOUT = 100.0, 40.0
-
 
 # --- operations ---
 
@@ -129,9 +110,17 @@ def solarize(image: tf.Tensor, threshold: tf.Tensor) -> tf.Tensor:
     So it is in the official code, whose 8-bit threshold overflows: at level 10 it inverts
     the whole image, which Pillow would leave alone.
     """
-    threshold = tf.cast(tf.cast(threshold, tf.int32) % 256, tf.uint8)
+    return pillow_solarize(image, tf.cast(threshold, tf.int32) % 256)
+
+
+def pillow_solarize(image: tf.Tensor, threshold: tf.Tensor) -> tf.Tensor:
+    """Inverts values at or above `threshold`; 256 leaves the image alone."""
+    threshold = tf.cast(threshold, tf.int32)
+    some = tf.cast(threshold < 256, tf.uint8)
+    # Of 256 only the lowest 8 bits are left.
+    reached = tf.cast(image >= tf.cast(threshold % 256, tf.uint8), tf.uint8)
     # 255 - x flips every bit; tf.where is ten times slower than arithmetic.
-    return tf.bitwise.bitwise_xor(image, 255 * tf.cast(image >= threshold, tf.uint8))
+    return tf.bitwise.bitwise_xor(image, 255 * some * reached)
 
 
 def solarize_add(
@@ -143,12 +132,20 @@ def solarize_add(
     return image + below * tf.minimum(addition, 255 - image)
 
 
+def _in_steps(factor: tf.Tensor) -> tf.Tensor:
+    """Rounded to what operations.py calls steps, so that sums of products are exact."""
+    return tf.round(factor * FACTOR_STEPS) / FACTOR_STEPS
+
+
 def color(image: tf.Tensor, factor: tf.Tensor) -> tf.Tensor:
     """Saturation: `luma + factor (x - luma)`; 0 is grey, 1 the image."""
     x = tf.cast(tf.reshape(image, [-1, 3]), tf.float32)
-    # One product with a 3 x 3 matrix, whose every column holds the luma's weights.
-    mixture = (1.0 - factor) * tf.constant(LUMA)[:, None] + factor * tf.eye(3)
-    return tf.reshape(_truncate_to_uint8(tf.matmul(x, mixture) + 1e-3), tf.shape(image))
+    weights = _in_steps((1.0 - _in_steps(factor)) * tf.constant(LUMA))
+    # One product with a 3 x 3 matrix: each channel gets the weighted luma and of itself
+    # what makes the weights' sum 1, so that grey stays as it is.
+    mixture = weights[:, None] + (1.0 - tf.reduce_sum(weights)) * tf.eye(3)
+    mixed = tf.matmul(x, mixture) + 2.0**-10
+    return tf.reshape(_truncate_to_uint8(mixed), tf.shape(image))
 
 
 def contrast(image: tf.Tensor, factor: tf.Tensor) -> tf.Tensor:
@@ -157,8 +154,12 @@ def contrast(image: tf.Tensor, factor: tf.Tensor) -> tf.Tensor:
     As Pillow. The official code takes (number of pixels) / 256 for m, a defect: 196 for
     every image at 224 x 224.
     """
-    mean = _over_pixels(tf.reduce_mean, tf.cast(image, tf.float32))
-    luma = tf.floor(tf.reduce_sum(mean * LUMA) + 0.5)
+    columns = tf.reduce_sum(tf.cast(_rows(image), tf.int32), axis=0)
+    sums = tf.cast(tf.reduce_sum(tf.reshape(columns, [-1, 3]), axis=0), tf.int64)
+    # In whole numbers, so that no rounding of floats decides between two levels.
+    pixels = tf.cast(tf.size(image) // 3, tf.int64)
+    total = tf.reduce_sum(sums * tf.constant(LUMA_PER_MILLE, tf.int64))
+    luma = tf.cast((2 * total + 1000 * pixels) // (2000 * pixels), tf.float32)
     return _truncate_to_uint8(
         tf.cast(image, tf.float32) * factor + luma * (1.0 - factor)
     )
@@ -175,6 +176,7 @@ def sharpness(image: tf.Tensor, factor: tf.Tensor) -> tf.Tensor:
     The outermost pixels, where the filter does not fit, stay.
     """
     x = tf.cast(image, tf.float32)
+    factor = _in_steps(factor)
     height, width = tf.shape(image)[0], tf.shape(image)[1]
 
     def sharpened() -> tf.Tensor:
@@ -261,46 +263,57 @@ def cutout(image: tf.Tensor, half: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
 
 # --- levels ---
 
+# name -> (view, argument in its own unit) -> view. Cutout needs a seed as well.
+FUNCTIONS: dict[str, Callable[[tf.Tensor, tf.Tensor], tf.Tensor]] = {
+    "AutoContrast": lambda image, _: autocontrast(image),
+    "Equalize": lambda image, _: equalize(image),
+    "Invert": lambda image, _: invert(image),
+    "Rotate": rotate,
+    "Posterize": posterize,
+    "Solarize": solarize,
+    "PillowSolarize": pillow_solarize,
+    "Color": color,
+    "Contrast": contrast,
+    "Brightness": brightness,
+    "Sharpness": sharpness,
+    "ShearX": shear_x,
+    "ShearY": shear_y,
+    "TranslateX": translate_x,
+    "TranslateY": translate_y,
+    "SolarizeAdd": solarize_add,
+}
+
+
+def operate(
+    name: str, rule: Rule, image: tf.Tensor, level: tf.Tensor, seed: tf.Tensor
+) -> tf.Tensor:
+    """An operation at a level; the seed decides about its sign and place."""
+    argument = rule(level, tf.floor)
+    if name == "Cutout":
+        return cutout(image, argument, seed)
+    if rule.signed:
+        negative = tf.random.stateless_uniform([], seed) < 0.5
+        argument = tf.where(negative, -argument, argument)
+    return FUNCTIONS[name](image, argument)
+
+
+def _official(
+    name: str,
+    image: tf.Tensor,
+    level: tf.Tensor,
+    seed: tf.Tensor,
+    translate: float,
+    cutout_half: float,
+) -> tf.Tensor:
+    rule = official_rules(translate=translate, cutout=cutout_half)[name]
+    return operate(name, rule, image, level, seed)
+
+
 Operation = Callable[[tf.Tensor, tf.Tensor, tf.Tensor, float, float], tf.Tensor]
-
-
-def _enhance(level: tf.Tensor) -> tf.Tensor:
-    return 0.18 * level + 0.1
-
-
-def _whole(value: tf.Tensor) -> tf.Tensor:
-    # In float32, 1.1 * 10 is a little less than 11; the small summand corrects that.
-    return tf.floor(value + 1e-4)
-
-
-def _signed(value: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
-    return tf.where(tf.random.stateless_uniform([], seed) < 0.5, -value, value)
-
-
 # name -> (view, level 0..10, seed, translate_const, cutout_const) -> view
 OPERATIONS: dict[str, Operation] = {
-    "AutoContrast": lambda x, level, seed, t, c: autocontrast(x),
-    "Equalize": lambda x, level, seed, t, c: equalize(x),
-    "Invert": lambda x, level, seed, t, c: invert(x),
-    "Rotate": lambda x, level, seed, t, c: rotate(x, _signed(3.0 * level, seed)),
-    "Posterize": lambda x, level, seed, t, c: posterize(x, _whole(0.4 * level)),
-    "Solarize": lambda x, level, seed, t, c: solarize(x, _whole(25.6 * level)),
-    "Color": lambda x, level, seed, t, c: color(x, _enhance(level)),
-    "Contrast": lambda x, level, seed, t, c: contrast(x, _enhance(level)),
-    "Brightness": lambda x, level, seed, t, c: brightness(x, _enhance(level)),
-    "Sharpness": lambda x, level, seed, t, c: sharpness(x, _enhance(level)),
-    "ShearX": lambda x, level, seed, t, c: shear_x(x, _signed(0.03 * level, seed)),
-    "ShearY": lambda x, level, seed, t, c: shear_y(x, _signed(0.03 * level, seed)),
-    "TranslateX": lambda x, level, seed, t, c: translate_x(
-        x, _signed(t / 10 * level, seed)
-    ),
-    "TranslateY": lambda x, level, seed, t, c: translate_y(
-        x, _signed(t / 10 * level, seed)
-    ),
-    "Cutout": lambda x, level, seed, t, c: cutout(x, _whole(c / 10 * level), seed),
-    "SolarizeAdd": lambda x, level, seed, t, c: solarize_add(x, _whole(11.0 * level)),
+    name: functools.partial(_official, name) for name in NAMES
 }
-NAMES = tuple(OPERATIONS)
 
 
 # --- policies ---
@@ -376,6 +389,25 @@ def rand_augment(
             cutout_half=RAND_AUGMENT_CUTOUT,
         )
     return image
+
+
+def trivial_augment(image: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
+    """One of the identity and 13 operations at one of 31 levels, both drawn uniformly.
+
+    Args:
+      image: `[H, W, 3]` uint8.
+      seed: `[2]` integers.
+    """
+    drawn = tf.random.stateless_uniform([2], tf.random.fold_in(seed, 0))
+    level = tf.floor(drawn[1] * WIDE_LEVELS)
+    sign_seed = tf.random.fold_in(seed, 1)
+    branches = [
+        functools.partial(operate, name, rule, image, level, sign_seed)
+        for name, rule in WIDE_RULES.items()
+    ]
+    number = tf.cast(drawn[0] * (len(branches) + 1), tf.int32)
+    chosen = tf.switch_case(number, [*branches, lambda: image])
+    return tf.ensure_shape(chosen, image.shape)
 
 
 # --- colour jitter ---

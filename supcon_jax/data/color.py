@@ -10,10 +10,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from supcon_jax.data.operations import LUMA
 from supcon_jax.data.views import JITTER_KINDS
-
-# Weights of red, green and blue in the luma (ITU-R BT.601).
-LUMA = (0.299, 0.587, 0.114)
 
 
 def luma(image: jax.Array, axis: int = -1) -> jax.Array:

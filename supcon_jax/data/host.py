@@ -372,6 +372,8 @@ def apply_policy(
         )
     if augmentation.policy == "auto_augment":
         return autoaugment.auto_augment(view, fold_in(seed, 1))
+    if augmentation.policy == "trivial_augment":
+        return autoaugment.trivial_augment(view, fold_in(seed, 1))
     if augmentation.policy == "rand_augment":
         return autoaugment.rand_augment(
             view,

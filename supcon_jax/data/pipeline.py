@@ -1,8 +1,8 @@
 """From a source to batches on the host.
 
 A batch holds this process's rows of the global batch. Which examples a step sees is
-arithmetic (sampler.py). Images in memory are indexed here; encoded images, and images
-that a policy changes, go through tf.data (host.py), and only then TensorFlow is loaded.
+arithmetic (sampler.py). Images in memory are indexed here; encoded images go through
+tf.data (host.py), and only then TensorFlow is loaded.
 """
 
 from __future__ import annotations
@@ -25,13 +25,12 @@ Batch = dict[str, np.ndarray]
 IN_MEMORY_BYTES = 2**30
 
 
-def on_host(source: Source, policy: str) -> bool:
+def on_host(source: Source) -> bool:
     """Whether the host crops and flips; otherwise whole images go into the step.
 
-    Policies run on the host (docs/data.md has the measurement), and they come after
-    the crop. Noise is made in the shape that a host would make.
+    Noise is made in the shape that a host would make.
     """
-    return policy != "none" or source.images is None
+    return source.images is None
 
 
 def process_rows(batch_size: int) -> slice:
@@ -79,7 +78,7 @@ def train_batches(
     """
     check_image_size(source, image_size)
     rows = process_rows(batch_size)
-    if source.synthetic or not on_host(source, augmentation.policy):
+    if source.synthetic or not on_host(source):
         fetch = _without_decoding(source, rows, views, image_size)
         for step in itertools.count(start_step):
             ids = sampler(step)[rows]

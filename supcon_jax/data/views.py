@@ -1,7 +1,8 @@
 """What a view is made of: one description that host and step share.
 
 A view is cropped, flipped, jittered, sent through a policy, made grey and blurred, in this
-order. The host does some of this and the jitted step the rest (`host_part`, `step_part`).
+order. The step does all of this for whole images in memory; for others the host does some
+of it and the step the rest (`host_part`, `step_part`).
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ class CropSpec:
 
     | | in the step: `TORCHVISION_CROP` | on the host: `TENSORFLOW_CROP` |
     |---|---|---|
-    | used for | whole images in memory without a policy | all others |
+    | used for | whole images in memory | all others |
     | drawn | area uniform, aspect ratio log-uniform | aspect ratio uniform, then height |
     | corners | may lie between pixels | whole pixels |
     | least area | `crop_area[0]` | `crop_area[0]`, but never below `least_covered` |
@@ -53,6 +54,9 @@ JITTER_KINDS = ("torchvision", "tensorflow")
 # code, or the nearest pixel of the image as in Pillow, which MoCo uses.
 BLUR_BORDERS = ("grey", "edge")
 
+# What may come after crop, flip and jitter; operations.py says what they are.
+POLICIES = ("none", "auto_augment", "rand_augment", "trivial_augment")
+
 
 @dataclasses.dataclass(frozen=True)
 class Augmentation:
@@ -64,7 +68,7 @@ class Augmentation:
       jitter_strength: s of the colour jitter; 0: none.
       jitter_probability: share of the views that are jittered.
       jitter_kind: a name in `JITTER_KINDS`.
-      policy: "none", "auto_augment" or "rand_augment".
+      policy: a name in `POLICIES`.
       layers, magnitude: of RandAugment.
       grayscale_probability: share of the views that lose their colour.
       blur_probability: share of the views that are blurred.
@@ -107,10 +111,12 @@ class Augmentation:
           whole_images: whether the host sends whole images; if not, it has cropped and
             flipped them.
         """
+        if whole_images:
+            return self
         return dataclasses.replace(
             self,
-            crop_area=self.crop_area if whole_images else None,
-            flip=self.flip and whole_images,
+            crop_area=None,
+            flip=False,
             jitter_strength=self.jitter_strength if self.policy == "none" else 0.0,
             policy="none",
         )

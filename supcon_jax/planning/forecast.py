@@ -41,11 +41,12 @@ from supcon_jax.planning.topologies import (
 )
 from supcon_jax.run import build_train_batches, open_sources
 
-# Training images, classes and mean bytes of an encoded image, where the data are not here.
+# Training images, classes, mean bytes of an encoded image and whether they are held in
+# memory, where the data are not here.
 KNOWN_DATA = {
-    "imagenet2012": (1_281_167, 1000, 110_000),
-    "cifar10": (50_000, 10, 2_600),
-    "cifar100": (50_000, 100, 2_600),
+    "imagenet2012": (1_281_167, 1000, 110_000, False),
+    "cifar10": (50_000, 10, 2_600, True),
+    "cifar100": (50_000, 100, 2_600, True),
 }
 # Seconds for which the input is measured.
 MEASURE_S = 10.0
@@ -57,7 +58,7 @@ class Data(NamedTuple):
     Attributes:
       num_examples, num_classes: of the split.
       image_bytes: mean of an encoded image; None for arrays in memory.
-      whole_images: see `Plan`; None: by the config.
+      whole_images: see `Plan`.
       opened: whether they were looked at; else they are those of `KNOWN_DATA`.
       rate: images that this host makes in a second; None where that was not measured.
     """
@@ -65,7 +66,7 @@ class Data(NamedTuple):
     num_examples: int
     num_classes: int
     image_bytes: float | None
-    whole_images: bool | None = None
+    whole_images: bool = True
     opened: bool = False
     rate: float | None = None
 
@@ -167,7 +168,7 @@ def look_at_data(config: ConfigDict, *, measure: bool) -> Data:
             train.num_examples,
             train.num_classes,
             size,
-            not on_host(train, config.augment.policy),
+            not on_host(train),
             opened=True,
             rate=rate,
         )

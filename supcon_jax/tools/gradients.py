@@ -174,7 +174,7 @@ def measure(
         parallel.create_mesh(jax.devices()[:1]),
         num_classes=train.num_classes,
         num_examples=train.num_examples,
-        whole_images=not on_host(train, config.augment.policy),
+        whole_images=not on_host(train),
     )
     stream = build_train_batches(config, train, build_sampler(config, train))
     taken = list(itertools.islice(stream, batches))

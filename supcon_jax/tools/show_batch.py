@@ -85,7 +85,7 @@ def first_views(
         builders.build_augmentation(
             config,
             parallel.create_mesh(jax.devices()[:1]),
-            whole_images=not on_host(train, config.augment.policy),
+            whole_images=not on_host(train),
         )
     )
     views = np.asarray(augment(head["image"], head["id"]))
