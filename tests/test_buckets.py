@@ -9,6 +9,7 @@ import signal
 import threading
 import time
 
+import fsspec
 import jax
 import numpy as np
 import pytest
@@ -301,6 +302,27 @@ def test_files_written_during_an_outage_reach_the_bucket(emulator, bucket, monke
         "metrics.jsonl",
     ]
     assert not mirror.folder.exists()
+
+
+@pytest.mark.parametrize("length", [0, 1000, 12_000_000])
+def test_libraries_write_what_fits_a_block_in_one_request(bucket, length, monkeypatch):
+    """A session for parts is lost with a server that goes away; one request is sent again."""
+    path = epaths.as_path(f"{bucket}/metadata")
+    content = np.random.default_rng(0).bytes(length)
+    asked = []
+    file_system = fsspec.filesystem("gs")
+    request = type(file_system)._request
+
+    async def noting(self, method, url, *arguments, **options):
+        asked.append(options.get("uploadType") or url)
+        return await request(self, method, url, *arguments, **options)
+
+    monkeypatch.setattr(type(file_system), "_request", noting)
+    path.write_bytes(content)
+    assert path.read_bytes() == content
+    assert storage.read(f"{bucket}/metadata") == content
+    sessions = [one for one in asked if "resumable" in one or "upload_id" in one]
+    assert bool(sessions) == (length > 1000)
 
 
 def test_a_folder_of_images_in_a_bucket(bucket, tmp_path):

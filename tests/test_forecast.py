@@ -492,7 +492,7 @@ from supcon_jax.planning.forecast import plan_run
 from supcon_jax.planning.topologies import find_topology
 
 config = supcon_cifar10.get_config()
-config.batch_size = 65536
+config.batch_size = 2**20
 config.encoder.name = "resnet8"
 found = plan_run(config, find_topology("v5e:2x2"), host_rate=1e5)
 print("found", found["fits"], *found["verdict"])

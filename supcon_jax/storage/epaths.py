@@ -52,6 +52,22 @@ def _set_up_gcsfs() -> None:
     import gcsfs
     from gcsfs.retry import is_retriable
 
+    class WholeFile(gcsfs.core.GCSFile):
+        """Sends what fits a block in one request, which may be sent again as it is.
+
+        gcsfs opens a session to send parts, and a bucket that loses it refuses them.
+        """
+
+        def _initiate_upload(self) -> None:
+            if self.buffer.tell() >= self.blocksize:
+                super()._initiate_upload()
+
+        def _upload_chunk(self, final: bool = False) -> bool:
+            if self.location is None and final and self.autocommit:
+                self._simple_upload()
+                return True
+            return super()._upload_chunk(final)
+
     class PatientFileSystem(gcsfs.GCSFileSystem):
         """gcsfs, which gives a bucket up after half a minute, as patient as we are.
 
@@ -60,6 +76,11 @@ def _set_up_gcsfs() -> None:
 
         def __init__(self, *args: Any, **options: Any):
             super().__init__(*args, **options | {"use_listings_cache": False})
+
+        def _open(self, path: str, mode: str = "rb", **options: Any) -> Any:
+            options["block_size"] = options.get("block_size") or self.default_block_size
+            options["consistency"] = options.get("consistency") or self.consistency
+            return WholeFile(self, path, mode, **options)
 
         async def _request(self, *args: Any, **options: Any) -> Any:
             start = time.monotonic()

@@ -106,7 +106,7 @@ def _of_text(config_text: str, flops: bool) -> Cost:
     none = 0.0 if flops else None
     if config.mode not in TRAINING_MODES:
         return Cost(1, 0, 0, none)
-    data = _look_at_data(json.dumps(config.data.to_dict()), config.augment.policy)
+    data = _look_at_data(json.dumps(config.data.to_dict()))
     if config.probe.solver == "lbfgs":
         return Cost(1, 0, data.num_examples, none)
     plan = create_plan(
@@ -126,14 +126,14 @@ def _of_text(config_text: str, flops: bool) -> Cost:
 
 
 @functools.lru_cache(maxsize=64)
-def _look_at_data(data_text: str, policy: str) -> Data:
-    config = config_of({"data": json.loads(data_text), "augment": {"policy": policy}})
+def _look_at_data(data_text: str) -> Data:
+    config = config_of({"data": json.loads(data_text)})
     config.batch_size = 1  # any data are enough to be looked at
     return look_at_data(config, measure=False)
 
 
 @functools.lru_cache(maxsize=256)
-def _flops(config_text: str, num_classes: int, whole_images: bool | None) -> float:
+def _flops(config_text: str, num_classes: int, whole_images: bool) -> float:
     """Operations of one step."""
     plan = create_plan(
         config_of(json.loads(config_text)),
