@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from supcon_jax.checkpoint import saved_steps
+from supcon_jax.data.datasets import open_source
 from tests.faults import commands
 from tests.processes import Job, Process, flags, main_job
-from tests.runs import assert_trees_equal
+from tests.runs import assert_trees_equal, write_corrupted
 
 # main.py with something changed beforehand; its arguments follow.
 WRAPPED = """
@@ -148,6 +149,31 @@ def test_an_evaluation_by_two_processes_is_that_of_one(tmp_path):
     np.testing.assert_allclose(
         predictions[0]["logits"], predictions[1]["logits"], rtol=1e-4, atol=1e-5
     )
+
+
+@pytest.mark.slow
+def test_robustness_by_two_processes_is_that_of_one(tmp_path):
+    """Every split of a dataset like CIFAR-10-C, its images darker with the severity."""
+    model = {"loss.name": "cross_entropy", "knn.bank": 0}
+    with main_job(1, tmp_path / "run", **model) as job:
+        assert job.wait() == {0: 0}, job[0].err
+    digits = open_source("digits", "test")
+    corrupted = write_corrupted(
+        tmp_path / "c",
+        digits.images[:50],
+        digits.labels[:50],
+        lambda images, severity: images // severity,
+    )
+    found = []
+    for size in (1, 2):
+        out = tmp_path / f"robust_{size}"
+        changes = {"mode": "robustness", "pretrained": tmp_path / "run", **model}
+        changes["robustness.data"] = corrupted
+        with main_job(size, out, **changes) as job:
+            assert set(job.wait(300).values()) == {0}, job[0].err
+        found.append(json.loads((out / "metrics.jsonl").read_text()))
+    for name in filter(lambda name: name.startswith("robustness/"), found[0]):
+        assert found[0][name] == pytest.approx(found[1][name], rel=1e-5), name
 
 
 # --- Processes that differ ---
