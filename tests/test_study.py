@@ -79,6 +79,7 @@ def test_every_study_is_right_at_both_scales(path, scale):
         ({"seeds": 0}, "got seeds=0; allowed: 1 or more"),
         ({"seeds": (1, 1)}, "each once"),
         ({"held_out": 1.5}, "got held_out=1.5"),
+        ({"spread": "epochs"}, "got spread='epochs'; allowed: an axis of the grid"),
         ({"tune_seeds": 0}, "got tune_seeds=0"),
         ({"paper": {"values": {"0.3": 1.0}}}, "name '0.3', which is no cell; cells: 0.1; 0.5"),
         ({"paper": {"value": {}}}, "unknown key 'value' of paper"),
@@ -210,7 +211,9 @@ def test_stages_run_in_order_with_the_seed_and_the_workdir_before(fake, tmp_path
 
 def test_the_table_has_means_deviations_and_paired_intervals(fake, tmp_path):
     fake()
-    study = make(paper={"source": "Figure 4", "values": {"0.1": 78.7}})
+    study = make(
+        paper={"source": "Figure 4", "values": {"0.1": 78.7}}, spread="loss.temperature"
+    )
     assert runner.run_study(study, tmp_path)
     table = (tmp_path / "results.md").read_text()
     ours = np.array([0.92, 0.932, 0.944])
@@ -222,6 +225,7 @@ def test_the_table_has_means_deviations_and_paired_intervals(fake, tmp_path):
         f"| 0.5 | 93.20 ± 1.20 | 0.0340 ± 0.0060 | **+2.20 ± {half:.2f}** |  |" in table
     )
     assert "paper: Figure 4" in table
+    assert "| 0.5 | 1 | 93.20 | 0.00 | 93.20 | 93.20 |" in table
     rows = (tmp_path / "results.csv").read_text().splitlines()
     assert (
         rows[0]

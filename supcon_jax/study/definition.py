@@ -53,6 +53,7 @@ class Study:
       tune_seeds: how many seeds each combination is tried with.
       held_out: share of the training images that chooses.
       prepare: tools that run once before the cells, for what cells share.
+      spread: an axis; for each of its labels the spread over all other settings is told.
       paper: {"source": where, "values": label of a cell -> number, "unit": of them}.
       reading: what the table says, in sentences for the documents.
 
@@ -71,6 +72,7 @@ class Study:
     tune_seeds: int = 1
     held_out: float = 0.2
     prepare: Sequence[Sequence[str]] = ()
+    spread: str = ""
     paper: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     reading: str = ""
 
@@ -190,6 +192,11 @@ def _check_fields(study: Study) -> None:
                 f"got baseline={{{axis!r}: {label!r}}}; allowed: axes of the grid, "
                 f"{', '.join(study.grid)}"
             )
+    if study.spread and study.spread not in study.grid:
+        raise ValueError(
+            f"got spread={study.spread!r}; allowed: an axis of the grid, "
+            f"{', '.join(study.grid)}"
+        )
     for name in study.paper:
         if name not in ("source", "values", "unit"):
             raise ValueError(

@@ -229,10 +229,32 @@ def as_markdown(study: Study, out: pathlib.Path) -> str:
     if source := study.paper.get("source"):
         notes.append(f"paper: {source}")
     text += "\n" + "; ".join(notes) + ".\n"
+    if study.spread:
+        text += "\n" + _spread_table(study, out)
     if failed := failures(study, out):
         text += "\nFailed:\n\n" + "".join(f"- {line}\n" for line in failed)
     text += f"\n![{study.title}](results.png)\n"
     return text + (f"\n{study.reading.strip()}\n" if study.reading else "")
+
+
+def _spread_table(study: Study, out: pathlib.Path) -> str:
+    """Over all settings of each label of the axis: mean, deviation, least and most."""
+    metric, axis = study.metrics[0], list(study.grid).index(study.spread)
+    means: dict[str, list[float]] = {}
+    for cell in cells(study):
+        if values := values_of(study, cell, metric, out):
+            means.setdefault(cell.values[axis], []).append(
+                statistics.fmean(values.values())
+            )
+    what = ("settings", "mean", "deviation over settings", "least", "most")
+    header = [study.axes[axis], *(f"{_header(metric)}: {word}" for word in what[1:])]
+    lines = [_row([header[0], what[0], *header[1:]]), "|---" * 6 + "|"]
+    for label, found in means.items():
+        spread = statistics.stdev(found) if len(found) > 1 else 0.0
+        four = (statistics.fmean(found), spread, min(found), max(found))
+        texts = [_mean_text(metric, [number]) for number in four]
+        lines.append(_row([label, str(len(found)), *texts]))
+    return "\n".join(lines) + "\n"
 
 
 def _row(cells_of_row: list[str]) -> str:

@@ -1,0 +1,77 @@
+"""Augmentations of the two stages: Table 9 of the paper.
+
+    python -m supcon_jax.tools.study studies/augmentations.py --config.data.dir=DIR
+    python -m supcon_jax.tools.study studies/augmentations.py --scale=full
+        --config.data.dir=DIR
+
+At small scale CIFAR-10 with a hundred images a class and the strided small encoder, since
+digits have no colours to change.
+Hardware: 2 CPU cores. Time: an hour. Result: docs/studies.md.
+"""
+
+from configs import common as recipes
+from studies import common
+
+# Table 9: (contrastive, linear) -> top-1.
+PAPER = {
+    ("auto_augment", "auto_augment"): 78.6,
+    ("auto_augment", "rand_augment"): 78.1,
+    ("auto_augment", "sim_augment"): 75.4,
+    ("auto_augment", "stacked_rand_augment"): 77.4,
+    ("sim_augment", "auto_augment"): 76.1,
+    ("sim_augment", "rand_augment"): 75.9,
+    ("sim_augment", "sim_augment"): 77.9,
+    ("sim_augment", "stacked_rand_augment"): 76.4,
+    ("rand_augment", "auto_augment"): 78.3,
+    ("rand_augment", "rand_augment"): 78.4,
+    ("rand_augment", "sim_augment"): 76.3,
+    ("rand_augment", "stacked_rand_augment"): 75.8,
+    ("stacked_rand_augment", "auto_augment"): 78.1,
+    ("stacked_rand_augment", "rand_augment"): 78.2,
+    ("stacked_rand_augment", "sim_augment"): 77.9,
+    ("stacked_rand_augment", "stacked_rand_augment"): 75.9,
+}
+KEYS = ("jitter_probability", "policy", "grayscale_probability", "blur_probability")
+
+
+def get_study(scale):
+    def stage(prefix):
+        return {
+            name: {
+                f"{prefix}augment.{key}": value
+                for key, value in zip(KEYS, recipes.AUGMENTATIONS[name], strict=True)
+                if scale == "full" or key != "blur_probability"
+            }
+            for name in ("auto_augment", "rand_augment", "sim_augment")
+            + (("stacked_rand_augment",) if scale == "full" else ())
+        }
+
+    stages = common.stages(scale, evaluate=False)
+    shared = {}
+    if scale == "small":
+        stages = {
+            "pretrain": "configs/supcon_cifar10.py",
+            "probe": "configs/linear_cifar10.py",
+        }
+        shared = {
+            "all:data.samples_per_class": 100,
+            "all:data.split_seed": "{seed}",
+            "epochs": 60.0,
+            "eval_every": 0,
+            "checkpoint_every": 0,
+            "probe:epochs": 60.0,
+        }
+    paper = {
+        ", ".join(pair): value
+        for pair, value in PAPER.items()
+        if scale == "full" or "stacked_rand_augment" not in pair
+    }
+    return {
+        "title": "Augmentations of the two stages",
+        "stages": stages,
+        "shared": shared,
+        "grid": {"pretraining": stage(""), "linear": stage("probe:")},
+        "seeds": 3,
+        "metrics": ("probe:eval/top1",),
+        "paper": {"source": "Table 9, ResNet-50, 350 epochs", "values": paper},
+    }

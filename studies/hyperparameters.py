@@ -1,0 +1,48 @@
+"""How much depends on the hyperparameters: Figure 4 (a) of the paper.
+
+    python -m supcon_jax.tools.study studies/hyperparameters.py
+
+Every combination of optimizer, augmentation and learning rate, for both methods; what counts
+is the spread over the settings. A learning rate is a factor of one that works for the optimizer.
+Hardware: 2 CPU cores. Time: forty minutes. Result: docs/studies.md.
+"""
+
+from studies import common
+
+FACTORS = (0.2, 1.0, 5.0)
+
+
+def get_study(scale):
+    rates = {"lars": 2.0, "momentum": 0.1, "rmsprop": 0.003}
+    augmentations = {"little": (0.75, 1.0), "much": (0.4, 1.0)}
+    if scale == "full":
+        rates = {"lars": 0.4, "momentum": 0.1, "rmsprop": 0.003}
+        augmentations = {
+            name: {"augment.policy": name} for name in ("auto_augment", "rand_augment")
+        }
+    else:
+        augmentations = {
+            name: {"augment.crop_area": area} for name, area in augmentations.items()
+        }
+    settings = {
+        f"{name} x {factor:g}": {
+            "optimizer.name": name,
+            "optimizer.learning_rate": rate * factor,
+        }
+        for name, rate in rates.items()
+        for factor in FACTORS
+    }
+    return {
+        "title": "Spread over hyperparameters",
+        "stages": common.stages(scale),
+        "shared": common.shared(scale),
+        "grid": {
+            "method": {"SupCon": {}, "cross-entropy": common.cross_entropy(scale)},
+            "augmentation": augmentations,
+            "optimizer and rate": settings,
+        },
+        "seeds": 3,
+        "metrics": ("evaluate:eval/top1",),
+        "spread": "method",
+        "paper": {"source": "Figure 4 (a): SupCon varies less than cross-entropy"},
+    }
