@@ -50,6 +50,7 @@ def get_config() -> ConfigDict:
     config.data.label_key = "label"  # TFDS: of the one that is the class; "": no labels
     config.data.train_split = "train"
     config.data.eval_split = "test"
+    config.data.classes = ()  # only these, numbered anew from 0; (): all
     config.data.validation_fraction = 0.0  # evaluate on this share of train instead
     config.data.fraction = 1.0  # train on this share of the training images
     config.data.samples_per_class = 0  # train on so many images of a class; 0: all

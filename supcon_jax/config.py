@@ -174,6 +174,17 @@ KEYS: dict[str, Key] = {
     "data.label_key": Key("label", _TEXT),
     "data.train_split": Key("train", _TEXT),
     "data.eval_split": Key("test", _TEXT),
+    "data.classes": Key(
+        (),
+        Rule(
+            lambda values: (
+                all(isinstance(x, int) and x >= 0 for x in values)
+                and len({*values}) == len(values)
+                and len(values) != 1
+            ),
+            "numbers of at least two classes, each once, or none for all",
+        ),
+    ),
     "data.validation_fraction": Key(0.0, _number(0, 0.99)),
     "data.fraction": Key(1.0, _number(0, 1, above=True)),
     "data.samples_per_class": Key(0, _number(0)),

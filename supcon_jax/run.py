@@ -322,6 +322,7 @@ def _open_split(config: ConfigDict, split: str) -> Source:
         label_key=data.label_key,
         skip_errors=data.skip_errors,
     )
+    source = sources_of.take_classes(source, data.classes)
     return load_small(source, data.image_size)
 
 

@@ -96,6 +96,9 @@ def test_check_config_names_what_is_wrong():
         ("epochs", float("nan")),
         ("seed", -1),
         ("encoder.name", "resnet51"),
+        ("data.classes", (3,)),
+        ("data.classes", (3, 3)),
+        ("data.classes", (3, -1)),
         ("augment.crop_area", (0.5, 0.2)),
         ("augment.crop_area", (0.5,)),
         ("data.std", (1.0, 0.0, 1.0)),
@@ -338,6 +341,7 @@ ELSEWHERE = {
     "data.train_split": "test_configs.py::test_data_keys",
     "data.eval_split": "test_configs.py::test_data_keys",
     "data.image_size": "test_configs.py::test_data_keys",
+    "data.classes": "test_configs.py::test_keys_that_choose_examples",
     "data.validation_fraction": "test_configs.py::test_keys_that_choose_examples",
     "data.fraction": "test_configs.py::test_keys_that_choose_examples",
     "data.samples_per_class": "test_configs.py::test_keys_that_choose_examples",
@@ -419,6 +423,9 @@ def test_keys_that_choose_examples(tmp_path):
     whole = labels()
     train, held_out = run_module.open_sources(tiny(**{"data.validation_fraction": 0.2}))
     assert (train.num_examples, held_out.num_examples) == (1038, 259)
+    some = run_module.open_sources(tiny(**{"data.classes": (7, 1)}))
+    assert [s.class_names for s in some] == [("7", "1")] * 2
+    assert [len(np.unique(s.labels)) for s in some] == [2, 2]
     assert len(labels(**{"data.fraction": 0.25})) == 324
     assert len(labels(**{"data.samples_per_class": 7})) == 70
     noisy = labels(**{"data.label_noise": 0.5})

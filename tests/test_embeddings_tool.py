@@ -7,9 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
 from supcon_jax import features, linear_eval, parallel, pretrained
 from supcon_jax.checkpoint import restore_state
+from supcon_jax.data.datasets import open_source
 from supcon_jax.evaluation import embeddings as measured
 from supcon_jax.run import create_predictor, open_sources
 from supcon_jax.tools import embeddings
@@ -101,6 +103,17 @@ def test_its_numbers_are_those_of_the_functions(run, classifier, tmp_path, capsy
     for words in ("embedding  projection", "kNN top-1", "largest softmax: AUROC"):
         assert words in told
     assert "Next:    python main.py --config=configs/linear_digits.py" in told
+
+
+def test_the_classes_that_a_run_left_out_are_foreign(run):
+    model = embeddings.open_model(str(run), [])
+    with pytest.raises(ValueError, match="the run has all classes"):
+        embeddings.open_other(model, "other_classes", "")
+    config = ConfigDict(model.config)
+    config.data.classes = (0, 1, 2, 3, 4)
+    other = embeddings.open_other(model._replace(config=config), "other_classes", "")
+    assert other.class_names == ("5", "6", "7", "8", "9")
+    assert other.num_examples == np.sum(open_source("digits", "test").labels >= 5)
 
 
 def test_features_are_those_that_the_probe_kept(run, classifier, monkeypatch, capsys):

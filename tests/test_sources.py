@@ -24,6 +24,7 @@ from supcon_jax.data.sources import (
     add_label_noise,
     hold_out,
     read_labels,
+    take_classes,
     take_fraction,
     take_per_class,
     take_subset,
@@ -142,6 +143,26 @@ def test_hold_out_of_small_classes_takes_its_share_of_all():
 def test_hold_out_refuses_to_leave_nothing():
     with pytest.raises(ValueError, match=r"0 to evaluate .*validation_fraction"):
         hold_out(arrays([2]), 0.1, seed=0)
+
+
+def test_classes_are_taken_and_numbered_anew():
+    source = arrays([10, 20, 30])
+    two = take_classes(source, (2, 0))
+    np.testing.assert_array_equal(np.bincount(two.labels), [30, 10])
+    assert (two.num_classes, two.class_names) == (2, ("2", "0"))
+    for label, name in zip(two.labels, names(two), strict=True):
+        assert source.labels[name] == (2, 0)[label]
+    others = take_classes(source, (2, 0), others=True)
+    assert (others.num_examples, others.class_names) == (20, ("1",))
+    assert take_classes(source, ()) is source
+    unlabelled = dataclasses.replace(
+        source, labels=np.where(np.arange(60) % 2, source.labels, -1)
+    )
+    assert take_classes(unlabelled, (1, 2)).num_examples == 25
+    with pytest.raises(ValueError, match=r"data.classes=\(0, 3\); allowed: 0 to 2"):
+        take_classes(source, (0, 3))
+    with pytest.raises(ValueError, match="names all classes"):
+        take_classes(source, (0, 1, 2), others=True)
 
 
 def test_fraction_and_samples_per_class():

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, ClassVar, NamedTuple, Protocol, Self
 
@@ -316,6 +316,48 @@ def take_labelled(source: Source) -> Source:
     """The examples that have a label, and those of which that is not known yet."""
     rows = np.flatnonzero((source.labels >= 0) | (source.labels == UNREAD))
     return source if len(rows) == source.num_examples else source.take_rows(rows)
+
+
+def take_classes(
+    source: Source, classes: Sequence[int], *, others: bool = False
+) -> Source:
+    """The examples of some classes, numbered anew from 0 in the order given.
+
+    A class keeps its name, or its old number as one; unlabelled examples are left out.
+
+    Args:
+      source: a split.
+      classes: numbers of classes; empty: all.
+      others: take all classes but these, in their order.
+
+    Raises:
+      ValueError: there is no such class, or all are named and none is left.
+    """
+    if not classes:
+        return source
+    for number in classes:
+        if not 0 <= number < source.num_classes:
+            raise ValueError(
+                f"got data.classes={tuple(classes)}; allowed: 0 to "
+                f"{source.num_classes - 1} (--config.data.classes)"
+            )
+    if others:
+        classes = [c for c in range(source.num_classes) if c not in classes]
+        if not classes:
+            raise ValueError("data.classes names all classes (--config.data.classes)")
+    source = read_labels(source)
+    numbers = np.full(source.num_classes, UNLABELLED, np.int32)
+    numbers[list(classes)] = np.arange(len(classes))
+    labels = np.where(source.labels < 0, UNLABELLED, numbers[source.labels])
+    rows = np.flatnonzero(labels >= 0)
+    names = source.class_names or tuple(map(str, range(source.num_classes)))
+    changes: dict[str, Any] = {
+        "labels": labels[rows],
+        "class_names": tuple(names[number] for number in classes),
+    }
+    if any(field.name == "num_classes" for field in dataclasses.fields(source)):
+        changes["num_classes"] = len(classes)
+    return dataclasses.replace(source.take_rows(rows), **changes)
 
 
 def take_fraction(source: Source, fraction: float, *, seed: int) -> Source:

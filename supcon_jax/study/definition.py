@@ -323,12 +323,22 @@ def cells(study: Study) -> list[Cell]:
             tune = dict(change.pop("tune", tune))
             changes |= change
         stages = _stages(study, changes)
-        changes = {k: v for k, v in changes.items() if k not in study.stages}
+        first = next(iter(study.stages))
+        changes = {
+            key if ":" in key else f"{first}:{key}": value
+            for key, value in changes.items()
+            if key not in study.stages
+        }
         for key in itertools.chain(changes, *(c for _, c in _all_points(tune))):
             _check_stage(study, key)
         trials = {
             ", ".join(label for label, _ in trial): _by_stage(
-                dict(itertools.chain.from_iterable(c.items() for _, c in trial)), stages
+                {
+                    key if ":" in key else f"{first}:{key}": value
+                    for _, change in trial
+                    for key, value in change.items()
+                },
+                stages,
             )
             for trial in (itertools.product(*_points(tune)) if tune else ())
         }
@@ -392,13 +402,11 @@ def _by_stage(
     for key, value in sorted(
         changes.items(), key=lambda c: not c[0].startswith("all:")
     ):
-        stage, colon, name = key.rpartition(":")
+        stage, _, name = key.rpartition(":")
         if stage == "all":
             for each in names:
                 if not is_tool(stages[each]):
                     found[each][name] = value
-        elif not colon:
-            found[names[0]][key] = value
         elif stage in names:
             found[stage][name] = value
     return found

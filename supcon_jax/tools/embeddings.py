@@ -30,7 +30,7 @@ from supcon_jax.checkpoint import digest, restore_state
 from supcon_jax.cli import one_line_errors
 from supcon_jax.config import ENCODER_KEYS, config_of
 from supcon_jax.data.datasets import open_source
-from supcon_jax.data.sources import Source
+from supcon_jax.data.sources import Source, take_classes
 from supcon_jax.evaluation.embeddings import detection_metrics, embedding_metrics
 from supcon_jax.features import Features
 from supcon_jax.logs import setup_logging
@@ -57,6 +57,7 @@ from supcon_jax.workdir import read_config
 logger = logging.getLogger(__name__)
 PyTree = Any
 REPRESENTATIONS = ("embedding", "projection")
+OTHER_CLASSES = "other_classes"  # of --ood: those that data.classes leaves out
 FILE = "embeddings.json"
 
 
@@ -92,7 +93,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--ood",
         default="",
-        help="images that are not of the run's classes: a data.name, or a config",
+        help="images that are not of the run's classes: a data.name, a config, or "
+        f"{OTHER_CLASSES}, those that data.classes leaves out",
     )
     parser.add_argument(
         "--ood_split", default="", help="of them: test, or the config's eval_split"
@@ -239,7 +241,15 @@ def open_other(model: Model, name: str, split: str) -> Source:
       ValueError: there are none of that name.
     """
     data = ConfigDict(model.config.data)
-    data.eval_split = "test"
+    left_out = name == OTHER_CLASSES
+    if left_out and not data.classes:
+        raise ValueError(
+            f"got --ood={name}, and the run has all classes; allowed: runs with data.classes"
+        )
+    if left_out:
+        name = data.name
+    else:
+        data.eval_split, data.classes = "test", ()
     if ".py" in name:
         data = load_config(name, []).data
         if model.config.data.dir:
@@ -254,6 +264,7 @@ def open_other(model: Model, name: str, split: str) -> Source:
         label_key=data.label_key,
         skip_errors=data.skip_errors,
     )
+    source = take_classes(source, data.classes, others=left_out)
     return _resized(source, model.config.data.image_size)
 
 
