@@ -165,6 +165,14 @@ def test_detection_equals_scikit_learn(decimals):
     np.testing.assert_allclose(found.fpr95, fpr[tpr >= 0.95].min(), atol=1e-9)
 
 
+def test_the_default_neighbour_lies_within_a_class():
+    labels = np.repeat([0, 1, -1], [200, 8, 30])
+    assert ood.default_neighbour(labels) == 4
+    assert ood.default_neighbour(labels[:200]) == 50
+    assert ood.default_neighbour(np.array([0, 1])) == 1
+    assert ood.default_neighbour(np.array([-1])) == 50
+
+
 @pytest.mark.parametrize("k", [1, 5, 999])
 def test_knn_scores_equal_scikit_learn(k):
     finder = NearestNeighbors(n_neighbors=min(k, 80)).fit(unit(X))

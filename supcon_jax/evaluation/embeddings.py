@@ -72,6 +72,7 @@ def detection_metrics(
     inside: np.ndarray,
     outside: np.ndarray,
     *,
+    k: int = 0,
     logits: Callable[[np.ndarray], jax.Array] | None = None,
     place: Place = jnp.asarray,
 ) -> dict[str, float]:
@@ -81,11 +82,15 @@ def detection_metrics(
       train, train_labels: `[n, D]` embeddings and `[n]` labels of training images.
       inside, outside: embeddings `[q, D]` of other images of these classes, and `[m, D]`
         of images that are of none of them.
+      k: neighbour whose distance counts; 0: `ood.default_neighbour`.
       logits: a classifier of embeddings, for the largest softmax; None: without it.
       place: puts a bank on the devices, see `knn.Place`.
     """
     bank = labelled(train, train_labels)
-    scores = {"knn": [ood.knn_scores(train, x, place=place) for x in (inside, outside)]}
+    k = k or ood.default_neighbour(train_labels)
+    scores = {
+        "knn": [ood.knn_scores(train, x, k=k, place=place) for x in (inside, outside)]
+    }
     if len(bank[1]):
         scores["mahalanobis"] = [
             ood.mahalanobis_scores(*bank, x) for x in (inside, outside)

@@ -62,6 +62,16 @@ def max_softmax_scores(logits: np.ndarray) -> np.ndarray:
     return np.asarray(jax.nn.softmax(jnp.asarray(logits, jnp.float32)).max(axis=-1))
 
 
+def default_neighbour(labels: np.ndarray) -> int:
+    """50, as for CIFAR, or half of the smallest class: beyond lie images of other classes.
+
+    Args:
+      labels: `[n]` of the training images; those below 0 do not count.
+    """
+    counts = np.unique(labels[labels >= 0], return_counts=True)[1]
+    return 50 if not len(counts) else max(1, min(50, int(counts.min()) // 2))
+
+
 def knn_scores(
     bank: np.ndarray,
     queries: np.ndarray,

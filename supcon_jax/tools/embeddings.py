@@ -100,6 +100,12 @@ def main(arguments: list[str] | None = None) -> None:
         "--ood_split", default="", help="of them: test, or the config's eval_split"
     )
     parser.add_argument(
+        "--ood_k",
+        type=int,
+        default=0,
+        help="neighbour whose distance counts; 0: 50, or half of the smallest class",
+    )
+    parser.add_argument(
         "--classifier",
         default="",
         help="workdir of a linear evaluation of the run, for the largest softmax",
@@ -112,6 +118,8 @@ def main(arguments: list[str] | None = None) -> None:
                 f"got --representation={options.representation}; allowed: embedding, "
                 "projection, both"
             )
+        if options.ood_k < 0:
+            raise ValueError(f"got --ood_k={options.ood_k}; allowed: 1 or more, or 0")
         model = open_model(options.workdir, changes)
         wanted = chosen(options.representation, model)
         other = classifier = None
@@ -123,7 +131,9 @@ def main(arguments: list[str] | None = None) -> None:
                 "--classifier is for the largest softmax of images that are not of the "
                 "run's classes; give those too: --ood=NAME"
             )
-        found = measure(model, wanted, classifier=classifier, other=other)
+        found = measure(
+            model, wanted, classifier=classifier, other=other, ood_k=options.ood_k
+        )
         found["ood"] = options.ood
         print(as_text(found, wanted, model))
         print(f"\nWritten: {write(found, model)}")
@@ -288,6 +298,7 @@ def measure(
     *,
     classifier: TrainedModel | None,
     other: Source | None,
+    ood_k: int = 0,
 ) -> dict[str, Any]:
     """Every number of every representation.
 
@@ -296,6 +307,7 @@ def measure(
       representations: names of its outputs.
       classifier: on one of them, for the largest softmax.
       other: images that are not of the run's classes.
+      ood_k: see `detection_metrics`.
 
     Returns:
       `{"step": ..., "data": ..., representation: {metric: value}}`.
@@ -343,6 +355,7 @@ def measure(
                 *values["train"],
                 values["evaluation"].values,
                 values["other"].values,
+                k=ood_k,
                 logits=logits,
                 place=place,
             )
