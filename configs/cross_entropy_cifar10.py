@@ -5,6 +5,8 @@
 
 Default: ResNet-8, the images and views of configs/supcon_cifar10.py; 2 CPU cores,
 minutes. Expected: docs/results.md.
+`:gpu`: ResNet-18, 300 epochs of two views, the augmentation of supcon_cifar10.py:gpu; one
+GPU, a quarter of an hour expected, `python -m benchmarks.cifar10`. Not measured yet.
 `:pytorch`: ResNet-50, 500 epochs, the settings of the authors' PyTorch code, which gave
 the paper's 95.0 % top-1 (Table 2); 8 GPUs there, hours. Not measured here.
 `:official_2022`: ResNet-50, 1000 epochs, the paper's TensorFlow code, 32 TPU cores there;
@@ -25,6 +27,13 @@ def small(config):
     config.optimizer.weight_decay = 5e-4
 
 
+def gpu(config):
+    common.set_gpu_cifar(config)
+    # Rate and decay as in the official code, for the same batch.
+    config.optimizer.learning_rate = 0.4
+    config.optimizer.weight_decay = 5e-4
+
+
 def pytorch(config):
     common.set_pytorch_cifar(config, learning_rate=0.8)
     common.set_augmentation(config, "identity")
@@ -42,7 +51,7 @@ def official(config):
     config.optimizer.weight_decay = 5e-4
 
 
-VARIANTS = {"": small, "pytorch": pytorch, "official_2022": official}
+VARIANTS = {"": small, "gpu": gpu, "pytorch": pytorch, "official_2022": official}
 
 
 def get_config(variant: str = ""):

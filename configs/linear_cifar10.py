@@ -6,6 +6,8 @@
 
 A variant takes the encoder of the pretraining config's variant of that name.
 Default, `:simclr`: the small encoder, 10 epochs; 2 CPU cores, minutes, docs/results.md.
+`:gpu`: the average of supcon_cifar10.py:gpu's encoder; the solution on features of plain
+images, seconds on a GPU. Not measured yet.
 `:pytorch`, `:simclr_pytorch`: ResNet-50, 100 epochs, the settings of the authors' PyTorch
 code; an accelerator. Expected: 96.0 %, SimCLR 93.6 % top-1 (Table 2), not measured here.
 The official ones: ResNet-50, the paper's TensorFlow code, 2022 and 2020 alike.
@@ -53,6 +55,16 @@ def simclr_small(config):
     config.optimizer.learning_rate = 1.0
 
 
+def gpu(config):
+    common.set_augmentation(config, "identity")
+    config.batch_size = 1024
+    config.encoder.name = "resnet18"
+    config.encoder.stem = "cifar"
+    config.encoder.dtype = "auto"
+    config.encoder_average.use = True
+    config.probe.solver = "lbfgs"
+
+
 def official(config):
     common.set_official_cifar(config, batch_size=4096)
     config.epochs = 100.0
@@ -76,6 +88,7 @@ def simclr_official(config):
 # variant: pretraining run, recipe
 VARIANTS = {
     "": ("supcon_cifar10", small),
+    "gpu": ("supcon_cifar10_gpu", gpu),
     "pytorch": ("supcon_cifar10_pytorch", pytorch),
     "official_2022": ("supcon_cifar10_official_2022", official),
     "official_2020": ("supcon_cifar10_official_2020", official),

@@ -155,7 +155,9 @@ RUN = {
     "--config.batch_size=8 --config.total_steps=3": "--config.encoder.width=0.25",
     "python -m supcon_jax.tools.study studies/temperature.py --dry_run": "",
     "python -m benchmarks.digits --seeds=5": "--seeds=1",
+    "python -m benchmarks.cifar10 --minutes=25": "--toy --seeds=1 --data_dir=DIR",
     "python -m benchmarks.input --data_dir=DIR --cifar": "--rounds=1",
+    "python -m benchmarks.input --data_dir=DIR --policies": "--rounds=1",
     "python -m benchmarks.features --data_dir=DIR": "--rounds=1 --images=500",
     "python -m benchmarks.reading": "--batch=65536",
     "python -m benchmarks.reading --data_dir=DIR": (

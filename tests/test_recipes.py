@@ -56,6 +56,8 @@ def has_effect(key, flat):
     linear = flat["mode"] == "linear_eval"
     contrastive = not linear and flat["loss.name"] != "cross_entropy"
     schedule, optimizer = flat["optimizer.schedule"], flat["optimizer.name"]
+    if flat["probe.solver"] == "lbfgs" and key.startswith(("optimizer.", "epochs")):
+        return False  # it takes no steps
     if key.startswith(("projection.", "momentum_encoder.")) or key in CONTRASTIVE:
         return contrastive
     conditions = {

@@ -19,7 +19,7 @@ is exact: a compiler may contract them to one operation that rounds once, not tw
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -48,6 +48,7 @@ IDENTITY = ("Identity", 0.0)
 KINDS = {"Equalize": 1, "AutoContrast": 2, "Contrast": 3, "Color": 4, "Sharpness": 5}
 VALUES = np.arange(256, dtype=np.float32)
 
+Array = Any  # NumPy's, or JAX's in the step
 # An operation and its argument before the sign is drawn, as the host's float32.
 Row = tuple[str, float]
 
@@ -67,7 +68,7 @@ class Drawn(NamedTuple):
 
 
 class Parameters(NamedTuple):
-    """What each of R operations does, whatever the image; NumPy arrays.
+    """What each of R operations does, whatever the image.
 
     Attributes:
       kind: `[R]` int32, of `KINDS`.
@@ -81,21 +82,21 @@ class Parameters(NamedTuple):
       own: `[R]` float32: of color and sharpness, the weight of the pixel itself.
     """
 
-    kind: np.ndarray
-    across: np.ndarray
-    down: np.ndarray
-    shift: np.ndarray
-    half: np.ndarray
-    product: np.ndarray
-    share: np.ndarray
-    weights: np.ndarray
-    own: np.ndarray
+    kind: Array
+    across: Array
+    down: Array
+    shift: Array
+    half: Array
+    product: Array
+    share: Array
+    weights: Array
+    own: Array
 
 
 # --- what depends on operation and level alone ---
 
 
-def _in_steps(value: np.ndarray) -> np.ndarray:
+def _in_steps(value: Array) -> Array:
     return np.round(value * np.float32(FACTOR_STEPS)) / np.float32(FACTOR_STEPS)
 
 
@@ -154,8 +155,9 @@ def build_parameters(rows: tuple[Row, ...], height: int, width: int) -> Paramete
         matrices = np.stack(
             [_matrix(name, sign * argument, height, width) for sign in (1, -1)]
         )
-        rest = np.float32(1) - argument
-        weights, own = np.zeros(3, np.float32), np.float32(1)
+        rest: Array = np.float32(1) - argument
+        weights: Array = np.zeros(3, np.float32)
+        own: Array = np.float32(1)
         if name == "Color":
             rest = np.float32(1) - _in_steps(argument)
             weights = _in_steps(rest * np.array(LUMA, np.float32))
@@ -292,7 +294,7 @@ def _blend(image: jax.Array, kept: Parameters) -> jax.Array:
     return jnp.where(kept.kind == KINDS["Sharpness"], sharp, blended)
 
 
-def _truncate(values: jax.Array) -> jax.Array:
+def _truncate(values: Array) -> jax.Array:
     return jnp.clip(values, 0.0, 255.0).astype(jnp.int32)
 
 
