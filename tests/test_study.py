@@ -15,14 +15,8 @@ from scipy import stats
 from supcon_jax.storage.lock import Lock
 from supcon_jax.study import picture, results, runner
 from supcon_jax.study.costs import as_text, estimate
-from supcon_jax.study.definition import (
-    SCALES,
-    cells,
-    create_study,
-    load_study,
-    source_of,
-    stage_config,
-)
+from supcon_jax.study.definition import SCALES, create_study, load_study
+from supcon_jax.study.grid import cells, source_of, stage_config
 from supcon_jax.tools import study as tool
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]

@@ -19,7 +19,7 @@ from supcon_jax.plan import create_plan
 from supcon_jax.planning.flops import count_flops
 from supcon_jax.planning.forecast import Data, look_at_data
 from supcon_jax.study import results
-from supcon_jax.study.definition import Study, cells, is_tool, stage_config
+from supcon_jax.study.grid import Study, cells, is_tool, stage_config
 from supcon_jax.study.runner import count_jobs, jobs
 from supcon_jax.tools.arguments import apply_changes
 

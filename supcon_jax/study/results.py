@@ -20,7 +20,7 @@ from scipy import stats
 
 from supcon_jax import storage
 from supcon_jax.metrics import is_share, label_and_value
-from supcon_jax.study.definition import Cell, Study, cells, reference, slug
+from supcon_jax.study.grid import Cell, Study, cells, reference, slug
 from supcon_jax.study.picture import Line, plot_study
 from supcon_jax.writers import LINE_FIELDS
 

@@ -24,12 +24,12 @@ from supcon_jax.logs import format_duration
 from supcon_jax.stop import Stopped, StopRequests, restart_command
 from supcon_jax.storage.lock import Lock
 from supcon_jax.study import results
-from supcon_jax.study.definition import (
+from supcon_jax.study.definition import describe
+from supcon_jax.study.grid import (
     TOOL_RESULTS,
     Cell,
     Study,
     cells,
-    describe,
     fill,
     flags,
     is_tool,
