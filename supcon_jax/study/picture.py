@@ -80,7 +80,7 @@ def plot_study(
                 axis.plot(
                     *(points if numeric else points[::-1]),
                     ".",
-                    markersize=3,
+                    markersize=5,
                     alpha=0.5,
                     color=drawn.get_color(),
                 )
@@ -94,6 +94,8 @@ def plot_study(
         else:
             axis.set_yticks(range(len(places)), places)
             axis.set(ylim=(len(places) - 0.5, -0.5), xlabel=labels[name])
+            if axis is axes[0]:
+                axis.set_ylabel(labels["x"])
         axis.set_title(name, fontsize="medium")
         axis.grid(alpha=0.3)
         if any(line.name for line in lines):
