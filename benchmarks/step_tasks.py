@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import json
 import os
@@ -121,11 +122,11 @@ def overlap(options: argparse.Namespace) -> None:
         yield from itertools.repeat(batch)
 
     plan = plan_of(build_config(options, "SupCon"))
-    compiled = plan.lower().compile()
+    step = functools.partial(plan.lower().compile(), plan.seed_on_devices())
     state = jax.jit(plan.init, out_shardings=parallel.replicated(plan.mesh))()
     batches = parallel.prefetch_to_devices(slow(noise_batch(plan)), plan.mesh)
     last = settle + len(phases) * (length + 1)
-    for number, _, metrics in loop.run_steps(compiled, state, batches, last=last):
+    for number, _, metrics in loop.run_steps(step, state, batches, last=last):
         if number % (length + 1) == 0:
             tell(f"step {number} of {last}, loss {float(metrics['train/loss']):.3f}")
     rows = []
@@ -193,7 +194,7 @@ def large_child(options: argparse.Namespace, name: str) -> list[str]:
     seconds = []
     for _ in range(options.steps):
         start = time.perf_counter()
-        state, metrics = compiled(state, batch)
+        state, metrics = compiled(plan.seed_on_devices(), state, batch)
         jax.block_until_ready(metrics)
         seconds.append(time.perf_counter() - start)
     return [*cells, f"{resident_peak():,.0f}", f"{min(seconds):.1f}"]

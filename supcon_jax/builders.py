@@ -156,7 +156,11 @@ def build_view_augmentation(config: ConfigDict) -> Augmentation:
 
 
 def build_augmentation(
-    config: ConfigDict, mesh: Mesh, *, whole_images: bool
+    config: ConfigDict,
+    mesh: Mesh,
+    *,
+    whole_images: bool,
+    seed: int | jax.Array | None = None,
 ) -> Callable[[jax.Array, jax.Array], jax.Array]:
     """`(images uint8, ids) -> [B, V, S, S, 3]` float32: in-step part and scaling.
 
@@ -165,12 +169,13 @@ def build_augmentation(
       mesh: the devices.
       whole_images: whether the host sends whole images; if not, it has cropped and
         flipped them. What it has not done is done here, in the same order.
+      seed: of the views; None: the config's.
     """
     augmentation = build_view_augmentation(config)
     in_step = functools.partial(
         augment.augment_batch,
         augmentation=augmentation.step_part(whole_images=whole_images),
-        seed=config.seed,
+        seed=config.seed if seed is None else seed,
         views=config.data.views,
         chunk_size=augmentation_chunk(mesh),
     )

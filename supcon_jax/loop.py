@@ -7,6 +7,7 @@ feeds, reports, saves and ends the run.
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import logging
 import math
@@ -22,7 +23,7 @@ from supcon_jax.goodput import Goodput
 from supcon_jax.health import Health
 from supcon_jax.logs import add_log_file, format_duration
 from supcon_jax.metrics import on_end
-from supcon_jax.plan import Plan
+from supcon_jax.plan import Plan, Step
 from supcon_jax.run import Run, build_train_batches
 from supcon_jax.steps.state import TrainState
 from supcon_jax.stop import Stopped, StopRequests, Unwritable, restart_command
@@ -197,7 +198,7 @@ class _Training:
         self._meter = _Meter(start_step)
         batches = self._timed(itertools.chain([first_batch], batches))
         steps = run_steps(
-            compiled,
+            functools.partial(compiled, plan.seed_on_devices()),
             state,
             batches,
             self._run.frozen,
@@ -383,7 +384,7 @@ def _goodput_of(run: Run, start_step: int) -> Goodput:
 
 
 def run_steps(
-    compiled: jax.stages.Compiled,
+    step: Step,
     state: TrainState,
     batches: Iterator[dict[str, jax.Array]],
     frozen: tuple[PyTree, ...] = (),
@@ -396,7 +397,7 @@ def run_steps(
     One step ahead keeps the device busy; more would pile up batches on it.
 
     Args:
-      compiled: `plan.lower().compile()`.
+      step: `plan.lower().compile()` with the seed, `(state, batch, *frozen) -> ...`.
       state: before the first step; given away.
       batches: on the devices.
       frozen: what the step reads and does not train.
@@ -405,7 +406,7 @@ def run_steps(
     metrics: dict[str, jax.Array] = {}
     for number in range(first, last + 1):
         before = metrics
-        state, metrics = compiled(state, next(batches), *frozen)
+        state, metrics = step(state, next(batches), *frozen)
         jax.block_until_ready(before)
         hosts.beat(f"step {number}")
         yield number, state, metrics

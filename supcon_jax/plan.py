@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -27,7 +28,8 @@ from supcon_jax.steps.state import TrainState
 
 PyTree = Any
 Batch = dict[str, jax.Array]
-# (state, batch, *frozen) -> (state, scalar metrics)
+Seed = int | jax.Array
+# (state, batch, *frozen) -> (state, scalar metrics), or with a seed before them
 Step = Callable[..., tuple[TrainState, dict[str, jax.Array]]]
 
 
@@ -46,7 +48,8 @@ class Plan:
       modules: the networks.
       optimizer, schedule: what updates them.
       init: makes the state of step 0; pure.
-      step: `(state, batch, *frozen) -> (state, metrics)`; pure.
+      seeded_step: `(seed, state, batch, *frozen) -> (state, metrics)`; pure. The seed is an
+        argument of the compiled program, so that all seeds of a config share one.
     """
 
     config: ConfigDict
@@ -60,7 +63,12 @@ class Plan:
     optimizer: optax.GradientTransformation
     schedule: optax.Schedule
     init: Callable[[], TrainState]
-    step: Step
+    seeded_step: Step
+
+    @property
+    def step(self) -> Step:
+        """The step of this run's seed, `(state, batch, *frozen) -> (state, metrics)`."""
+        return functools.partial(self.seeded_step, self.config.seed)
 
     @property
     def platform(self) -> str:
@@ -89,16 +97,29 @@ class Plan:
             return ()
         return (jax.eval_shape(functools.partial(init_encoder, self)),)
 
+    def abstract_arguments(self) -> tuple[PyTree, ...]:
+        """Shapes and types of what the compiled step takes: seed, state, batch, frozen."""
+        seed = jax.ShapeDtypeStruct((), jnp.int32)
+        state, batch = self.abstract_state(), self.abstract_batch()
+        return seed, state, batch, *self.abstract_frozen()
+
+    def seed_on_devices(self) -> jax.Array:
+        """The run's seed, as the compiled step takes it."""
+        seed = np.asarray(self.config.seed, np.int32)
+        return jax.make_array_from_callback(
+            (), parallel.replicated(self.mesh), lambda _: seed
+        )
+
     def jit_step(self) -> Any:
-        """The step under `jax.jit`: state replicated and donated, batch split."""
+        """`seeded_step` under `jax.jit`: state replicated and donated, batch split."""
         replicated = parallel.replicated(self.mesh)
         split = parallel.batch_sharding(self.mesh)
         frozen = (replicated,) * len(self.abstract_frozen())
         return jax.jit(
-            self.step,
-            in_shardings=(replicated, split, *frozen),
+            self.seeded_step,
+            in_shardings=(replicated, replicated, split, *frozen),
             out_shardings=replicated,
-            donate_argnums=0,
+            donate_argnums=1,
         )
 
     def lower(self) -> jax.stages.Lowered:
@@ -112,9 +133,7 @@ class Plan:
           >>> "stablehlo.convolution" in plan.lower().as_text()
           True
         """
-        return self.jit_step().lower(
-            self.abstract_state(), self.abstract_batch(), *self.abstract_frozen()
-        )
+        return self.jit_step().lower(*self.abstract_arguments())
 
 
 def init_encoder(plan: Plan) -> PyTree:
@@ -179,7 +198,7 @@ def create_plan(
         optimizer=optimizer,
         schedule=schedule,
         init=init,
-        step=step,
+        seeded_step=step,
     )
 
 
@@ -212,11 +231,9 @@ def _build_pretrain(
         queue_size=config.momentum_encoder.queue_size,
         average_decay=config.encoder_average.decay,
     )
-    spec = StepSpec(
+    build_spec = functools.partial(
+        StepSpec,
         modules,
-        prepare=_build_preparation(
-            config, mesh, num_classes=num_classes, whole_images=whole_images
-        ),
         loss_function=objective.build_loss(config, mesh),
         supervised=objective.uses_labels,
         num_microbatches=builders.num_microbatches(config),
@@ -225,8 +242,15 @@ def _build_pretrain(
         cross_entropy_weight=config.loss.cross_entropy_weight,
     )
     step = functools.partial(
-        contrastive.train_step,
-        spec=spec,
+        _contrastive_step,
+        build_spec=build_spec,
+        build_prepare=functools.partial(
+            _build_preparation,
+            config,
+            mesh,
+            num_classes=num_classes,
+            whole_images=whole_images,
+        ),
         mesh=mesh,
         optimizer=optimizer,
         schedule=schedule,
@@ -257,27 +281,58 @@ def _build_linear(
         seed=config.seed,
     )
     step = functools.partial(
-        linear.train_step,
+        _linear_step,
         modules=modules,
         optimizer=optimizer,
         schedule=schedule,
-        augment=builders.build_augmentation(config, mesh, whole_images=whole_images),
+        build_augment=functools.partial(
+            builders.build_augmentation, config, mesh, whole_images=whole_images
+        ),
         label_smoothing=config.loss.label_smoothing,
         num_microbatches=builders.num_microbatches(config),
     )
     return modules, init, step
 
 
+def _contrastive_step(
+    seed: Seed,
+    state: TrainState,
+    batch: Batch,
+    *,
+    build_spec: Callable[..., StepSpec],
+    build_prepare: Callable[..., Prepare],
+    **options: Any,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """`contrastive.train_step` with the views of a seed."""
+    spec = build_spec(prepare=build_prepare(seed=seed))
+    return contrastive.train_step(state, batch, spec=spec, **options)
+
+
+def _linear_step(
+    seed: Seed,
+    state: TrainState,
+    batch: Batch,
+    *frozen: PyTree,
+    build_augment: Callable[..., Any],
+    **options: Any,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """`linear.train_step` with the views of a seed."""
+    augment = build_augment(seed=seed)
+    return linear.train_step(state, batch, *frozen, augment=augment, **options)
+
+
 def _build_preparation(
-    config: ConfigDict, mesh: Mesh, *, num_classes: int, whole_images: bool
+    config: ConfigDict, mesh: Mesh, *, num_classes: int, whole_images: bool, seed: Seed
 ) -> Prepare:
     """Augmentation, Mixup and CutMix of the rows of a batch."""
-    augment = builders.build_augmentation(config, mesh, whole_images=whole_images)
+    augment = builders.build_augmentation(
+        config, mesh, whole_images=whole_images, seed=seed
+    )
     options = config.augment
     mixes = options.mixup_alpha or options.cutmix_alpha
     mix = functools.partial(
         mix_examples,
-        seed=config.seed,
+        seed=seed,
         num_classes=num_classes,
         mixup_alpha=options.mixup_alpha,
         cutmix_alpha=options.cutmix_alpha,

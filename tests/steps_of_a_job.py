@@ -24,7 +24,7 @@ def main(workdir, file):
     hosts.initialize()
     config = pretrain_config(compilation_cache=False)
     run = open_run(config, workdir)
-    compiled = run.plan.lower().compile()
+    compiled, seed = run.plan.lower().compile(), run.plan.seed_on_devices()
     replicated = parallel.replicated(run.mesh)
     batches = parallel.prefetch_to_devices(first_batches(run), run.mesh)
     kept = dict(np.load(file)) if file.exists() else {}
@@ -46,7 +46,7 @@ def main(workdir, file):
         keep(0, state)
     for number in range(STEPS):
         state = jax.device_put(jax.tree.unflatten(structure, known(number)), replicated)
-        state, metrics = compiled(state, next(batches))
+        state, metrics = compiled(seed, state, next(batches))
         ours = [*leaves(state), np.asarray(metrics["train/loss"])]
         if making:
             keep(number + 1, state)

@@ -76,19 +76,19 @@ def test_an_update_that_is_no_number_is_not_kept():
 
 def with_bad_steps(run, bad):
     """The run, whose loss is not a number at some steps."""
-    step = run.plan.step
+    step = run.plan.seeded_step
 
-    def broken(state, batch):
-        batch = batch | {"id": batch["id"]}
+    def broken(seed, state, batch):
         is_bad = jnp.isin(state.step + 1, jnp.asarray(bad))
-        after, metrics = step(state, batch)
+        after, metrics = step(seed, state, batch)
         nan = jnp.where(is_bad, jnp.nan, 1.0)
         metrics |= {"train/loss": metrics["train/loss"] * nan}
         kept = jax.tree.map(lambda o, n: jnp.where(is_bad, o, n), state, after)
         metrics["optim/skipped"] = jnp.where(is_bad, 1.0, metrics["optim/skipped"])
         return kept.replace(step=after.step), metrics
 
-    return dataclasses.replace(run, plan=dataclasses.replace(run.plan, step=broken))
+    plan = dataclasses.replace(run.plan, seeded_step=broken)
+    return dataclasses.replace(run, plan=plan)
 
 
 def test_stop_at_the_first_bad_step(tmp_path):

@@ -101,7 +101,9 @@ def test_microbatches_change_nothing(pretrained, tmp_path):
         batch = parallel.to_global(next(first_batches(run)), run.mesh)
         compiled = run.plan.lower().compile()
         # Step 0 of the warm-up has learning rate 0.
-        state, metrics = compiled(state.replace(step=state.step + 5), batch, variables)
+        state = state.replace(step=state.step + 5)
+        seed = run.plan.seed_on_devices()
+        state, metrics = compiled(seed, state, batch, variables)
         results.append(jax.device_get((state.params, metrics)))
         if size:  # and no images move between devices for it
             assert "all-to-all" not in compiled.as_text()

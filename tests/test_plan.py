@@ -30,8 +30,7 @@ def lowered_for(platform, config, monkeypatch):
     mesh = parallel.create_mesh(jax.devices()[:1])
     monkeypatch.setattr(parallel, "platform", lambda mesh: platform)
     plan = create_plan(config, mesh, **IMAGES)
-    arguments = plan.abstract_state(), plan.abstract_batch(), *plan.abstract_frozen()
-    traced = plan.jit_step().trace(*arguments)
+    traced = plan.jit_step().trace(*plan.abstract_arguments())
     name = "cuda" if platform == "gpu" else platform
     return traced.lower(lowering_platforms=(name,)).as_text()
 
@@ -66,6 +65,31 @@ def test_linear_step_is_that_of_the_hardware_it_is_for(monkeypatch):
     config.encoder.dtype = "auto"
     assert convolutions(lowered_for("cpu", config, monkeypatch)) == {"f32"}
     assert convolutions(lowered_for("tpu", config, monkeypatch)) == {"bf16"}
+
+
+def test_seeds_share_one_program_and_have_views_of_their_own(tmp_path):
+    """So that the second seed of a config is not compiled; its views are the same bits."""
+    plans, first = [], None
+    for seed in (3, 2**31 - 1):
+        config = pretrain_config(seed=seed, **{"encoder.width": 0.125})
+        run = open_run(config, tmp_path / str(seed))
+        plans.append(run.plan)
+        first = first or next(first_batches(run))
+    one, other = plans
+    assert one.lower().as_text() == other.lower().as_text()
+    compiled = one.lower().compile()
+    state = jax.jit(one.init, out_shardings=parallel.replicated(one.mesh))()
+    kept = jax.device_get(state)
+    batch = parallel.to_global(first, one.mesh)
+    losses = []
+    for plan in plans:
+        start = jax.device_put(kept, parallel.replicated(one.mesh))
+        _, metrics = compiled(plan.seed_on_devices(), start, batch)
+        # As a constant of the program it gives the same.
+        _, alone = jax.jit(plan.step)(kept, batch)
+        losses.append(float(metrics["train/loss"]))
+        assert losses[-1] == pytest.approx(float(alone["train/loss"]), rel=1e-6)
+    assert abs(losses[0] - losses[1]) > 1e-4
 
 
 @pytest.mark.aot

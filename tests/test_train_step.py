@@ -42,7 +42,7 @@ def plan_of(devices, config):
     return dataclasses.replace(
         plan,
         init=functools.partial(plan.init, optimizer=optimizer),
-        step=functools.partial(plan.step, optimizer=optimizer),
+        seeded_step=functools.partial(plan.seeded_step, optimizer=optimizer),
     )
 
 
@@ -57,7 +57,7 @@ def one_step(plan, batch):
     """Metrics, gradients, statistics and momentum state of one step."""
     state, batch = start(plan, batch)
     before = jax.device_get(state.params)
-    state, metrics = plan.lower().compile()(state, batch)
+    state, metrics = plan.lower().compile()(plan.seed_on_devices(), state, batch)
     gradients = jax.tree.map(
         lambda a, b: (a - np.asarray(b)) / GRADIENT_SCALE, before, state.params
     )
@@ -103,7 +103,7 @@ def test_state_is_donated(tmp_path):
     config = pretrain_config(**MOMENTUM)
     plan = plan_of(8, config)
     state, batch = start(plan, next(first_batches(open_run(config, tmp_path))))
-    plan.lower().compile()(state, batch)
+    plan.lower().compile()(plan.seed_on_devices(), state, batch)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.params))
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.momentum))
 

@@ -25,7 +25,7 @@ EXTRA_STREAM = 2000
 POLICY_STREAM = 3000
 
 
-def view_keys(seed: int, ids: jax.Array, views: int) -> jax.Array:
+def view_keys(seed: int | jax.Array, ids: jax.Array, views: int) -> jax.Array:
     """One PRNG key for every view: `fold_in(fold_in(fold_in(seed, epoch), index), v)`.
 
     Args:
@@ -241,7 +241,7 @@ def augment_batch(
     ids: jax.Array,
     augmentation: Augmentation,
     *,
-    seed: int,
+    seed: int | jax.Array,
     views: int,
     chunk_size: int | None = None,
 ) -> jax.Array:
@@ -277,7 +277,7 @@ def mix_examples(
     labels: jax.Array,
     ids: jax.Array,
     *,
-    seed: int,
+    seed: int | jax.Array,
     num_classes: int,
     mixup_alpha: float = 0.0,
     cutmix_alpha: float = 0.0,
