@@ -141,7 +141,9 @@ def stage_changes(
     source = source_of(cell, stage)
     if source and "pretrained" not in changes:
         changes["pretrained"] = str(pathlib.Path(folder, source))
-    places = {"seed": seed, "out": str(pathlib.Path(folder, "..", "..", ".."))}
+    # Without a folder the changes are checked, and run nothing.
+    out = str(pathlib.Path(folder).parents[2]) if folder else "out"
+    places = {"seed": seed, "out": out}
     places |= {name: str(pathlib.Path(folder, name)) for name in cell.stages}
     return {key: fill(value, places) for key, value in changes.items()}
 
