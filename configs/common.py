@@ -412,6 +412,7 @@ def set_evaluate(config, stem: str, variant: str):
     config.mode = "evaluate"
     config.pretrained = f"runs/{run_name(stem, variant)}"
     config.next_config = ""
+    config.probe.solver = "sgd"  # the default: no classifier is made here
 
 
 def set_robustness(config, stem: str, variant: str, *, data: str):

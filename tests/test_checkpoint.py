@@ -80,10 +80,10 @@ def test_nothing_saved(tmp_path, states):
 def trial(workdir, states, path, kind, rng):
     """Damages a file and restores; the step that came back, equal to what was saved."""
     damage(path, kind, rng)
-    state, health = restore(workdir, states)
+    state, saved = restore(workdir, states)
     step = int(state.step)
     assert_trees_equal(jax.device_get(state), states[step])
-    assert health in ({"loss": float(step)}, {})
+    assert saved.get("health", {}) in ({"loss": float(step)}, {})
     return step
 
 
@@ -167,8 +167,8 @@ def test_an_encoder_for_use_is_verified_too(workdir, states, messages):
 
 def test_a_checkpoint_of_an_older_version_has_no_digests(workdir, states, messages):
     shutil.rmtree(newest(workdir) / "record")
-    state, health = restore(workdir, states)
-    assert int(state.step) == 3 and health == {}
+    state, saved = restore(workdir, states)
+    assert int(state.step) == 3 and saved.get("health", {}) == {}
     assert "has no digests" in messages[0]
 
 

@@ -145,6 +145,9 @@ RUN = {
     "python -m supcon_jax.tools.show_batch --config=FILE --out=batch.png": "",
     "python main.py --config=configs/supcon_cifar10.py --config.data.dir=DIR": CIFAR,
     "python main.py --config=configs/linear_cifar10.py --config.data.dir=DIR": (
+        "--config.encoder.width=0.25"
+    ),
+    "python main.py --config=configs/linear_cifar10.py:sgd --config.data.dir=DIR": (
         f"{LINEAR} --config.batch_size=16 --config.encoder.width=0.25"
     ),
     "python main.py --config=configs/supcon_cifar10.py $F": (

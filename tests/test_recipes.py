@@ -140,7 +140,10 @@ def test_every_cell_is_the_configs_value(title):
         label, cells, source = row[0], row[1:-1], row[-1]
         for name, cell in zip(COLUMNS[title], cells, strict=True):
             config = load_named(name)
-            if label == "steps":
+            solved = config.probe.solver == "lbfgs"  # takes no steps
+            if label in ("steps", "peak learning rate") and solved:
+                expected = None
+            elif label == "steps":
                 expected = int(steps(config))  # as create_plan has it
             elif label == "peak learning rate":
                 expected = scaled_learning_rate(config)
