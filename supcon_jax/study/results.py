@@ -267,13 +267,15 @@ def _header(metric: str) -> str:
 
 
 def _mean_text(metric: str, values: list[float]) -> str:
+    """Mean and deviation as the metric is told everywhere; the header has the "%"."""
     if not values:
         return ""
-    factor, form = (100, "{:.2f}") if is_share(_plain(metric)) else (1, "{:.4f}")
-    text = form.format(factor * statistics.fmean(values))
+    numbers_of = [statistics.fmean(values)]
     if len(values) > 1:
-        text += f" ± {form.format(factor * statistics.stdev(values))}"
-    return text
+        numbers_of.append(statistics.stdev(values))
+    return " ± ".join(
+        _label_and_value(metric, number)[1].removesuffix("%") for number in numbers_of
+    )
 
 
 def _difference_text(study: Study, cell: Cell, out: pathlib.Path) -> str:
