@@ -448,5 +448,8 @@ def test_a_peer_that_never_comes_is_given_up(tmp_path):
         for rank in (0, 1, 3):
             assert job[rank].code == 75
             (line,) = job[rank].errors
-            assert "gave up after 20 s" in line and "of the 4 processes" in line
+            assert "gave up after 20 s" in line
+            # Those that began later find the first one gone, who had named the missing.
+            others = "process 0 does not answer" in line and rank > 0
+            assert "of the 4 processes" in line or others
     assert not (tmp_path / "run").exists()
