@@ -2,12 +2,13 @@
 
     python -m benchmarks.cifar10 --minutes=25                # TFDS's CIFAR-10
     python -m benchmarks.cifar10 --minutes=25 --npz=FILE     # arrays, or encoded images
+    python -m benchmarks.cifar10 --minutes=10 --seeds=1 --epochs=75
 
 Trains the `:gpu` configs, each stage through main.py in a process of its own: SupCon and
 its linear evaluation in one half of the minutes, cross-entropy in the other, seed after
-seed. The configs fix the epochs, so the minutes decide only how far this call comes. What
-is not finished then is stopped as by SIGTERM and saved, and the next call with the same
---folder goes on. Prints a Markdown table and writes it to the folder.
+seed. The configs, or --epochs, fix the epochs, so the minutes decide only how far this
+call comes. What is not finished then is stopped as by SIGTERM and saved, and the next call
+with the same --folder goes on. Prints a Markdown table and writes it to the folder.
 
 An .npz file holds `train_images`, `train_labels`, `test_images`, `test_labels`, or in the
 place of images `train_bytes`, encoded images end to end, and `train_sizes`, their bytes.
@@ -78,11 +79,17 @@ class Stage(NamedTuple):
 
 
 def build_stages(
-    folder: pathlib.Path, seeds: int, data: tuple[str, ...], *, toy: bool
+    folder: pathlib.Path,
+    seeds: int,
+    data: tuple[str, ...],
+    *,
+    toy: bool,
+    epochs: float = EPOCHS,
 ) -> dict[str, list[list[Stage]]]:
     """Method -> for each seed, its stages in order."""
     network = TOY if toy else ()
-    training = (*network, *TOY_TRAINING) if toy else ()
+    length = TOY_TRAINING if toy else (f"--config.epochs={epochs}",)
+    training = (*network, *length)
     found: dict[str, list[list[Stage]]] = {SUPCON: [], CROSS_ENTROPY: []}
     for seed in range(seeds):
         flags = (*data, f"--config.seed={seed}")
@@ -153,7 +160,10 @@ def note_seconds(folder: pathlib.Path, stage: Stage, seconds: float) -> None:
 
 
 def table(
-    methods: dict[str, list[list[Stage]]], folder: pathlib.Path, device: str
+    methods: dict[str, list[list[Stage]]],
+    folder: pathlib.Path,
+    device: str,
+    epochs: float = EPOCHS,
 ) -> str:
     """Markdown: what each method has reached."""
     path = folder / "seconds.json"
@@ -168,7 +178,7 @@ def table(
         each = ", ".join(f"{value:.2f}" for value in top1) or "-"
         spread = f" ± {statistics.stdev(top1):.2f}" if len(top1) > 1 else ""
         mean = f"{statistics.mean(top1):.2f}{spread}" if top1 else "-"
-        epochs = ", ".join(
+        reached = ", ".join(
             f"{stages[0].last().get('epoch', 0):.0f}" for stages in seeds
         )
         taken = ", ".join(
@@ -176,7 +186,7 @@ def table(
             for stages in seeds
         )
         lines.append(
-            f"| {method} | {epochs} of {EPOCHS:.0f} | {each} | {mean} | {taken} "
+            f"| {method} | {reached} of {epochs:g} | {each} | {mean} | {taken} "
             f"| {device} |"
         )
     return "\n".join(lines) + "\n"
@@ -233,6 +243,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--npz", help="images in a file instead of TFDS")
     parser.add_argument("--data_dir", default="", help="TFDS data directory")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--epochs", type=float, default=EPOCHS, help="of both methods")
     parser.add_argument("--toy", action="store_true", help="a few steps on a CPU")
     options = parser.parse_args(arguments)
     folder = pathlib.Path(options.folder).resolve()
@@ -241,10 +252,12 @@ def main(arguments: list[str] | None = None) -> None:
     if options.npz:
         root = arrays_file(pathlib.Path(options.npz).resolve(), folder)
         data = ("--config.data.name=arrays", f"--config.data.root={root}")
-    methods = build_stages(folder, options.seeds, data, toy=options.toy)
+    methods = build_stages(
+        folder, options.seeds, data, toy=options.toy, epochs=options.epochs
+    )
     device = device_name()
     train(methods, options.minutes, folder)
-    found = table(methods, folder, device)
+    found = table(methods, folder, device, options.epochs)
     (folder / "table.md").write_text(found)
     print(f"\n{found}")
 
