@@ -9,7 +9,7 @@ A variant takes the encoder of the pretraining config's variant of that name.
 Default, `:simclr`: the solution on features of plain images of the small encoder, nothing to
 tune; `:sgd`, `:simclr_sgd`: ten epochs of SGD; 2 CPU cores, minutes, docs/results.md.
 `:gpu`: the average of supcon_cifar10.py:gpu's encoder; the solution on features of plain
-images, seconds on a GPU. Not measured yet.
+images, half a minute on a GPU with starting and compiling.
 `:pytorch`, `:simclr_pytorch`: ResNet-50, 100 epochs, the settings of the authors' PyTorch
 code; an accelerator. Expected: 96.0 %, SimCLR 93.6 % top-1 (Table 2), not measured here.
 The official ones: ResNet-50, the paper's TensorFlow code, 2022 and 2020 alike.

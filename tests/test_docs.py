@@ -180,7 +180,7 @@ RUN = {
     "python -m benchmarks.train_step --overlap": TOY,
 }
 # The same commands with sizes that are larger.
-for size in ("128,256,512,1024,2048,4096,8192,16384", "8192,32768,131072"):
+for size in ("128,256,512,1024,2048,4096,8192,16384", "16384", "8192,32768,131072"):
     RUN[f"python -m benchmarks.loss --sizes {size}"] = "--sizes 64 --rounds 1"
 for size in (
     "224 --batch 1024 --dtype bfloat16 --microbatches 4",
