@@ -1,0 +1,80 @@
+"""SupCon against cross-entropy on photos, with weak and with strong augmentation.
+
+    python -m supcon_jax.tools.study studies/wins_cifar10.py --config.data.dir=DIR
+    python -m supcon_jax.tools.study studies/wins_cifar10.py --scale=full
+        --config.data.dir=DIR
+
+studies/wins.py has the other regimes, on digits. Every method tries four settings in each
+regime: two learning rates, two values of what is its own. At small scale 200 images a class
+of CIFAR-10 and the strided small encoder, 470 steps; at full scale all images and the
+recipes for one GPU.
+Hardware: 2 CPU cores. Time: an hour. Result: docs/studies.md.
+"""
+
+from configs import common as recipes
+from studies import common
+
+STAGES = {
+    "pretrain": "configs/supcon_cifar10.py",
+    "probe": "configs/linear_cifar10.py",
+    "evaluate": "configs/evaluate_cifar10.py",
+}
+FEW_PHOTOS = {
+    "all:data.samples_per_class": 200,
+    "evaluate:data.samples_per_class": 0,
+    "all:data.split_seed": "{seed}",
+    "batch_size": 128,
+    "total_steps": 470,
+    "optimizer.warmup_epochs": 3.0,
+    "knn.bank": 0,
+}
+
+
+def get_study(scale):
+    variant = "" if scale == "small" else ":gpu"
+    rates, baseline_rates = ((1.0, 2.0), (0.05, 0.1))
+    if scale == "full":
+        rates, baseline_rates = ((0.25, 0.5), (0.4, 0.8))
+
+    def tuned(key, values, rates=rates):
+        return {"tune": {"optimizer.learning_rate": rates, key: values}}
+
+    def augmented(name, *extra):
+        jitter, policy, grayscale, _ = recipes.AUGMENTATIONS[name]
+        return {
+            "augment.jitter_probability": jitter,
+            "augment.policy": policy,
+            "augment.grayscale_probability": grayscale,
+            "augment.extra": extra,
+        }
+
+    return {
+        "title": "SupCon and cross-entropy on photos",
+        "stages": {name: config + variant for name, config in STAGES.items()},
+        "shared": {
+            "eval_every": 0,
+            "checkpoint_every": 0 if scale == "small" else 19_500,
+            **(FEW_PHOTOS if scale == "small" else {}),
+        },
+        "grid": {
+            "augmentation": {
+                "crop and flip": augmented("identity"),
+                "AutoAugment and cutout": augmented("auto_augment", "cutout"),
+            },
+            "method": {
+                "cross-entropy": {
+                    "pretrain": f"configs/cross_entropy_cifar10.py{variant}",
+                    "probe": None,
+                    **tuned("loss.label_smoothing", (0.0, 0.1), baseline_rates),
+                },
+                "SupCon": tuned("loss.temperature", (0.1, 0.3)),
+                "SupCon and cross-entropy": {
+                    "probe": None,
+                    **tuned("loss.cross_entropy_weight", (0.3, 1.0)),
+                },
+            },
+        },
+        "seeds": common.seeds(scale),
+        "metrics": ("evaluate:eval/top1", "evaluate:eval/ece", "evaluate:eval/loss"),
+        "baseline": {"method": "cross-entropy"},
+    }
