@@ -77,4 +77,5 @@ def get_study(scale):
         "seeds": common.seeds(scale),
         "metrics": ("evaluate:eval/top1", "evaluate:eval/ece", "evaluate:eval/loss"),
         "baseline": {"method": "cross-entropy"},
+        "along": "augmentation",
     }

@@ -74,6 +74,7 @@ def test_every_study_is_right_at_both_scales(path, scale):
         ({"seeds": (1, 1)}, "each once"),
         ({"held_out": 1.5}, "got held_out=1.5"),
         ({"spread": "epochs"}, "got spread='epochs'; allowed: an axis of the grid"),
+        ({"along": "epochs"}, "got along='epochs'; allowed: an axis of the grid"),
         ({"tune_seeds": 0}, "got tune_seeds=0"),
         ({"paper": {"values": {"0.3": 1.0}}}, "name '0.3', which is no cell; cells: 0.1; 0.5"),
         ({"paper": {"value": {}}}, "unknown key 'value' of paper"),
@@ -378,11 +379,44 @@ def test_an_interval_is_that_of_a_paired_t_test():
     assert results.paired({}) is None
 
 
+def test_the_picture_has_differences_with_their_intervals(monkeypatch, tmp_path):
+    study = make(
+        grid={"loss.temperature": (0.1, 0.2), "case": {"a": {}, "b": {"epochs": 3.0}}},
+        baseline={"loss.temperature": 0.1},
+        along="loss.temperature",
+    )
+    values = {
+        ("0.1", "a"): 0.5,
+        ("0.2", "a"): 0.7,
+        ("0.1", "b"): 0.4,
+        ("0.2", "b"): 0.3,
+    }
+    monkeypatch.setattr(
+        results,
+        "values_of",
+        lambda study, cell, metric, out: {
+            seed: values[cell.values] + sign * (cell.values[0] == "0.2")
+            for seed, sign in enumerate((-0.1, 0.0, 0.1))
+        },
+    )
+    panels, labels = results._panels(study, tmp_path)
+    assert [line.name for line in panels["measured here"]] == ["a", "b"]
+    assert labels["x"] == "temperature"
+    first, second = panels["against 0.1"]
+    assert first.places == second.places == ["0.2"]
+    np.testing.assert_allclose([first.values[0], second.values[0]], [[20.0], [-10.0]])
+    # t(2) = 4.303, a deviation of 10 points, three seeds.
+    np.testing.assert_allclose(first.halves, [4.3027 * 10 / 3**0.5], rtol=1e-4)
+
+
 def test_names_and_numbers_are_drawn():
     for places in (["0.1", "1", "10"], ["none", "linear", "MLP"]):
         line = picture.Line("", places, [[1.0, 2.0], [2.0, 3.0], [4.0]])
+        other = picture.Line("b", places[1:], [[0.5], [1.0]], [0.2, 0.3])
         drawn = picture.plot_study(
-            "Title", {"ours": [line]}, {"x": "x", "ours": "top-1"}
+            "Title",
+            {"ours": [line], "against none": [other]},
+            {"x": "x", "ours": "top-1", "against none": "difference"},
         )
         assert drawn.startswith(b"\x89PNG")
     assert picture.plot_study("Title", {"ours": []}, {}) is None

@@ -104,11 +104,13 @@ def _check_fields(study: Study) -> None:
                 f"got baseline={{{axis!r}: {label!r}}}; allowed: axes of the grid, "
                 f"{', '.join(study.grid)}"
             )
-    if study.spread and study.spread not in study.grid:
-        raise ValueError(
-            f"got spread={study.spread!r}; allowed: an axis of the grid, "
-            f"{', '.join(study.grid)}"
-        )
+    for name in ("along", "spread"):
+        axis = getattr(study, name)
+        if axis and axis not in study.grid:
+            raise ValueError(
+                f"got {name}={axis!r}; allowed: an axis of the grid, "
+                f"{', '.join(study.grid)}"
+            )
     for name in study.paper:
         if name not in ("source", "values", "unit"):
             raise ValueError(

@@ -44,6 +44,7 @@ class Study:
       tune_seeds: how many seeds each combination is tried with.
       held_out: share of the training images that chooses.
       prepare: tools that run once before the cells, for what cells share.
+      along: the axis that runs along the picture; "": the last one.
       spread: an axis; for each of its labels the spread over all other settings is told.
       paper: {"source": where, "values": label of a cell -> number, "unit": of them}.
       reading: what the table says, in sentences for the documents.
@@ -63,6 +64,7 @@ class Study:
     tune_seeds: int = 1
     held_out: float = 0.2
     prepare: Sequence[Sequence[str]] = ()
+    along: str = ""
     spread: str = ""
     paper: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     reading: str = ""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import statistics
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from supcon_jax.figures import new_figure
 
@@ -17,11 +17,13 @@ class Line(NamedTuple):
       name: in the legend; "" where there is one alone.
       places: along the axis, numbers or names as texts.
       values: at each place those of all seeds.
+      halves: at each place half of an interval, to be drawn in the place of the deviation.
     """
 
     name: str
     places: list[str]
     values: list[list[float]]
+    halves: list[float] | None = None
 
 
 def plot_study(
@@ -32,77 +34,84 @@ def plot_study(
     Args:
       title: of the whole.
       panels: title of a panel -> its lines. Places that are numbers lie where they belong,
-        names below each other.
+        names below each other. A line of a name has the same colour in all panels.
       labels: of the axis of all places under "x", of the values under a panel's title.
     """
     panels = {name: lines for name, lines in panels.items() if lines}
-    places = list(
-        dict.fromkeys(p for lines in panels.values() for x in lines for p in x.places)
-    )
-    if (
-        not places
-        or (figure := new_figure(5.2 * len(panels), max(3.6, 0.32 * len(places) + 1.6)))
-        is None
-    ):
+    lines = [line for lines in panels.values() for line in lines]
+    places = list(dict.fromkeys(place for line in lines for place in line.places))
+    names = list(dict.fromkeys(line.name for line in lines))
+    height = max(3.6, 0.3 * len(places) * max(1, len(names) / 2) + 1.6)
+    if not places or (figure := new_figure(4.8 * len(panels), height)) is None:
         return None
     numeric = len(places) > 1 and all(_number(place) is not None for place in places)
     figure.suptitle(title)
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
-    for axis, (name, lines) in zip(axes, panels.items(), strict=True):
-        for number, line in enumerate(lines):
-            means = [statistics.fmean(v) for v in line.values]
-            spread = [statistics.stdev(v) if len(v) > 1 else 0.0 for v in line.values]
-            shift = 0.12 * (number - (len(lines) - 1) / 2)
-            if numeric:
-                where = [_number(place) for place in line.places]
-                (drawn, *_) = axis.errorbar(
-                    where,
-                    means,
-                    spread,
-                    fmt="o-",
-                    markersize=4,
-                    capsize=2,
-                    label=line.name,
-                )
-            else:
-                where = [places.index(place) + shift for place in line.places]
-                (drawn, *_) = axis.errorbar(
-                    means,
-                    where,
-                    xerr=spread,
-                    fmt="o",
-                    markersize=5,
-                    capsize=2,
-                    label=line.name,
-                )
-            for place, values in zip(where, line.values, strict=True):
-                points = ([place] * len(values), values)
-                axis.plot(
-                    *(points if numeric else points[::-1]),
-                    ".",
-                    markersize=5,
-                    alpha=0.5,
-                    color=drawn.get_color(),
-                )
-        if numeric:
-            found = [x for x in map(_number, places) if x is not None]
-            if min(found) > 0 and max(found) / min(found) >= 8:
-                axis.set_xscale("log")
-                axis.set_xticks(found, places)
-                axis.minorticks_off()
-            axis.set(xlabel=labels["x"], ylabel=labels[name])
-        else:
-            axis.set_yticks(range(len(places)), places)
-            axis.set(ylim=(len(places) - 0.5, -0.5), xlabel=labels[name])
-            if axis is axes[0]:
-                axis.set_ylabel(labels["x"])
-        axis.set_title(name, fontsize="medium")
+    drawn = {}
+    for axis, (panel, panel_lines) in zip(axes, panels.items(), strict=True):
+        for line in panel_lines:
+            number = names.index(line.name)
+            shift = 0.8 / len(names) * (number - (len(names) - 1) / 2)
+            where = (
+                [_number(place) for place in line.places]
+                if numeric
+                else [places.index(place) + shift for place in line.places]
+            )
+            drawn[line.name] = _plot_line(axis, line, where, f"C{number}", numeric)
+        if any(line.halves for line in panel_lines):
+            (axis.axhline if numeric else axis.axvline)(0, color="black", linewidth=0.8)
+        _name_axes(axis, places, labels["x"], labels[panel], numeric, axis is axes[0])
+        axis.set_title(panel, fontsize="medium")
         axis.grid(alpha=0.3)
-        if any(line.name for line in lines):
-            axis.legend(fontsize="small")
+    if any(names):
+        figure.legend(
+            drawn.values(),
+            drawn.keys(),
+            loc="outside lower center",
+            ncols=min(len(names), 4),
+            fontsize="small",
+        )
     content = io.BytesIO()
     figure.savefig(content, dpi=110, format="png")
     return content.getvalue()
+
+
+def _plot_line(
+    axis: Any, line: Line, where: list[Any], color: str, numeric: bool
+) -> Any:
+    """Means with their deviation or interval, and where there are several, each seed."""
+    means = [statistics.fmean(values) for values in line.values]
+    spread = line.halves or [
+        statistics.stdev(values) if len(values) > 1 else 0.0 for values in line.values
+    ]
+    style = {"markersize": 4, "capsize": 2, "color": color}
+    if numeric:
+        drawn = axis.errorbar(where, means, yerr=spread, fmt="o-", **style)
+    else:
+        drawn = axis.errorbar(means, where, xerr=spread, fmt="o", **style)
+    for place, values in zip(where, line.values, strict=True):
+        if len(values) > 1:
+            points = ([place] * len(values), values)
+            points = points if numeric else points[::-1]
+            axis.plot(*points, ".", markersize=5, alpha=0.4, color=color)
+    return drawn
+
+
+def _name_axes(
+    axis: Any, places: list[str], along: str, label: str, numeric: bool, first: bool
+) -> None:
+    if not numeric:
+        axis.set_yticks(range(len(places)), places if first else [])
+        axis.set(ylim=(len(places) - 0.5, -0.5), xlabel=label)
+        if first:
+            axis.set_ylabel(along)
+        return
+    found = [x for x in map(_number, places) if x is not None]
+    if min(found) > 0 and max(found) / min(found) >= 8:
+        axis.set_xscale("log")
+        axis.set_xticks(found, places)
+        axis.minorticks_off()
+    axis.set(xlabel=along, ylabel=label)
 
 
 def _number(text: str) -> float | None:

@@ -191,10 +191,9 @@ def as_markdown(study: Study, out: pathlib.Path) -> str:
     grid = cells(study)
     tuned = any(cell.trials for cell in grid)
     compared = bool(study.baseline)
-    named = ", ".join(str(label) for label in study.baseline.values())
     paper = study.paper.get("values", {})
     header = [*study.axes, *(_header(metric) for metric in study.metrics)]
-    header += [f"against {named}"] if compared else []
+    header += [f"against {_baseline_name(study)}"] if compared else []
     header += ["chosen"] if tuned else []
     header += [f"paper: {study.paper.get('unit', 'top-1 (%)')}"] if paper else []
     lines = [_row(header), "|---" * len(header) + "|"]
@@ -295,30 +294,48 @@ def _panels(
 ) -> tuple[dict[str, list[Line]], dict[str, str]]:
     """The lines of each panel of the picture, and the labels of its axes.
 
-    The first panel has ours, the second one the paper's. The last axis of the grid runs
-    along the panel, every combination of the others is a line.
+    The first panel has ours, the next ones the differences to the baseline and the
+    paper's. One axis of the grid runs along the panels, every combination of the others
+    is a line.
     """
     metric = study.metrics[0]
     factor = 100 if is_share(_plain(metric)) else 1
-    ours: dict[str, Line] = {}
-    theirs: dict[str, Line] = {}
+    along = list(study.grid).index(study.along) if study.along else len(study.grid) - 1
+    paper = study.paper.get("values", {})
+    panels: dict[str, dict[str, Line]] = {"measured here": {}}
+    units = {"measured here": _header(metric)}
+    against = f"against {_baseline_name(study)}"
+    if study.baseline:
+        panels[against] = {}
+        units[against] = "difference, 95 % interval"
+    if paper:
+        source = f"paper: {study.paper.get('source', '')}"
+        panels[source] = {}
+        units[source] = study.paper.get("unit", "top-1 (%)")
+
+    def add(panel: str, cell: Cell, values: list[float], half: float = 0.0) -> None:
+        others = (v for number, v in enumerate(cell.values) if number != along)
+        name = ", ".join(others)
+        halves: list[float] | None = [] if panel == against else None
+        line = panels[panel].setdefault(name, Line(name, [], [], halves))
+        line.places.append(cell.values[along])
+        line.values.append(values)
+        if line.halves is not None:
+            line.halves.append(half)
+
     for cell in cells(study):
-        name = ", ".join(cell.values[:-1])
         found = [factor * v for v in values_of(study, cell, metric, out).values()]
         if found:
-            ours.setdefault(name, Line(name, [], []))
-            ours[name].places.append(cell.values[-1])
-            ours[name].values.append(found)
-        if cell.label in study.paper.get("values", {}):
-            theirs.setdefault(name, Line(name, [], []))
-            theirs[name].places.append(cell.values[-1])
-            theirs[name].values.append([float(study.paper["values"][cell.label])])
-    panels = {"measured here": list(ours.values())}
-    if theirs:
-        panels[f"paper: {study.paper.get('source', '')}"] = list(theirs.values())
-    unit = study.paper.get("unit", "top-1 (%)")
-    return panels, {
-        "x": study.axes[-1],
-        "measured here": _header(metric),
-        **{name: unit for name in panels if name != "measured here"},
-    }
+            add("measured here", cell, found)
+        difference = compare(study, cell, metric, out)
+        if difference and math.isfinite(difference.half):
+            half = factor * difference.half
+            add(against, cell, [factor * difference.mean], half)
+        if cell.label in paper:
+            add(source, cell, [float(paper[cell.label])])
+    lines = {panel: list(found.values()) for panel, found in panels.items()}
+    return lines, {"x": study.axes[along], **units}
+
+
+def _baseline_name(study: Study) -> str:
+    return ", ".join(str(label) for label in study.baseline.values())
