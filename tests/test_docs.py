@@ -234,6 +234,9 @@ NOT_RUN = {
         "ResNet-50 on data that are not here; tests/test_finetune.py"
     ),
     "python main.py --config=configs/supcon_cifar10.py:pytorch": "downloads CIFAR-10",
+    "python -m supcon_jax.tools.study studies/wins.py": (
+        "176 jobs; tests/test_study.py checks every study file and runs a small one"
+    ),
     "python -m supcon_jax.tools.corrupt": "no command, the tool's name",
     "python main.py --config=configs/robustness_r50.py --config.data.dir=DIR  "
     "--config.robustness.data=DIR/imagenet-c": "needs ImageNet-C",
