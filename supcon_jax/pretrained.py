@@ -22,6 +22,7 @@ from supcon_jax.checkpoint import (
     saved_steps,
 )
 from supcon_jax.config import ENCODER_KEYS, config_of, flatten
+from supcon_jax.config_files import PROGRAM
 from supcon_jax.objectives import OBJECTIVES, has_projection
 from supcon_jax.plan import Plan, create_plan, init_encoder
 from supcon_jax.steps.state import TrainState
@@ -316,7 +317,7 @@ def _classifier(plan: Plan, workdir: str) -> tuple[str, nn.Module]:
             return name, module
     following = plan.config.next_config or "configs/linear_*.py"
     raise ValueError(
-        f"the run in {workdir} has no classifier; train one: python main.py "
+        f"the run in {workdir} has no classifier; train one: {' '.join(PROGRAM)} "
         f"--config={following} --config.pretrained={workdir}"
     )
 

@@ -22,6 +22,7 @@ from supcon_jax.builders import (
     scaled_learning_rate,
 )
 from supcon_jax.config import TRAINING_MODES
+from supcon_jax.config_files import PROGRAM
 from supcon_jax.data.pipeline import Batch
 from supcon_jax.data.sources import UNLABELLED
 from supcon_jax.figures import plot_curves
@@ -211,7 +212,7 @@ def report_result(
 
 def next_command(config: ConfigDict, workdir: pathlib.Path) -> str:
     """The command line that goes on from a run."""
-    command = ["python", "main.py", f"--config={config.next_config}"]
+    command = [*PROGRAM, f"--config={config.next_config}"]
     if config.mode in TRAINING_MODES:  # what comes next takes the model of this run
         command.append(f"--config.pretrained={storage.shown(workdir)}")
     for key in ("dir", "root"):

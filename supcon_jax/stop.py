@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import pathlib
 import shlex
 import signal
 import sys
@@ -18,6 +19,8 @@ from collections.abc import Callable, Iterator
 from typing import Any, NoReturn, TypeVar
 
 import jax
+
+from supcon_jax.config_files import PROGRAM
 
 T = TypeVar("T")
 # Threads whose work nobody waits for any more. The interpreter cannot end beside them.
@@ -158,4 +161,7 @@ def leave(code: int, *, at_once: bool = False) -> NoReturn:
 
 def restart_command() -> str:
     """The command that started this process."""
-    return shlex.join(["python", *sys.argv])
+    started, *arguments = sys.argv
+    if pathlib.Path(started).name in ("supcon-jax", "__main__.py"):
+        return shlex.join([*PROGRAM, *arguments])
+    return shlex.join(["python", started, *arguments])

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import pathlib
 import runpy
-import sys
 from collections.abc import Mapping
 from typing import Any
 
+from supcon_jax.config_files import find_file, make_importable
 from supcon_jax.study.grid import (
     Cell,
     Stage,
@@ -39,13 +38,14 @@ def load_study(path: str, scale: str = "small") -> Study:
     Raises:
       ValueError: what is wrong with it, in one line.
     """
-    if not pathlib.Path(path).is_file():
+    file = find_file(path)
+    if file is None:
         raise ValueError(f"no study file {path!r}; those here are in studies/")
     if scale not in SCALES:
         raise ValueError(f"got --scale={scale}; allowed: {', '.join(SCALES)}")
-    sys.path.insert(0, str(pathlib.Path.cwd()))  # studies import studies.common
+    make_importable()
     try:
-        fields = runpy.run_path(path)["get_study"](scale)
+        fields = runpy.run_path(str(file))["get_study"](scale)
     except KeyError:
         raise ValueError(f"{path} has no get_study(scale)") from None
     try:

@@ -40,7 +40,6 @@ from supcon_jax.workdir import finished_metrics
 logger = logging.getLogger(__name__)
 WAIT_S = 5.0  # between two looks at jobs that other runners have
 STOPPED_CODE = 85  # of a stage that was asked to stop, and can go on
-_MAIN = pathlib.Path(__file__).resolve().parents[2] / "main.py"
 
 
 class Job(NamedTuple):
@@ -247,7 +246,7 @@ def stage_command(
     )
     if chosen:
         changes |= job.cell.trials[chosen][stage]
-    command = [sys.executable, str(_MAIN), f"--config={what}"]
+    command = [sys.executable, "-m", "supcon_jax", f"--config={what}"]
     command.append(f"--workdir={folder / stage}")
     return [*command, *_as_flags(flags(changes)), *_as_flags(places)]
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 import argparse
 import ast
 import os
-import pathlib
 import runpy
-import sys
 
 from ml_collections import ConfigDict
 
 from supcon_jax import storage
 from supcon_jax.config import KEYS, check_config, unknown_key
+from supcon_jax.config_files import find_file, make_importable
 
 # Keys that say where the data of a run are, and change nothing else.
 PLACES = ("data.dir", "data.root", "data.skip_errors")
@@ -53,10 +52,10 @@ def load_config(name: str, changes: list[str]) -> ConfigDict:
       ValueError: no such file, key or value.
     """
     file, _, variant = name.partition(":")
-    path = pathlib.Path(file)
-    if not path.is_file():
+    path = find_file(file)
+    if path is None:
         raise ValueError(f"no config file {file!r} (--config)")
-    sys.path.insert(0, str(pathlib.Path.cwd()))  # configs import configs.common
+    make_importable()
     module = runpy.run_path(str(path))
     config = module["get_config"](*([variant] if variant else []))
     apply_changes(config, changes)
