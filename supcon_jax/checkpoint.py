@@ -350,7 +350,7 @@ def restore_encoder(
       sharding: where the arrays go; the first local device by default.
 
     Returns:
-      `{"params": ..., "batch_stats": ...}`.
+      The pytree that `encoder.apply` takes, with "params" and "batch_stats".
 
     Raises:
       ValueError: no pretraining run or no checkpoint there, or none that is whole. A
