@@ -8,7 +8,7 @@ myst_heading_anchors = 4
 # Docstrings name shapes in backticks, which are code here, as in the Markdown.
 default_role = "code"
 autodoc_member_order = "bysource"
-autodoc_typehints = "description"
+autodoc_typehints = "none"
 napoleon_use_ivar = True
 # Links to files of the repository, which are no pages of the site.
 suppress_warnings = ["myst.xref_missing"]
