@@ -21,7 +21,7 @@ it says nothing about unit length. The larger of the two learning rates was chos
 so the best rate may lie above it, for each of them. Digits of 8 x 8 pixels and a small network: the signs, not
 the sizes, are what may carry over.
 """
-FAST, SLOW = 0.1, 0.03  # peak learning rates at 256 images, ours
+FAST, SLOW = 0.3, 0.1  # peak learning rates at 256 images, ours
 
 
 def get_study(scale):
