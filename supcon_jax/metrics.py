@@ -78,6 +78,10 @@ METRICS: dict[str, Metric] = {
     "knn/average_top1": Metric(
         "kNN top-1 of the average {:.2%}", "accuracy", "s-", on_end=True
     ),
+    "knn/map": Metric("kNN mAP {:.2%}", "accuracy", "o-", on_end=True),
+    "knn/average_map": Metric(
+        "kNN mAP of the average {:.2%}", "accuracy", "s-", on_end=True
+    ),
     "embedding/rankme": Metric("RankMe {:.1f}", on_end=True),
     "embedding/average_rankme": Metric("RankMe of the average {:.1f}"),
     "embedding/alignment": Metric("alignment {:.4f}"),
