@@ -473,8 +473,9 @@ def _check_multilabel(config: ConfigDict) -> None:
         return
     contrastive = tuple(n for n, known in OBJECTIVES.items() if known.contrastive)
     needed: dict[str, tuple[Any, ...]] = {
-        "mode": ("pretrain",),
+        "mode": ("pretrain", "linear_eval"),
         "loss.name": contrastive,
+        "probe.solver": ("sgd",),
         "loss.positives_cap": (-1,),
         "loss.cross_entropy_weight": (0.0,),
         "probe.learning_rate": (0.0,),
@@ -485,6 +486,8 @@ def _check_multilabel(config: ConfigDict) -> None:
         "data.label_noise": (0.0,),
         "data.classes_per_batch": (0,),
     }
+    if config.mode == "linear_eval":
+        needed["loss.label_smoothing"] = (0.0,)
     flat = flatten(config.to_dict())
     for key, allowed in needed.items():
         if flat[key] not in allowed:

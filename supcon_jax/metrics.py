@@ -112,6 +112,7 @@ METRICS: dict[str, Metric] = {
     "ood/softmax_aupr": Metric("largest softmax: AUPR {:.2%}"),
     "eval/top1": Metric("top-1 {:.2%}", "accuracy", "o-", on_end=True),
     "eval/top5": Metric("top-5 {:.2%}", on_end=True),
+    "eval/map": Metric("mAP {:.2%}", "accuracy", "o-", on_end=True),
     "eval/loss": Metric("test loss {:.4f}", "loss", "o-"),
     "eval/mean_class_accuracy": Metric("mean per class {:.2%}"),
     "eval/ece": Metric("ECE {:.4f}", on_end=True),

@@ -188,7 +188,7 @@ def create_plan(
     modules, init, step = build(
         config,
         mesh,
-        num_classes=num_classes,
+        num_classes=label_classes or num_classes,
         whole_images=whole_images,
         optimizer=optimizer,
         schedule=schedule,

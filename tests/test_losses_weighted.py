@@ -361,7 +361,9 @@ def test_memory_is_linear(options):
 
 ROWS = st.lists(
     st.lists(
-        st.one_of(st.just(0.0), st.floats(2**-13, 2**13, width=32)), min_size=3, max_size=3
+        st.one_of(st.just(0.0), st.floats(2**-13, 2**13, width=32)),
+        min_size=3,
+        max_size=3,
     ),
     min_size=4,
     max_size=4,

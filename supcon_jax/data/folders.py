@@ -47,7 +47,7 @@ def open_folder(split: str, dir: str, root: str) -> FileSource:
     path = _find_root(path)
     folders = folders_in(path)
     if not has_train(folders):
-        if folders and all(is_split(n) or is_unlabelled(n) for n in folders):
+        if folders and all(is_split(n) or _is_unlabelled(n) for n in folders):
             raise ValueError(
                 f"{path} has {', '.join(folders)} and no folder 'train' "
                 "(--config.data.root)"
@@ -74,7 +74,7 @@ def open_folder(split: str, dir: str, root: str) -> FileSource:
         )
     source = _image_folder(path, class_names)
     if split_name == train_name:
-        for name in filter(is_unlabelled, folders):
+        for name in filter(_is_unlabelled, folders):
             source = _join_unlabelled(source, root_path / name)
     return source
 
@@ -179,7 +179,7 @@ def has_train(folders: list[str]) -> bool:
     return any(name.lower() in TRAIN for name in folders)
 
 
-def is_unlabelled(name: str) -> bool:
+def _is_unlabelled(name: str) -> bool:
     return name.lower() in UNLABELLED_NAMES
 
 
@@ -251,7 +251,7 @@ def _image_folder(path: Folder, class_names: list[str]) -> FileSource:
     notes: tuple[str, ...] = ()
     if left_alone:
         notes = (f"{path}{_listed(': left alone ', left_alone)}",)
-    for name in filter(is_unlabelled, class_names):
+    for name in filter(_is_unlabelled, class_names):
         notes += (
             f"{path / name} is taken for a class; images without a label lie beside a "
             "folder 'train'",

@@ -59,6 +59,24 @@ def mean_average_precision(scores: np.ndarray, weights: np.ndarray) -> float:
     )
 
 
+def multilabel_metrics(logits: np.ndarray, weights: np.ndarray) -> dict[str, float]:
+    """`eval/` map, loss and num_examples of a classifier of several classes an image.
+
+    Args:
+      logits: `[n, C]`, of each class against its absence.
+      weights: `[n, C]`, see `mean_average_precision`; the loss is that of
+        `binary_cross_entropy_of_views`.
+
+    Raises:
+      ValueError: no image has a label.
+    """
+    labelled = np.any(weights > 0, axis=1)
+    metrics = {"eval/map": mean_average_precision(logits, weights)}
+    x, targets = np.float64(logits[labelled]), np.clip(weights[labelled], 0, 1)
+    metrics["eval/loss"] = float(np.mean(np.logaddexp(0, x) - targets * x))
+    return metrics | {"eval/num_examples": int(np.sum(labelled))}
+
+
 def knn_mean_average_precision(
     bank: np.ndarray,
     bank_weights: np.ndarray,
