@@ -3,6 +3,7 @@
     python -m benchmarks.loss                       # the whole table, about 20 minutes
     python -m benchmarks.loss --sizes 128,256,512,1024,2048 --no-memory
     python -m benchmarks.loss --accuracy            # gradient errors, half a minute
+    python -m benchmarks.loss --options             # what the loss's own options cost
 
 Forward and backward of the same batch, D = 128, T = 0.07, 100 classes, two views an
 image. Each size has one process, in which the implementations take turns, in reverse
@@ -49,6 +50,14 @@ LARGEST = {
     "dense PyTorch, torch.compile": (16384, 65536),
     "pytorch-metric-learning": (8192, 32768),
 }
+# Options of the loss that --options compares with it; rows of labels show 3 of 80 classes.
+LABEL_CLASSES = 80
+OPTIONS = {
+    "supcon_loss, any": {"label_similarity": "any"},
+    "supcon_loss, jaccard": {"label_similarity": "jaccard"},
+    "supcon_loss, inner": {"label_similarity": "inner"},
+    "supcon_loss, hard negatives": {"hard_negative_beta": 0.5},
+}
 CPU_ROUNDS = {
     128: 25,
     256: 25,
@@ -71,6 +80,16 @@ def batch(num_views_total):
     x = rng.normal(size=(num_views_total // 2, 2, DIMENSION)).astype(np.float32)
     x += 0.5 * rng.normal(size=(CLASSES, 1, DIMENSION)).astype(np.float32)[labels]
     return x, labels
+
+
+def rows_of_labels(labels):
+    """`[N/2, LABEL_CLASSES]`: an image's class and two more."""
+    rng = np.random.default_rng(1)
+    rows = np.zeros((len(labels), LABEL_CLASSES), np.float32)
+    for row, label in zip(rows, labels, strict=True):
+        row[rng.choice(LABEL_CLASSES, 2, replace=False)] = 1
+        row[label % LABEL_CLASSES] = 1
+    return rows
 
 
 def unit_rows(x, labels):
@@ -172,10 +191,15 @@ def jax_runner(name, size):
             return supcon_loss(
                 x, labels, temperature=TEMPERATURE, with_diagnostics=True
             )
+        if name in OPTIONS:
+            return supcon_loss(x, labels, temperature=TEMPERATURE, **OPTIONS[name]), 0.0
         return DENSE[name](x, labels, TEMPERATURE), 0.0
 
     step = jax.jit(jax.value_and_grad(loss, has_aux=True))
-    x, labels = map(jax.device_put, batch(size))
+    x, labels = batch(size)
+    if "label_similarity" in OPTIONS.get(name, {}):
+        labels = rows_of_labels(labels)
+    x, labels = map(jax.device_put, (x, labels))
     return lambda: float(jax.block_until_ready(step(x, labels))[0][0])
 
 
@@ -373,7 +397,7 @@ def compare(sizes, rounds, names, with_memory, output):
         "|---|---|---|---|---|---|---|",
     ]
     for size in sizes:
-        chosen = [n for n in names if size <= LARGEST[n][on_gpu]]
+        chosen = [n for n in names if size <= LARGEST.get(n, (16384, 65536))[on_gpu]]
         count = rounds or (10 if on_gpu else CPU_ROUNDS.get(size, 3))
         times = child("time", names=chosen, size=size, rounds=count)
         if "error" in times:
@@ -460,6 +484,7 @@ def main():
     )
     parser.add_argument("--no-memory", action="store_true", help="times only")
     parser.add_argument("--accuracy", action="store_true", help="gradient errors")
+    parser.add_argument("--options", action="store_true", help="of the loss itself")
     parser.add_argument("--output", help="file for the table")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     flags = parser.parse_args()
@@ -471,11 +496,11 @@ def main():
         accuracy(flags.output)
     else:
         sizes = flags.sizes and [int(n) for n in flags.sizes.split(",")]
-        names = list(LARGEST)
+        names = [OURS, *OPTIONS] if flags.options else list(LARGEST)
         if flags.only:
             names = [n for n in (s.strip() for s in flags.only.split(";")) if n]
             names = [m for n in names for m in ([n] if n in LARGEST else n.split(","))]
-        unknown = [n for n in names if n not in LARGEST]
+        unknown = [n for n in names if n not in {*LARGEST, *OPTIONS}]
         if unknown:
             parser.error(f"--only knows {'; '.join(LARGEST)}; got {unknown[0]!r}")
         compare(sizes, flags.rounds, names, not flags.no_memory, flags.output)

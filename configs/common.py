@@ -41,8 +41,8 @@ def get_config() -> ConfigDict:
     config.hosts.watchdog_minutes = 10.0  # without a step: ends, with stacks; 0: never
 
     config.data = ConfigDict()
-    # "digits" | "arrays" | "folder" | "corrupted" | "synthetic" | a TFDS name,
-    # "cifar10:3.0.2", "a/config"
+    # "digits" | "arrays" | "folder" | "multilabel" | "corrupted" | "synthetic" | a TFDS
+    # name, "cifar10:3.0.2", "a/config"
     config.data.name = "digits"
     config.data.dir = ""  # TFDS data directory; "": TFDS's default, downloading
     config.data.root = ""  # "arrays": path of the .npz file; others: of the folder
@@ -143,6 +143,9 @@ def get_config() -> ConfigDict:
     config.loss.denominator = "all"  # "all" | "one_positive" | "only_negatives"
     config.loss.positives_cap = -1  # positives kept beside the own views; -1: all
     config.loss.scale = "none"  # "none" | "temperature" | a factor such as "1.43"
+    # How alike labels of several classes are: "any" shared | "jaccard" | "inner" product.
+    config.loss.label_similarity = "jaccard"
+    config.loss.hard_negative_beta = 0.0  # more weight for hard negatives, e.g. 0.5
     config.loss.label_smoothing = 0.0  # of cross-entropy
     # Of a classifier's cross-entropy beside a contrastive loss, through the encoder; 0: none
     config.loss.cross_entropy_weight = 0.0

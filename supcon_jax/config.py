@@ -252,6 +252,8 @@ KEYS: dict[str, Key] = {
     "loss.scale": Key(
         "none", Rule(_is_scale, "none, temperature, or a number above 0")
     ),
+    "loss.label_similarity": Key("jaccard", _one_of(("any", "jaccard", "inner"))),
+    "loss.hard_negative_beta": Key(0.0, _number(0, 1000)),
     "loss.label_smoothing": Key(0.0, _number(0, 0.999)),
     "loss.cross_entropy_weight": Key(0.0, _number(0)),
     "optimizer.name": Key("lars", _one_of(optimizers.OPTIMIZERS)),
@@ -351,6 +353,7 @@ def check_config(config: ConfigDict) -> None:
     _check_lanes(config)
     _check_hidden_labels(config)
     _check_momentum(config)
+    _check_multilabel(config)
     _check_finetune(config)
     _check_solver(config)
     _check_projection(config)
@@ -461,6 +464,37 @@ def _check_solver(config: ConfigDict) -> None:
                 f"got {key}={value!r} with probe.solver=lbfgs, which fits the features of "
                 f"a split at once; allowed: {allowed!r} (--config.{key}, or "
                 "--config.probe.solver=sgd)"
+            )
+
+
+def _check_multilabel(config: ConfigDict) -> None:
+    """Refuses what needs one class an image where the data have several."""
+    if config.data.name != "multilabel":
+        return
+    contrastive = tuple(n for n, known in OBJECTIVES.items() if known.contrastive)
+    needed: dict[str, tuple[Any, ...]] = {
+        "mode": ("pretrain", "linear_eval"),
+        "loss.name": contrastive,
+        "probe.solver": ("sgd",),
+        "loss.positives_cap": (-1,),
+        "loss.cross_entropy_weight": (0.0,),
+        "probe.learning_rate": (0.0,),
+        "momentum_encoder.decay": (0.0,),
+        "data.classes": ((),),
+        "data.samples_per_class": (0,),
+        "data.labelled_per_class": (0,),
+        "data.label_noise": (0.0,),
+        "data.classes_per_batch": (0,),
+    }
+    if config.mode == "linear_eval":
+        needed["loss.label_smoothing"] = (0.0,)
+    flat = flatten(config.to_dict())
+    for key, allowed in needed.items():
+        if flat[key] not in allowed:
+            raise ValueError(
+                f"got {key}={flat[key]!r} with data.name=multilabel, whose images have "
+                f"several classes; allowed: {', '.join(map(repr, allowed))} "
+                f"(--config.{key})"
             )
 
 

@@ -19,6 +19,7 @@ from supcon_jax.config import check_config
 from supcon_jax.data.sources import Source
 from supcon_jax.evaluation.classification import classification_sums, summarize
 from supcon_jax.evaluation.logistic import Solution, fit_classifier
+from supcon_jax.evaluation.multilabel import multilabel_metrics
 from supcon_jax.features import Features
 from supcon_jax.loop import Evaluate, Metrics
 from supcon_jax.metrics import on_end
@@ -65,7 +66,10 @@ def linear_eval(config: ConfigDict, workdir: str | pathlib.Path) -> dict[str, An
 
 
 def build_evaluation(run: Run) -> Evaluate:
-    """The classifier's accuracy on the evaluation split."""
+    """The classifier's accuracy on the evaluation split.
+
+    Where images may show several classes: how well it finds those of each.
+    """
     modules = run.plan.modules
     predictor = build_predictor(run, modules.encoder, modules.head)
     (encoder_variables,) = run.frozen
@@ -75,7 +79,11 @@ def build_evaluation(run: Run) -> Evaluate:
             "encoder": encoder_variables,
             "head": {"params": state.params["head"]},
         }
-        return predictor.classify(variables, run.eval_source)
+        sets = run.eval_source.label_sets
+        if sets is None:
+            return predictor.classify(variables, run.eval_source)
+        logits, labels, _ = predictor.predict(variables, run.eval_source)
+        return multilabel_metrics(logits, sets.weights(labels))
 
     return evaluate
 

@@ -78,6 +78,10 @@ METRICS: dict[str, Metric] = {
     "knn/average_top1": Metric(
         "kNN top-1 of the average {:.2%}", "accuracy", "s-", on_end=True
     ),
+    "knn/map": Metric("kNN mAP {:.2%}", "accuracy", "o-", on_end=True),
+    "knn/average_map": Metric(
+        "kNN mAP of the average {:.2%}", "accuracy", "s-", on_end=True
+    ),
     "embedding/rankme": Metric("RankMe {:.1f}", on_end=True),
     "embedding/average_rankme": Metric("RankMe of the average {:.1f}"),
     "embedding/alignment": Metric("alignment {:.4f}"),
@@ -108,6 +112,7 @@ METRICS: dict[str, Metric] = {
     "ood/softmax_aupr": Metric("largest softmax: AUPR {:.2%}"),
     "eval/top1": Metric("top-1 {:.2%}", "accuracy", "o-", on_end=True),
     "eval/top5": Metric("top-5 {:.2%}", on_end=True),
+    "eval/map": Metric("mAP {:.2%}", "accuracy", "o-", on_end=True),
     "eval/loss": Metric("test loss {:.4f}", "loss", "o-"),
     "eval/mean_class_accuracy": Metric("mean per class {:.2%}"),
     "eval/ece": Metric("ECE {:.4f}", on_end=True),

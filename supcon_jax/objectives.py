@@ -68,6 +68,7 @@ def build_contrastive(
         "denominator": options.denominator,
         "scale": options.scale if named_scale else float(options.scale),
         "block_size": default_block_size(parallel.platform(mesh)),
+        "hard_negative_beta": options.hard_negative_beta,
         "with_diagnostics": True,
     }
     if config.momentum_encoder.decay:
@@ -82,6 +83,7 @@ def build_contrastive(
         contrast_mode=options.contrast_mode,
         positives_cap=None if options.positives_cap < 0 else options.positives_cap,
         axis_name=None if single else axes,
+        label_similarity=options.label_similarity,
         **shared,
     )
 

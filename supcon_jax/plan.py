@@ -41,6 +41,7 @@ class Plan:
       config: the checked config.
       mesh: the devices that the step is compiled for.
       num_classes, num_examples: of the training split.
+      label_classes: C where labels are rows of weights `[B, C]`; 0 where each is a class.
       total_steps: updates to make.
       steps_per_epoch: examples / batch size, fractional.
       whole_images: whether a batch holds whole images, which the step crops, or views
@@ -56,6 +57,7 @@ class Plan:
     mesh: Mesh
     num_classes: int
     num_examples: int
+    label_classes: int
     total_steps: int
     steps_per_epoch: float
     whole_images: bool
@@ -85,9 +87,12 @@ class Plan:
         size, side = config.batch_size, config.data.image_size
         views = 1 if self.whole_images else config.data.views
         shape = jax.ShapeDtypeStruct
+        label = shape((size,), jnp.int32)
+        if self.label_classes:
+            label = shape((size, self.label_classes), jnp.float32)
         return {
             "image": shape((size, views, side, side, 3), jnp.uint8),
-            "label": shape((size,), jnp.int32),
+            "label": label,
             "id": shape((size, 2), jnp.int32),
         }
 
@@ -152,6 +157,7 @@ def create_plan(
     num_classes: int,
     num_examples: int,
     whole_images: bool = True,
+    label_classes: int = 0,
 ) -> Plan:
     """What a config computes on a mesh; opens no data and no folder.
 
@@ -162,6 +168,7 @@ def create_plan(
       num_classes: C of the training split.
       num_examples: its images.
       whole_images: see `Plan`; so they are for arrays in memory.
+      label_classes: see `Plan`.
 
     Raises:
       ValueError: keys or values that are not allowed, or a batch that the devices
@@ -181,7 +188,7 @@ def create_plan(
     modules, init, step = build(
         config,
         mesh,
-        num_classes=num_classes,
+        num_classes=label_classes or num_classes,
         whole_images=whole_images,
         optimizer=optimizer,
         schedule=schedule,
@@ -191,6 +198,7 @@ def create_plan(
         mesh=mesh,
         num_classes=num_classes,
         num_examples=num_examples,
+        label_classes=label_classes,
         total_steps=total_steps,
         steps_per_epoch=steps_per_epoch,
         whole_images=whole_images,

@@ -13,6 +13,7 @@ from supcon_jax import loop
 from supcon_jax.config import check_config
 from supcon_jax.data.sources import has_labels, take_labelled, take_subset
 from supcon_jax.evaluation.knn import knn_accuracy
+from supcon_jax.evaluation.multilabel import knn_mean_average_precision
 from supcon_jax.evaluation.rankme import rankme
 from supcon_jax.loop import Evaluate
 from supcon_jax.models import EncoderWithProjection
@@ -55,7 +56,8 @@ def build_evaluation(run: Run) -> Evaluate:
 
     The bank is made of labelled training images without augmentation; the queries are
     the labelled images of the whole evaluation split. Where either has none there is no
-    kNN.
+    kNN. Where an image may show several classes, the neighbours score each of them, and
+    the metric is the mean average precision.
     """
     config, modules = run.config, run.plan.modules
     # Which head gives classes, and under which name its parameters are.
@@ -86,13 +88,18 @@ def build_evaluation(run: Run) -> Evaluate:
         if with_knn:
             train = embedder.embed(variables, bank, label="kNN: training images")
         test = embedder.embed(variables, run.eval_source, label="kNN: test images")
-        if with_knn:
+        options = {"k": config.knn.k, "temperature": config.knn.temperature}
+        if with_knn and bank.label_sets and run.eval_source.label_sets:
+            metrics[f"knn/{prefix}map"] = knn_mean_average_precision(
+                train[0],
+                bank.label_sets.weights(train[1]),
+                test[0],
+                run.eval_source.label_sets.weights(test[1]),
+                **options,
+            )
+        elif with_knn:
             metrics[f"knn/{prefix}top1"] = knn_accuracy(
-                *train,
-                *test,
-                k=config.knn.k,
-                temperature=config.knn.temperature,
-                num_classes=bank.num_classes,
+                *train, *test, num_classes=bank.num_classes, **options
             )
         return metrics | {f"embedding/{prefix}rankme": rankme(test[0])}
 

@@ -254,6 +254,12 @@ def load_model(workdir: str, mesh: Mesh, *, average: bool = False) -> TrainedMod
             f"the run in {workdir} does not say how many classes it has (an older "
             "version made it); the same command on it goes on and says so"
         )
+    if "label_classes" in facts["data"]["train"]:
+        raise ValueError(
+            f"the classifier in {workdir} finds several classes an image; what it reached "
+            "is in its metrics.jsonl, and nothing else can be done with it here yet "
+            "(--config.pretrained)"
+        )
     # Batches of these devices; what is restored does not depend on it.
     config.batch_size, config.microbatch_size = mesh.size, 0
     data = facts["data"]["train"]

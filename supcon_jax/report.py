@@ -24,7 +24,7 @@ from supcon_jax.builders import (
 from supcon_jax.config import TRAINING_MODES
 from supcon_jax.config_files import PROGRAM
 from supcon_jax.data.pipeline import Batch
-from supcon_jax.data.sources import UNLABELLED
+from supcon_jax.data.sources import UNLABELLED, Source
 from supcon_jax.figures import plot_curves
 from supcon_jax.metrics import on_end
 from supcon_jax.pretrained import RANDOM
@@ -90,15 +90,23 @@ def log_data(run: Run) -> None:
     """Says what a run is trained on."""
     config, images = run.config, run.train_source.num_examples
     logger.info(
-        "%s on %s: %s training images, %d classes%s",
+        "%s on %s: %s training images, %s%s",
         config.loss.name if config.mode == "pretrain" else config.mode,
         config.data.name,
         f"{images:,}",
-        run.train_source.num_classes,
+        _classes(run.train_source),
         _without_labels(run),
     )
     for note in dict.fromkeys([*run.train_source.notes, *run.eval_source.notes]):
         logger.info("%s", note)
+
+
+def _classes(source: Source) -> str:
+    """How many classes there are, and in how many sets they come."""
+    sets = source.label_sets
+    if sets is None:
+        return f"{source.num_classes} classes"
+    return f"{len(sets.class_names)} classes in {len(sets.members)} combinations"
 
 
 def _trained(config: ConfigDict, params: PyTree) -> PyTree:
@@ -206,7 +214,9 @@ def report_result(
             label = "Curves" if picture.stem == "curves" else "Figure"
             where = storage.join(workdir, "figures", picture.name)
             logger.info("%s:  %s", label, storage.shown(where))
-    if config.next_config:
+    # A classifier of several classes an image has no evaluation of its own.
+    last = config.data.name == "multilabel" and config.mode == "linear_eval"
+    if config.next_config and not last:
         logger.info("Next:    %s", next_command(config, workdir))
 
 
@@ -215,6 +225,8 @@ def next_command(config: ConfigDict, workdir: pathlib.Path) -> str:
     command = [*PROGRAM, f"--config={config.next_config}"]
     if config.mode in TRAINING_MODES:  # what comes next takes the model of this run
         command.append(f"--config.pretrained={storage.shown(workdir)}")
+    if config.data.name == "multilabel":
+        command += ["--config.data.name=multilabel", "--config.probe.solver=sgd"]
     for key in ("dir", "root"):
         if config.data[key]:
             command.append(f"--config.data.{key}={config.data[key]}")

@@ -128,6 +128,7 @@ def open_run(
         num_classes=train_source.num_classes,
         num_examples=train_source.num_examples,
         whole_images=not on_host(train_source),
+        label_classes=len(sets.class_names) if (sets := train_source.label_sets) else 0,
     )
     data = {"train": identify(train_source), "evaluation": identify(eval_source)}
     # What one process alone cannot use ends all of them here, before they compute together.
@@ -338,8 +339,9 @@ def check_positives(config: ConfigDict, source: Source) -> None:
     alone = config.data.views == 1 and not source.synthetic
     if config.mode != "pretrain" or not objective.contrastive or not alone:
         return
-    labels = source.labels[source.labels >= 0] if objective.uses_labels else np.empty(0)
-    counts = np.bincount(labels) if len(labels) else np.zeros(1, int)
+    counts = np.zeros(1, int)
+    if objective.uses_labels:
+        counts = sources_of.images_by_class(source)
     known = not objective.uses_labels or UNREAD not in source.labels
     if known and counts.max() < 2:
         raise ValueError(
@@ -352,7 +354,7 @@ def check_positives(config: ConfigDict, source: Source) -> None:
             "(--config.data.views=2)",
             f"{np.sum(source.labels == UNLABELLED):,}",
         )
-    if len(labels) and np.any(counts == 1):
+    if np.any(counts == 1):
         logger.warning(
             "warning: %d classes have one image, which has no positive with "
             "data.views=1 (--config.data.views=2)",

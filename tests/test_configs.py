@@ -106,6 +106,8 @@ def test_check_config_names_what_is_wrong():
         ("loss.temperature", 0.0),
         ("loss.scale", "big"),
         ("loss.scale", "-1"),
+        ("loss.label_similarity", "dice"),
+        ("loss.hard_negative_beta", -0.5),
         ("loss.label_smoothing", 1.0),
         ("optimizer.name", "adam"),
         ("optimizer.momentum", 1.0),
@@ -276,6 +278,7 @@ IN_STEP = {
     "loss.denominator": ("one_positive", {}),
     "loss.positives_cap": (2, {}),
     "loss.scale": ("temperature", {}),
+    "loss.hard_negative_beta": (0.5, {}),
     "loss.label_smoothing": (0.1, CROSS_ENTROPY),
     "loss.cross_entropy_weight": (0.5, {}),
     "encoder_average.decay": (0.99, {}),
@@ -328,6 +331,9 @@ ELSEWHERE = {
     "pretrained": "test_linear_eval.py::test_random_encoder_differs",
     "eval_metric": "test_finetune.py::test_the_headline_is_the_metric_asked_for",
     "representation": "test_probe.py::test_projections_are_those_of_the_head",
+    "loss.label_similarity": (
+        "test_multilabel.py::test_the_similarity_of_labels_is_that_of_the_config"
+    ),
     "probe.solver": "test_probe.py::test_the_probe_is_a_whole_linear_evaluation",
     "writers": "test_writers.py::test_a_run_writes_where_its_config_says",
     "project": "test_writers.py::test_a_run_writes_where_its_config_says",

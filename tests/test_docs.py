@@ -173,6 +173,9 @@ RUN = {
     "python -m benchmarks.safety --rounds 60": "--rounds 1 --encoder resnet8",
     "python -m benchmarks.loss": "--sizes 64 --rounds 1",
     "python -m benchmarks.loss --accuracy": "--sizes 64",
+    "python -m benchmarks.loss --options --sizes 512,2048 --no-memory": (
+        "--sizes 64 --rounds 1"
+    ),
     "python -m benchmarks.train_step": TOY,
     "python -m benchmarks.train_step --collectives --encoder resnet50 --image_size 32 "
     "--batch 16": TOY,
@@ -236,6 +239,14 @@ NOT_RUN = {
     "python main.py --config=configs/supcon_cifar10.py:pytorch": "downloads CIFAR-10",
     "python -m supcon_jax.tools.study studies/wins.py": (
         "176 jobs; tests/test_study.py checks every study file and runs a small one"
+    "python main.py --config=configs/digits.py --config.data.name=multilabel  "
+    "--config.data.root=DIR --workdir=runs/several": (
+        "needs a labels.csv; tests/test_multilabel.py"
+    ),
+    "python main.py --config=configs/linear_digits.py:sgd "
+    "--config.data.name=multilabel  --config.data.root=DIR "
+    "--config.pretrained=runs/several --workdir=runs/linear_several": (
+        "needs a labels.csv; tests/test_multilabel.py"
     ),
     "python -m supcon_jax.tools.corrupt": "no command, the tool's name",
     "python main.py --config=configs/robustness_r50.py --config.data.dir=DIR  "

@@ -15,6 +15,7 @@ from supcon_jax.metrics import LINE_FIELDS, METRICS
 from supcon_jax.robustness import robustness
 from supcon_jax.writers import read_metrics
 from tests.runs import linear_config, pretrain_config, shrink, write_corrupted
+from tests.test_multilabel import colours
 
 
 @pytest.mark.slow
@@ -27,10 +28,22 @@ def test_everything_that_runs_write_is_listed(tmp_path):
         "joint": pretrain_config(**{"loss.cross_entropy_weight": 1.0}),
         "cross_entropy": pretrain_config(**{"loss.name": "cross_entropy"}),
     }
+    several = tmp_path.with_name("several")
+    colours(several / "train", 48, seed=0)
+    colours(several / "test", 24, seed=1)
+    of_several = {
+        "data.name": "multilabel",
+        "data.root": str(several),
+        "data.image_size": 8,
+        "data.eval_resize": 8,
+    }
+    runs["several"] = pretrain_config(**of_several, **{"encoder_average.decay": 0.9})
     written = set()
     for name, config in runs.items():
         pretrain.pretrain(config, tmp_path / name)
     linear_eval.linear_eval(linear_config(tmp_path / "supcon"), tmp_path / "linear")
+    config = linear_config(tmp_path / "several", **of_several)
+    linear_eval.linear_eval(config, tmp_path / "linear_several")
     solved = linear_config(tmp_path / "supcon", **{"probe.solver": "lbfgs"})
     solved.total_steps = 0
     linear_eval.linear_eval(solved, tmp_path / "solved")

@@ -15,6 +15,7 @@ import numpy as np
 from supcon_jax.data.arrays import open_arrays
 from supcon_jax.data.corrupted import open_corrupted
 from supcon_jax.data.folders import open_folder
+from supcon_jax.data.multilabel import open_multilabel
 from supcon_jax.data.names import pick_split
 from supcon_jax.data.sources import (
     UNLABELLED,
@@ -51,8 +52,8 @@ def open_source(
       name: a key of `SOURCES`, or a TFDS name.
       split: "train", "test", ...; of TFDS also slices and sums, "train[:90%]+test".
       dir: TFDS data directory; "" is TFDS's own default, downloading what it can.
-      root: path of the .npz file for "arrays", of the folder for "folder" and
-        "corrupted".
+      root: path of the .npz file for "arrays", of the folder for "folder", "multilabel"
+        and "corrupted".
       image_key, label_key: names of the two features of a TFDS dataset; "" for one
         without labels.
       skip_errors: whether to go on without images that cannot be decoded, which the
@@ -133,6 +134,7 @@ SOURCES: dict[str, Opener] = {
     "digits": _open_digits,
     "arrays": open_arrays,
     "folder": open_folder,
+    "multilabel": open_multilabel,
     "corrupted": open_corrupted,
     "synthetic": _open_synthetic,
 }

@@ -21,6 +21,8 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".ti
 # What notebooks, file managers and network disks leave behind is no data.
 HIDDEN_PREFIXES = (".", "@")
 HIDDEN_NAMES = ("__MACOSX",)
+# What says which classes each image shows, where that may be several (multilabel.py).
+LABELS_CSV = "labels.csv"
 # Beside the folder of the training images, others that have no label.
 UNLABELLED_NAMES = ("unlabelled", "unlabeled")
 
@@ -36,15 +38,15 @@ def open_folder(split: str, dir: str, root: str) -> FileSource:
       ValueError: one line that says what is missing there.
     """
     del dir
-    path = _open_root(root)
+    path = open_root(root)
     if not root or not path.is_dir():
         raise ValueError(
             f"data.name='folder' needs a folder of images; got {root!r} "
             "(--config.data.root)"
         )
     path = _find_root(path)
-    folders = _folders(path)
-    if not _has_train(folders):
+    folders = folders_in(path)
+    if not has_train(folders):
         if folders and all(is_split(n) or _is_unlabelled(n) for n in folders):
             raise ValueError(
                 f"{path} has {', '.join(folders)} and no folder 'train' "
@@ -52,7 +54,7 @@ def open_folder(split: str, dir: str, root: str) -> FileSource:
             )
         if split.lower() not in TRAIN:
             parent = ""
-            if is_split(path.name) and _has_train(_folders(path.parent)):
+            if is_split(path.name) and has_train(folders_in(path.parent)):
                 parent = f", or give {path.parent} (--config.data.root)"
             raise ValueError(
                 f"{path} has no folder 'train', so its folders are the classes and "
@@ -87,7 +89,7 @@ def open_classes(root: str, names: Sequence[str] = ()) -> FileSource:
     Raises:
       ValueError: there is no such folder, or a class without images.
     """
-    path = _open_root(root)
+    path = open_root(root)
     return _image_folder(path, list(names) or _class_names(path))
 
 
@@ -150,7 +152,8 @@ class _BucketFolder:
 Folder = pathlib.Path | _BucketFolder
 
 
-def _open_root(root: str) -> Folder:
+def open_root(root: str) -> Folder:
+    """The folder or bucket that `data.root` names; all of a bucket is listed."""
     if storage.is_remote(root):
         return _BucketFolder.list(storage.absolute(root))
     return pathlib.Path(root).expanduser()
@@ -158,20 +161,21 @@ def _open_root(root: str) -> Folder:
 
 def _find_root(path: Folder) -> Folder:
     """Where the splits or classes are: there, or in the only folder that there is."""
-    found, folders = path, _folders(path)
+    found, folders = path, folders_in(path)
     while len(folders) == 1 and not is_split(folders[0]) and not _images_in(found):
         inner = found / folders[0]
-        below = _folders(inner)
+        below = folders_in(inner)
         if _images_in(inner) or not below:
             break  # a class
         found, folders = inner, below
-    if found == path or (len(folders) == 1 and not _has_train(folders)):
+    if found == path or (len(folders) == 1 and not has_train(folders)):
         return path
     logger.info("taking the images of %s, the only folder in %s", found, path)
     return found
 
 
-def _has_train(folders: list[str]) -> bool:
+def has_train(folders: list[str]) -> bool:
+    """Whether one of some folders is that of the training split."""
     return any(name.lower() in TRAIN for name in folders)
 
 
@@ -195,7 +199,12 @@ def _entries(path: Folder) -> list[Any]:
         raise _unreadable(error) from None
 
 
-def _folders(path: Folder) -> list[str]:
+def folders_in(path: Folder) -> list[str]:
+    """Names of the folders directly in it, hidden ones left out.
+
+    Raises:
+      ValueError: it cannot be read.
+    """
     return [entry.name for entry in _entries(path) if entry.is_dir()]
 
 
@@ -210,11 +219,13 @@ def _unreadable(error: OSError) -> ValueError:
 
 
 def _class_names(path: Folder) -> list[str]:
-    names = _folders(path)
+    names = folders_in(path)
     if not names:
+        csv = any(entry.name == LABELS_CSV for entry in _entries(path))
+        hint = f"; for its {LABELS_CSV}: --config.data.name=multilabel" if csv else ""
         raise ValueError(
             f"{path} holds no folders; expected one folder of images a class "
-            "(--config.data.root)"
+            f"(--config.data.root){hint}"
         )
     return names
 
@@ -225,7 +236,7 @@ def _image_folder(path: Folder, class_names: list[str]) -> FileSource:
     for label, name in enumerate(class_names):
         if not (path / name).is_dir():
             continue  # a class of train of which this split has no images
-        files, others = _files(path / name)
+        files, others = image_files(path / name)
         if not files:
             raise ValueError(
                 f"class folder {path / name} holds no images "
@@ -256,7 +267,7 @@ def _join_unlabelled(source: FileSource, folder: Folder) -> FileSource:
     Raises:
       ValueError: there are none in it.
     """
-    files, others = _files(folder)
+    files, others = image_files(folder)
     if not files:
         raise ValueError(
             f"{folder} holds no images{_listed('; it has ', others)}; remove it or fill "
@@ -278,7 +289,7 @@ def _listed(words: str, counts: collections.Counter[str]) -> str:
     return words + ", ".join(parts) if parts else ""
 
 
-def _files(folder: Folder) -> tuple[list[str], collections.Counter[str]]:
+def image_files(folder: Folder) -> tuple[list[str], collections.Counter[str]]:
     """The images below a folder, in order, and what else is there by its suffix."""
     images: list[str] = []
     others: collections.Counter[str] = collections.Counter()

@@ -20,7 +20,8 @@ def identify(source: Source) -> dict[str, Any]:
     It depends on the content alone: the data may lie elsewhere the next time.
 
     Returns:
-      `{"examples": n, "classes": C, "digest": "0123456789abcdef"}`.
+      `{"examples": n, "classes": C, "digest": "0123456789abcdef"}`, and "label_classes"
+      where a label stands for several of so many classes.
     """
     sha = hashlib.sha256(repr(source.class_names).encode())
     if not source.synthetic:
@@ -29,11 +30,14 @@ def identify(source: Source) -> dict[str, Any]:
         rows = np.linspace(0, source.num_examples - 1, count).astype(int)
         for content in _contents(source, rows):
             sha.update(content)
-    return {
+    facts: dict[str, Any] = {
         "examples": source.num_examples,
         "classes": source.num_classes,
         "digest": sha.hexdigest()[:16],
     }
+    if source.label_sets is not None:
+        facts["label_classes"] = len(source.label_sets.class_names)
+    return facts
 
 
 def _contents(source: Source, rows: np.ndarray) -> list[bytes]:

@@ -70,7 +70,8 @@ def train_batches(
 
     Yields:
       This process's rows of `{"image": uint8 [B, V, S, S, 3], "label": int32 [B],
-      "id": int32 [B, 2]}`; whole images come with one view. `id` is (epoch, index).
+      "id": int32 [B, 2]}`; whole images come with one view. `id` is (epoch, index). Where
+      a source has `label_sets`, "label" is float32 `[B, C]`, the weights of the classes.
 
     Raises:
       ValueError: the image size is another one than that of the images in memory, or an
@@ -83,7 +84,7 @@ def train_batches(
         for step in itertools.count(start_step):
             ids = sampler(step)[rows]
             image, label = fetch(ids[:, 1])
-            yield {"image": image, "label": label, "id": ids}
+            yield {"image": image, "label": _targets(source, label), "id": ids}
     cache = None
     if lanes is not None:
         cache = BlockCache(source, lanes, batch_size=batch_size, keep_bytes=keep_bytes)
@@ -105,6 +106,7 @@ def train_batches(
         replace_unreadable=True,
         cache=cache,
     ):
+        batch["label"] = _targets(source, batch["label"])
         yield {key: batch[key] for key in ("image", "label", "id")}
 
 
@@ -157,6 +159,11 @@ def eval_batches(
         replace_unreadable=False,
     ):
         yield {key: batch[key] for key in ("image", "label", "mask")}
+
+
+def _targets(source: Source, labels: np.ndarray) -> np.ndarray:
+    """What a training step gets as labels."""
+    return labels if source.label_sets is None else source.label_sets.weights(labels)
 
 
 def _without_decoding(

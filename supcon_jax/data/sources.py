@@ -8,6 +8,7 @@ fetched without touching those before it.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -43,6 +44,35 @@ class Encoded(NamedTuple):
     image: bytes
     label: int
     orientation: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class LabelSets:
+    """Labels beyond one class: what an image with a label of that number shows.
+
+    A source numbers the different sets of classes that its images show, so that a label
+    stays one number on its way through samplers, subsets and batches of evaluation.
+
+    Attributes:
+      class_names: names of the C classes.
+      members: for each of the S sets the numbers of its classes and their weights.
+    """
+
+    class_names: tuple[str, ...]
+    members: tuple[tuple[tuple[int, float], ...], ...]
+
+    @functools.cached_property
+    def _table(self) -> np.ndarray:
+        """Weights of the classes in each set, and a row of zeros: no label."""
+        table = np.zeros((len(self.members) + 1, len(self.class_names)), np.float32)
+        for number, members in enumerate(self.members):
+            for label, weight in members:
+                table[number, label] = weight
+        return table
+
+    def weights(self, labels: np.ndarray) -> np.ndarray:
+        """Weights of the classes `[n, C]` float32 for labels `[n]`; 0 where there is none."""
+        return self._table[np.where(labels < 0, len(self.members), labels)]
 
 
 @dataclasses.dataclass
@@ -96,6 +126,8 @@ class Source(Protocol):
         and nothing is read.
       unreadable: the images that cannot be decoded.
       notes: what a run should say of it at its start.
+      label_sets: where an image may show several classes: what each label stands for.
+        The "classes" above are such sets then. None: a label is a class.
     """
 
     __dataclass_fields__: ClassVar[dict[str, dataclasses.Field]]
@@ -107,6 +139,7 @@ class Source(Protocol):
     synthetic: bool = False
     unreadable: Unreadable
     notes: tuple[str, ...] = ()
+    label_sets: LabelSets | None = None
 
     @property
     def num_examples(self) -> int:
@@ -194,7 +227,7 @@ class FileSource(Source):
       paths: `[n]` strings.
       labels: `[n]` int32.
       class_names: folder names, in the order of the labels.
-      unreadable, notes: see `Source`.
+      unreadable, notes, label_sets: see `Source`.
     """
 
     images = None
@@ -203,6 +236,7 @@ class FileSource(Source):
     class_names: tuple[str, ...]
     unreadable: Unreadable = dataclasses.field(default_factory=Unreadable)
     notes: tuple[str, ...] = ()
+    label_sets: LabelSets | None = None
 
     @property
     def num_classes(self) -> int:  # type: ignore[override]
@@ -247,6 +281,14 @@ def take_subset(source: Source, count: int, *, seed: int = 0) -> Source:
         return source
     rows = np.random.default_rng(seed).permutation(source.num_examples)[:count]
     return source.take_rows(np.sort(rows))
+
+
+def images_by_class(source: Source) -> np.ndarray:
+    """How many examples show each class, `[C]`; those with a known label count."""
+    labels = source.labels[source.labels >= 0]
+    if source.label_sets is not None:
+        return np.sum(source.label_sets.weights(labels) > 0, axis=0)
+    return np.bincount(labels, minlength=1)
 
 
 def read_labels(source: Source) -> Source:
@@ -434,7 +476,7 @@ def hold_out(
     """A training split without a random share of it, and that share.
 
     Of every class the same share is taken where labels are known without reading the
-    files; a TFDS split is divided at random. A class that would have no training image
+    files; a TFDS split, and images of several classes each, are divided at random. A class that would have no training image
     left keeps one.
 
     Args:
@@ -449,6 +491,8 @@ def hold_out(
     kept, held = _split_rows(source, fraction, seed=seed)
     labels = source.labels if labels is None else labels
     left = np.setdiff1d(labels[held], labels[kept])
+    if source.label_sets is not None:
+        left = left[:0]  # many sets have one image
     back = [held[labels[held] == label][0] for label in left if label >= 0]
     if back:
         logger.info(
@@ -507,7 +551,7 @@ def _split_rows(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Rows to keep and rows to take out, both in order; `fraction` are taken out."""
     count = source.num_examples
-    if UNREAD in source.labels:
+    if UNREAD in source.labels or source.label_sets is not None:
         groups: Iterable[np.ndarray] = [np.arange(count)]
     else:
         groups = [*_rows_by_class(source), np.flatnonzero(source.labels < 0)]

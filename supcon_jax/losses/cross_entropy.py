@@ -1,4 +1,4 @@
-"""Softmax cross-entropy: the paper's baseline and the loss of linear evaluation."""
+"""Cross-entropy: the paper's baseline and the losses of linear evaluation."""
 
 from __future__ import annotations
 
@@ -87,3 +87,26 @@ def cross_entropy_of_views(
         psum(jnp.sum(x), axis_name) / jnp.maximum(count, 1) for x in (losses, hits)
     )
     return loss, {"top1": top1}
+
+
+def binary_cross_entropy_of_views(
+    logits: jax.Array, weights: jax.Array
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Mean cross-entropy of yes or no for each class, where images may show several.
+
+    `-q log sigmoid(logit) - (1 - q) log(1 - sigmoid(logit))`, meaned over labelled images,
+    their views and the classes.
+
+    Args:
+      logits: `[B, V, C]`.
+      weights: `[B, C]` of the classes in each image, q = min(weight, 1). Images without
+        any above 0 have no label and do not count.
+
+    Returns:
+      A scalar, 0 where no image has a label; and no metrics beside it.
+    """
+    targets = jnp.clip(weights, 0, 1)[:, None]
+    losses = optax.sigmoid_binary_cross_entropy(logits.astype(jnp.float32), targets)
+    labelled = jnp.any(weights > 0, axis=1)
+    losses = jnp.where(labelled, jnp.mean(losses, axis=(1, 2)), 0.0)
+    return jnp.sum(losses) / jnp.maximum(jnp.sum(labelled), 1), {}

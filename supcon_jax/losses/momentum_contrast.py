@@ -37,6 +37,7 @@ def momentum_contrast_loss(
     scale: str | float = "none",
     axis_name: AxisName = None,
     block_size: int | None = None,
+    hard_negative_beta: float = 0.0,
     with_diagnostics: Literal[False] = False,
 ) -> jax.Array: ...
 
@@ -54,6 +55,7 @@ def momentum_contrast_loss(
     scale: str | float = "none",
     axis_name: AxisName = None,
     block_size: int | None = None,
+    hard_negative_beta: float = 0.0,
     with_diagnostics: Literal[True],
 ) -> tuple[jax.Array, Diagnostics]: ...
 
@@ -71,6 +73,7 @@ def momentum_contrast_loss(
     scale: str | float = "none",
     axis_name: AxisName = None,
     block_size: int | None = None,
+    hard_negative_beta: float = 0.0,
     with_diagnostics: bool,
 ) -> jax.Array | tuple[jax.Array, Diagnostics]: ...
 
@@ -87,6 +90,7 @@ def momentum_contrast_loss(
     scale: str | float = "none",
     axis_name: AxisName = None,
     block_size: int | None = None,
+    hard_negative_beta: float = 0.0,
     with_diagnostics: bool = False,
 ) -> jax.Array | tuple[jax.Array, Diagnostics]:
     r"""Supervised Contrastive loss of queries against keys (MoCo with labels).
@@ -113,6 +117,7 @@ def momentum_contrast_loss(
       scale: factor on the loss: "none", "temperature" or a number.
       axis_name: inside `jax.shard_map`, the mesh axis over which queries are split.
       block_size: anchors whose logits are held at a time; None chooses.
+      hard_negative_beta: weighs the negatives in the denominator, see `supcon_loss`.
       with_diagnostics: whether to return the diagnostics of `supcon_loss` too.
 
     Returns:
@@ -134,7 +139,7 @@ def momentum_contrast_loss(
     2004.11362, Eq. 2. The code behind the paper's 79.1 % was not released.
     """
     check_choices(summation=summation, denominator=denominator)
-    check_numbers(temperature, scale, block_size)
+    check_numbers(temperature, scale, block_size, hard_negative_beta)
     fits = queries.ndim == keys.ndim == 2 and queries.shape[1] == keys.shape[1]
     if not fits or (groups.shape, key_groups.shape) != (
         queries.shape[:1],
@@ -152,6 +157,7 @@ def momentum_contrast_loss(
         axis_name=axis_name,
         block_size=min(block_size or default_block_size(), len(queries)),
         with_diagnostics=with_diagnostics,
+        hard_negative_beta=float(hard_negative_beta),
     )
 
     def embed(x: jax.Array) -> jax.Array:

@@ -21,6 +21,7 @@ _CHOICES = {
     "summation": ("outside", "inside"),
     "denominator": ("all", "one_positive", "only_negatives"),
     "reduction": ("mean", "none"),
+    "label_similarity": ("any", "jaccard", "inner"),
 }
 
 
@@ -39,6 +40,9 @@ class LossOptions(NamedTuple):
       normalize: whether projections are scaled to unit length.
       reduction: "mean" or "none".
       num_views: V; the views of an image lie side by side.
+      label_similarity: what two rows of class weights make of a pair.
+      hard_negative_beta: how much the hard negatives of the denominator weigh, 0 for
+        all alike.
     """
 
     summation: str
@@ -52,6 +56,8 @@ class LossOptions(NamedTuple):
     normalize: bool = True
     reduction: str = "mean"
     num_views: int = 1
+    label_similarity: str = "jaccard"
+    hard_negative_beta: float = 0.0
 
     def factor(self, temperature: Temperature) -> Temperature:
         """The number that multiplies the loss."""
@@ -74,12 +80,15 @@ def check_choices(**options: str) -> None:
     """Raises ValueError for an option with a value that it does not have."""
     for name, value in options.items():
         if value not in _CHOICES[name]:
-            allowed = " or ".join(map(repr, _CHOICES[name]))
+            *most, last = map(repr, _CHOICES[name])
+            allowed = f"{', '.join(most)} or {last}"
             raise ValueError(f"{name} must be {allowed}; got {value!r}.")
 
 
-def check_numbers(temperature: Any, scale: Any, block_size: Any) -> None:
-    """Raises ValueError for a temperature, scale or block size out of its range."""
+def check_numbers(
+    temperature: Any, scale: Any, block_size: Any, hard_negative_beta: Any
+) -> None:
+    """Raises ValueError for a number among the options that is out of its range."""
     if isinstance(temperature, str) or jnp.ndim(temperature) != 0:
         raise ValueError(f"temperature must be a scalar; got {temperature!r}.")
     traced = isinstance(temperature, jax.core.Tracer)
@@ -94,6 +103,11 @@ def check_numbers(temperature: Any, scale: Any, block_size: Any) -> None:
     if block_size is not None and not is_integer(block_size, at_least=1):
         raise ValueError(
             f"block_size must be None or a positive integer; got {block_size!r}."
+        )
+    beta = hard_negative_beta
+    if not (isinstance(beta, numbers.Real) and 0 <= float(beta) < math.inf):
+        raise ValueError(
+            f"hard_negative_beta must be a number of at least 0; got {beta!r}."
         )
 
 

@@ -1,7 +1,7 @@
 """Every variant of the loss, in checkpointed blocks of anchors.
 
 The path for the options that have no symmetric gradient (the other denominators, capped
-positives). Automatic differentiation does the work; a block of anchors against all
+positives, hard negatives). Automatic differentiation does the work; a block of anchors against all
 columns is recomputed in the backward pass, so memory stays linear in N.
 """
 
@@ -71,7 +71,7 @@ def _block_losses(
     logits = matmul(rows.embedding, others.embedding.T)
     position = others.position[None, :]
     other = (rows.position[:, None] != position) & (position >= 0)
-    same = rows.group[:, None] == others.group[None, :]
+    same, weights = rows.pairs(others, options.label_similarity)
     positive, negative = same & other, ~same & other
     if options.positives_cap is not None:
         positive &= _kept(options, rows, columns)
@@ -91,7 +91,14 @@ def _block_losses(
         defined &= num_negatives > 0
     positive &= defined[:, None]
     negative_lse = _masked_logsumexp(logits, negative)
-    if options.denominator == "all":
+    if options.hard_negative_beta:
+        negative_lse = _hardened_logsumexp(
+            logits, negative, beta=options.hard_negative_beta
+        )
+    if options.denominator == "all" and options.hard_negative_beta:
+        positive_lse = _masked_logsumexp(logits, positive)
+        log_denominator = jnp.logaddexp(positive_lse, negative_lse)[:, None]
+    elif options.denominator == "all":
         log_denominator = _masked_logsumexp(logits, positive | negative)[:, None]
     elif options.denominator == "only_negatives":
         log_denominator = negative_lse[:, None]
@@ -101,9 +108,15 @@ def _block_losses(
     # even as 0 * inf.
     log_probability = jnp.where(positive, logits - log_denominator, 0.0)
     count = jnp.maximum(num_positives, 1).astype(logits.dtype)
+    if weights is not None:
+        count = jnp.where(defined, jnp.sum(weights, axis=1, where=positive), 1)
     if options.summation == "outside":
+        if weights is not None:
+            log_probability *= weights
         losses = -jnp.sum(log_probability, axis=1) / count
     else:
+        if weights is not None:
+            log_probability += jnp.log(jnp.where(positive, weights, 1))
         losses = jnp.log(count) - _masked_logsumexp(log_probability, positive)
     return jnp.where(defined, losses, 0.0), defined, statistics
 
@@ -151,6 +164,19 @@ def _statistics(
         nearest_is_positive=hardest[0] > hardest[1],
         gaussian_sum=jnp.sum(jnp.exp(4 * cosines - 4), axis=1, where=other),
     )
+
+
+def _hardened_logsumexp(x: jax.Array, mask: jax.Array, *, beta: float) -> jax.Array:
+    """The log of the sum of `w_j exp(x_j)` over the mask, `w_j` of mean 1 and ~ exp(beta x_j).
+
+    The gradient takes the weights with it, as in the code of the authors.
+    """
+    # sum of w exp(x) = n sum of exp((1 + beta) x) / sum of exp(beta x)
+    count = jnp.sum(mask, axis=1)
+    harder, weights = (_masked_logsumexp(k * x, mask) for k in (1 + beta, beta))
+    # An empty mask has -inf for both.
+    weights = jnp.where(count > 0, weights, 0)
+    return harder - weights + jnp.log(jnp.maximum(count, 1).astype(x.dtype))
 
 
 def _masked_logsumexp(x: jax.Array, mask: jax.Array) -> jax.Array:

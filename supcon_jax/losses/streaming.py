@@ -9,7 +9,8 @@ the cotangent of its loss,
     W_ij = a_i e_ij + a_j e_ji - [j in P(i)] (c_i p_ij + c_j p_ji)       (inside)
 
 where a_i e_ij = g_i exp(s_ij - l_i), c_i p_ij = g_i exp(s_ij - l+_i) and b_i = g_i / k_i.
-W is symmetric. On one device each tile therefore serves its rows and its columns, and
+Positives that weigh w_ij = w_ji each are in l+_i and p_ij with that factor, k_i is the sum
+of the weights, and w_ij takes the place of [j in P(i)]. W is symmetric. On one device each tile therefore serves its rows and its columns, and
 half of the tiles suffice; across devices each one has all it needs for its own rows
 once two numbers per anchor were gathered, and no N x D gradient travels.
 
@@ -28,6 +29,7 @@ import numpy as np
 from jax import lax
 
 from supcon_jax.losses.diagnostics import AnchorStatistics
+from supcon_jax.losses.labels import pair_weights
 from supcon_jax.losses.options import (
     CPU_BLOCK_SIZE,
     AxisName,
@@ -46,6 +48,8 @@ KEPT_BYTES = 16 * 2**20
 _HALVE_FROM = 512
 
 _MAXIMA = ("hardest", "hardest_positive", "hardest_negative")
+# What the diagnostics need of weighted positives: each pair counts as one there.
+_COUNTS = {"logit_sum", "num_positives"}
 
 
 class Plan(NamedTuple):
@@ -63,18 +67,35 @@ class Plan(NamedTuple):
 
 
 class Views(NamedTuple):
-    """Views, one a row: `[n, D]` vectors and twice `[n]` integers.
+    """Views, one a row: `[n, D]` vectors, twice `[n]` integers, perhaps labels.
 
     Attributes:
       embedding: divided by the square root of the temperature, so that u_i . u_j is a
         logit.
-      group: views of one group are positives of each other.
+      group: views of one group are positives of each other, with the weight 1.
       position: the place in the global batch.
+      labels: `[n, C]`, from `prepare_weights`: views of two groups are positives of each
+        other with the weight `pair_weights`. None: only groups count.
     """
 
     embedding: jax.Array
     group: jax.Array
     position: jax.Array
+    labels: jax.Array | None = None
+
+    def pairs(
+        self, others: "Views", similarity: str
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """`[n, m]`: which pairs are positives, and the weights that these have.
+
+        A view is a positive of itself here. Without labels each weight is 1: None.
+        """
+        same = self.group[:, None] == others.group[None, :]
+        if self.labels is None or others.labels is None:
+            return same, None
+        weights = pair_weights(similarity, self.labels, others.labels)
+        weights = jnp.where(same, 1, weights)
+        return weights > 0, weights
 
 
 def streaming_losses(
@@ -95,18 +116,21 @@ def streaming_losses(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _losses(plan, embedding, group, position, temperature):
-    return _forward(plan, embedding, group, position, temperature)[0]
+def _losses(plan, embedding, group, position, labels, temperature):
+    return _forward(plan, embedding, group, position, labels, temperature)[0]
 
 
-def _forward(plan, embedding, group, position, temperature):
-    rows = Views(embedding, group, position)
+def _forward(plan, embedding, group, position, labels, temperature):
+    rows = Views(embedding, group, position, labels)
     columns = _for_columns(rows, plan)
     measure = functools.partial(_measure, plan, rows, columns, temperature)
     outside = plan.options.summation == "outside"
     needed = {"total", "positive_sum" if outside else "positive_total"}
     if plan.options.with_diagnostics:
-        needed |= {"positive_sum", "gaussian_sum", "hardest", "hardest_negative"}
+        needed |= {"gaussian_sum", "hardest", "hardest_negative"}
+        needed |= {"positive_sum"} if labels is None else _COUNTS
+    if labels is not None:
+        needed |= {"weight"}
     if plan.bound is None:
         # Each row subtracts its own maximum; a row without terms subtracts 0.
         first = {"hardest"} if outside else {"hardest", "hardest_positive"}
@@ -119,9 +143,14 @@ def _forward(plan, embedding, group, position, temperature):
         tops = (plan.bound, plan.bound)
         measured, kept = measure(needed, None)
 
-    num_positives = _group_sizes(group, columns.group) - 1
-    has_positive = num_positives > 0
-    count = jnp.maximum(num_positives, 1).astype(embedding.dtype)
+    if labels is None:
+        num_positives = _group_sizes(group, columns.group) - 1
+        has_positive = num_positives > 0
+        count = jnp.maximum(num_positives, 1).astype(embedding.dtype)
+    else:
+        num_positives = measured.get("num_positives")
+        has_positive = measured["weight"] > 0
+        count = jnp.where(has_positive, measured["weight"], 1)
     log_total = tops[0] + jnp.log(jnp.where(has_positive, measured["total"], 1))
     if outside:
         losses = log_total - measured["positive_sum"] / count
@@ -134,13 +163,14 @@ def _forward(plan, embedding, group, position, temperature):
 
     statistics = None
     if plan.options.with_diagnostics:
+        positive_sum = measured["positive_sum" if labels is None else "logit_sum"]
         statistics = AnchorStatistics(
             num_positives=num_positives,
             num_negatives=columns.group.shape[0] - 1 - num_positives,
-            positive_sum=measured["positive_sum"],
+            positive_sum=positive_sum,
             negative_sum=matmul(embedding, columns.embedding.sum(0))
             - jnp.sum(embedding**2, axis=1)
-            - measured["positive_sum"],
+            - positive_sum,
             # The largest logit of all belongs to a positive if it is above that of the
             # negatives. It needs no mask, as that of the positives would.
             nearest_is_positive=measured["hardest"] > measured["hardest_negative"],
@@ -167,7 +197,7 @@ def _backward(plan, residuals, cotangents):
         top_j, positive_top_j = tops_j or (plan.bound, plan.bound)
         w = a_i * tile.exp(top_i) + a_j * tile.exp(top_j)
         if plan.options.summation == "outside":
-            w -= jnp.where(tile.positive, b_i + b_j, 0)
+            w -= tile.weighted(b_i + b_j)
         else:
             w -= b_i * tile.positive_exp(positive_top_i)
             w -= b_j * tile.positive_exp(positive_top_j)
@@ -183,7 +213,7 @@ def _backward(plan, residuals, cotangents):
     )
     gradient += mirrored.swapaxes(1, 2)
     gradient = gradient.reshape(-1, gradient.shape[-1])[: rows.group.shape[0]]
-    return gradient, None, None, None
+    return gradient, None, None, None, None
 
 
 _losses.defvjp(_forward, _backward)
@@ -195,6 +225,7 @@ class _Tile(NamedTuple):
     Attributes:
       rows, rows_t, columns: the embeddings whose products it holds.
       positive: which pairs are positives.
+      weights: of the positives; None where each has the weight 1.
       logits: -inf for pairs that do not count: a view with itself, and padding. None
         where only the kept exponentials are there.
       exponentials: exp(logits - bound), None without a bound.
@@ -204,6 +235,7 @@ class _Tile(NamedTuple):
     rows_t: jax.Array
     columns: jax.Array
     positive: jax.Array
+    weights: jax.Array | None
     logits: jax.Array | None
     exponentials: jax.Array | None
 
@@ -212,11 +244,20 @@ class _Tile(NamedTuple):
             return self.exponentials
         return jnp.exp(self.logits - top)
 
+    def weighted(self, x):
+        """x times the weight for the positives, 0 for other pairs."""
+        return jnp.where(self.positive, _times(x, self.weights), 0)
+
     def positive_exp(self, top):
         if self.exponentials is not None:
-            return jnp.where(self.positive, self.exponentials, 0)
+            return self.weighted(self.exponentials)
         # Masked first: the top is that of the positives, and others may exceed it.
-        return jnp.exp(jnp.where(self.positive, self.logits - top, -jnp.inf))
+        exponentials = jnp.exp(jnp.where(self.positive, self.logits - top, -jnp.inf))
+        return _times(exponentials, self.weights)
+
+
+def _times(x, weights):
+    return x if weights is None else x * weights
 
 
 def _measure(plan, rows, columns, temperature, names, row_tops):
@@ -231,7 +272,13 @@ def _measure(plan, rows, columns, temperature, names, row_tops):
         if name == "positive_total":
             return tile.positive_exp(tops[1])
         if name == "positive_sum":
+            return tile.weighted(tile.logits)
+        if name == "weight":
+            return tile.weighted(1)
+        if name == "logit_sum":
             return jnp.where(tile.positive, tile.logits, 0)
+        if name == "num_positives":
+            return tile.positive.astype(temperature.dtype)
         if name == "gaussian_sum":
             # |z_i - z_j|^2 = 2 - 2 cos for unit vectors; the factor exp(-4) comes later.
             return jnp.exp(4 * temperature * tile.logits)
@@ -284,7 +331,7 @@ def _sweep(plan, rows, columns, start, step, kept=None):
     def fold(carry, pair_and_kept, *, masked, both):
         (i, j), exponentials = pair_and_kept
         row, column = _take(row_blocks, i), _take(column_blocks, j)
-        positive = row.group[:, None] == column.group[None, :]
+        positive, weights = row.pairs(column, plan.options.label_similarity)
         if masked:
             other = row.position[:, None] != column.position[None, :]
             if padded:
@@ -302,6 +349,7 @@ def _sweep(plan, rows, columns, start, step, kept=None):
             rows_t=_take(rows_t, i),
             columns=column.embedding,
             positive=positive,
+            weights=weights,
             logits=logits,
             exponentials=exponentials,
         )

@@ -1,16 +1,16 @@
 """The Supervised Contrastive loss: its options, checks and reduction."""
 
-from typing import Any, Literal, NamedTuple, overload
+from typing import Literal, NamedTuple, overload
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.typing import ArrayLike
 
 from supcon_jax.losses.diagnostics import psum, summarize
+from supcon_jax.losses.labels import check_labels, prepare_weights
 from supcon_jax.losses.options import (
     AxisName,
     LossOptions,
@@ -46,6 +46,8 @@ def supcon_loss(
     reduction: str = "mean",
     axis_name: AxisName = None,
     block_size: int | None = None,
+    label_similarity: str = "jaccard",
+    hard_negative_beta: float = 0.0,
     with_diagnostics: Literal[False] = False,
 ) -> jax.Array: ...
 
@@ -66,6 +68,8 @@ def supcon_loss(
     reduction: str = "mean",
     axis_name: AxisName = None,
     block_size: int | None = None,
+    label_similarity: str = "jaccard",
+    hard_negative_beta: float = 0.0,
     with_diagnostics: Literal[True],
 ) -> tuple[jax.Array, Diagnostics]: ...
 
@@ -86,6 +90,8 @@ def supcon_loss(
     reduction: str = "mean",
     axis_name: AxisName = None,
     block_size: int | None = None,
+    label_similarity: str = "jaccard",
+    hard_negative_beta: float = 0.0,
     with_diagnostics: bool,
 ) -> jax.Array | tuple[jax.Array, Diagnostics]: ...
 
@@ -105,6 +111,8 @@ def supcon_loss(
     reduction: str = "mean",
     axis_name: AxisName = None,
     block_size: int | None = None,
+    label_similarity: str = "jaccard",
+    hard_negative_beta: float = 0.0,
     with_diagnostics: bool = False,
 ) -> jax.Array | tuple[jax.Array, Diagnostics]:
     r"""Supervised Contrastive loss: pulls views of one class together.
@@ -120,11 +128,22 @@ def supcon_loss(
     logarithms. The loss is the mean over the anchors that have a positive. Value and
     gradient are exact and need memory linear in the number of views N = B * V.
 
+    With rows of class weights y_i as labels, a positive has a weight and
+
+    .. math::
+      L_i^{out} = -\frac{1}{\sum_p w_{ip}} \sum_p w_{ip}
+        \log \frac{\exp(s_{ip})}{\sum_{a \in A(i)} \exp(s_{ia})}
+
+    and inside, the logarithm of the weighted mean. One-hot rows give the loss of the
+    integers to the last digit.
+
     Args:
       projections: `[B, V, D]`, V views of each of B images, any floating type; computed
         in float32 (float64 for float64 input).
       labels: `[B]` integers of any type. An image with a negative label is unlabelled:
         its only positives are its own other views. None makes every image so (SimCLR).
+        Or `[B, C]` weights of at least 0 of the classes in each image, not all of them 0
+        (a row of zeros is refused, or unlabelled under `jit`, where nobody can look).
       temperature: positive scalar. It may be a traced array, with its right gradient.
       contrast_mode: "all", every view is an anchor, or "one", only each first view.
       summation: "outside" the logarithm (Eq. 2) or "inside" (Eq. 3).
@@ -143,6 +162,13 @@ def supcon_loss(
         split; every device contrasts its images with the whole batch. The mean is over
         the whole batch too, the same on every device.
       block_size: largest side of the tiles that are held at a time; None chooses.
+      label_similarity: the weight w_ij of two images by their rows of `[B, C]`: "any", 1
+        if they share a class, else 0; "jaccard", sum_c min(y_ic, y_jc) over
+        sum_c max(y_ic, y_jc); "inner", y_i . y_j / (|y_i| |y_j|). Pairs of weight 0 are
+        negatives; views of one image have the weight 1. All are one for labels `[B]`.
+      hard_negative_beta: weighs each negative n in the denominator by exp(beta s_in)
+        over the mean of that over the anchor's negatives (Robinson et al., 2020), and
+        differentiates through the weights. 0 weighs all alike.
       with_diagnostics: whether to return the diagnostics too.
 
     Returns:
@@ -176,18 +202,20 @@ def supcon_loss(
             mesh=mesh, in_specs=(P("data"), P("data")), out_specs=P())
 
     Source: Khosla et al., Supervised Contrastive Learning, 2020, Eq. 2 and 3
-    (https://arxiv.org/abs/2004.11362). The gradient is derived in docs/losses.md.
+    (https://arxiv.org/abs/2004.11362); hard negatives: Robinson et al., 2020
+    (https://arxiv.org/abs/2010.04592). The gradient is derived in docs/losses.md.
     """
     check_choices(
         contrast_mode=contrast_mode,
         summation=summation,
         denominator=denominator,
         reduction=reduction,
+        label_similarity=label_similarity,
     )
-    check_numbers(temperature, scale, block_size)
+    check_numbers(temperature, scale, block_size, hard_negative_beta)
     checked_projections, checked_labels, labelled = _check_arrays(projections, labels)
     num_views = checked_projections.shape[1]
-    _check_cap(positives_cap, positives_key, num_views)
+    _check_cap(positives_cap, positives_key, num_views, checked_labels)
     inputs = _Inputs(
         checked_projections, checked_labels, labelled, temperature, positives_key
     )
@@ -203,6 +231,8 @@ def supcon_loss(
         normalize=normalize,
         reduction=reduction,
         num_views=num_views,
+        label_similarity=label_similarity,
+        hard_negative_beta=float(hard_negative_beta),
     )
     mesh = jax.typeof(checked_projections).sharding.mesh
     if not mesh.explicit_axes:
@@ -239,7 +269,8 @@ def _compute(
     num_images, num_views, _ = inputs.projections.shape
     temperature = inputs.temperature
     views = _label_views(options, inputs)
-    if options.denominator == "all" and options.positives_cap is None:
+    symmetric = options.denominator == "all" and not options.hard_negative_beta
+    if symmetric and options.positives_cap is None:
         bound = _logit_bound(temperature) if options.normalize else None
         losses, counted, statistics = streaming_losses(
             Plan(options, bound), views, temperature
@@ -302,8 +333,13 @@ def _label_views(options: LossOptions, inputs: _Inputs) -> Views:
     device = 0 if options.axis_name is None else lax.axis_index(options.axis_name)
     image = device * num_images + jnp.arange(num_images, dtype=jnp.int32)
     # An unlabelled image is a group of its own, named by a number that no label has.
-    group = -1 - image
-    if inputs.labels is not None and inputs.all_labelled:
+    group, weights = -1 - image, None
+    if inputs.labels is not None and inputs.labels.ndim == 2:
+        # Two images are positives by their rows, the views of one in any case.
+        weights = prepare_weights(options.label_similarity, inputs.labels, dtype)
+        weights = jnp.repeat(weights, num_views, axis=0)
+        group = image
+    elif inputs.labels is not None and inputs.all_labelled:
         group = inputs.labels
     elif inputs.labels is not None:
         own = group.astype(inputs.labels.dtype)
@@ -312,6 +348,7 @@ def _label_views(options: LossOptions, inputs: _Inputs) -> Views:
         embedding=embeddings,
         group=jnp.repeat(group, num_views),
         position=device * num_rows + jnp.arange(num_rows, dtype=jnp.int32),
+        labels=weights,
     )
 
 
@@ -340,42 +377,14 @@ def _check_arrays(
         )
     if labels is None:
         return projections, None, False
-    concrete = not isinstance(labels, jax.Array)
-    found: Any = np.asarray(labels) if concrete else labels
-    if found.shape != projections.shape[:1]:
-        raise ValueError(
-            f"labels must be [B] = {projections.shape[:1]}, one an image; got shape "
-            f"{found.shape}."
-        )
-    if not jnp.issubdtype(found.dtype, jnp.integer):
-        raise ValueError(f"labels must be integers; got {found.dtype}.")
-    if concrete:
-        found = jnp.asarray(_narrowed(found))
-    unsigned = bool(jnp.issubdtype(found.dtype, jnp.unsignedinteger))
-    if unsigned and found.dtype.itemsize >= 4:
-        # The same bits as a signed number: distinct labels stay distinct.
-        signed = jnp.int32 if found.dtype.itemsize == 4 else jnp.int64
-        return projections, lax.bitcast_convert_type(found, signed), True
-    if found.dtype.itemsize < 4:
-        found = found.astype(jnp.int32)
-    return projections, found, unsigned
-
-
-def _narrowed(labels: np.ndarray) -> np.ndarray:
-    """Labels as int32; ids that do not fit are numbered, and those below 0 are -1.
-
-    Only JAX's own 64-bit mode keeps wider integers: it would cut ids off otherwise, and
-    two classes would become one.
-    """
-    limits = np.iinfo(np.int32)
-    if limits.min <= labels.min() and labels.max() <= limits.max:
-        return labels.astype(np.int32)
-    _, numbers = np.unique(labels, return_inverse=True)
-    return np.where(labels < 0, -1, numbers).astype(np.int32)
+    return projections, *check_labels(labels, projections.shape[0])
 
 
 def _check_cap(
-    positives_cap: int | None, positives_key: jax.Array | None, num_views: int
+    positives_cap: int | None,
+    positives_key: jax.Array | None,
+    num_views: int,
+    labels: jax.Array | None,
 ) -> None:
     if positives_cap is None:
         if positives_key is not None:
@@ -386,4 +395,9 @@ def _check_cap(
         raise ValueError(
             f"positives_cap must be None or a multiple of the {num_views} views, 0 "
             f"included; got {positives_cap!r}."
+        )
+    elif labels is not None and labels.ndim == 2:
+        raise ValueError(
+            "positives_cap chooses among positives that weigh the same; with labels "
+            f"[B, C] it must be None; got {positives_cap!r}."
         )

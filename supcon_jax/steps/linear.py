@@ -18,7 +18,10 @@ import jax.numpy as jnp
 import optax
 
 from supcon_jax import parallel
-from supcon_jax.losses.cross_entropy import cross_entropy_of_views
+from supcon_jax.losses.cross_entropy import (
+    binary_cross_entropy_of_views,
+    cross_entropy_of_views,
+)
 from supcon_jax.steps.contrastive import Modules
 from supcon_jax.steps.state import TrainState, keep_finite
 
@@ -63,7 +66,8 @@ def train_step(
 
     Args:
       state: holds the classifier.
-      batch: "image" uint8 `[B, 1 or V, H, W, 3]`, "label" `[B]`, "id" `[B, 2]`.
+      batch: "image" uint8 `[B, 1 or V, H, W, 3]`, "label" `[B]` or,
+        of several classes an image, `[B, C]`, "id" `[B, 2]`.
       encoder_variables: `{"params": ..., "batch_stats": ...}`.
       modules: the frozen encoder and the classifier.
       optimizer, schedule: what `state` belongs to.
@@ -88,6 +92,8 @@ def train_step(
         logits: Any = modules.head.apply(
             {"params": params["head"]}, embeddings, train=True
         )
+        if batch["label"].ndim == 2:
+            return binary_cross_entropy_of_views(logits, batch["label"])
         return cross_entropy_of_views(
             logits, batch["label"], label_smoothing=label_smoothing
         )
