@@ -15,9 +15,10 @@ def get_config() -> ConfigDict:
     # "pretrain" | "linear_eval" | "finetune" | "evaluate" | "robustness"
     config.mode = "pretrain"
     config.seed = 0  # of initialisation, example order and augmentation
-    config.batch_size = 256  # global, in images (each gives data.views views)
+    # What 0 and "auto" leave to a folder of images: docs/your_own_data.md
+    config.batch_size = 256  # global, in images (each gives data.views views); 0: chosen
     config.microbatch_size = 0  # images that the encoder takes at a time; 0: all
-    config.epochs = 100.0  # length of the run
+    config.epochs = 100.0  # length of the run; 0: chosen
     config.total_steps = 0  # length in steps instead; 0: from epochs
     config.log_every = 100  # steps between progress lines
     config.eval_every = 0  # steps between evaluations; 0: only at the end
@@ -49,6 +50,7 @@ def get_config() -> ConfigDict:
     config.data.image_key = "image"  # TFDS: name of the feature that is the image
     config.data.label_key = "label"  # TFDS: of the one that is the class; "": no labels
     config.data.train_split = "train"
+    # "auto": the validation or test split that there is, or a fifth of train held out
     config.data.eval_split = "test"
     config.data.classes = ()  # only these, numbered anew from 0; (): all
     config.data.validation_fraction = 0.0  # evaluate on this share of train instead
@@ -65,8 +67,9 @@ def get_config() -> ConfigDict:
     config.data.keep_gib = 4.0  # lanes: of a host's share, kept in memory once read
     config.data.skip_errors = False  # go on without images that cannot be decoded
     config.data.fake = False  # noise instead of data: the speed of the device alone
-    config.data.image_size = 32  # side in pixels
-    config.data.eval_resize = 32  # evaluation: short side before the central crop
+    config.data.image_size = 32  # side in pixels; 0: chosen
+    # Evaluation: short side before the central crop; 0: chosen
+    config.data.eval_resize = 32
     config.data.views = 2  # augmented views of every image
     config.data.mean = (0.5, 0.5, 0.5)  # subtracted from pixels in [0, 1]
     config.data.std = (0.5, 0.5, 0.5)  # divides them then

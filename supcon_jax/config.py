@@ -31,6 +31,15 @@ ENCODER_KEYS = (
 # What `eval/...` the result of a classifier is told by first.
 EVAL_METRICS = ("top1", "mean_class_accuracy")
 
+# Values that leave a key to what a folder holds; `defaults.resolve` chooses (docs/your_own_data.md).
+OPEN: dict[str, Any] = {
+    "batch_size": 0,
+    "epochs": 0.0,
+    "data.image_size": 0,
+    "data.eval_resize": 0,
+    "data.eval_split": "auto",
+}
+
 # The others take a finished run.
 TRAINING_MODES = ("pretrain", "linear_eval", "finetune")
 # Of a layer. Beyond it arrays have more elements than any device, and JAX, can count.
@@ -151,9 +160,9 @@ KEYS: dict[str, Key] = {
         _one_of((*TRAINING_MODES, "evaluate", "robustness")),
     ),
     "seed": Key(0, _number(0, 2**31 - 1)),
-    "batch_size": Key(256, _number(1)),
+    "batch_size": Key(256, _number(0)),
     "microbatch_size": Key(0, _number(0)),
-    "epochs": Key(100.0, _number(0, above=True)),
+    "epochs": Key(100.0, _number(0)),
     "total_steps": Key(0, _number(0)),
     "log_every": Key(100, _number(1), free=True),
     "eval_every": Key(0, _number(0), free=True),
@@ -197,8 +206,8 @@ KEYS: dict[str, Key] = {
     "data.keep_gib": Key(4.0, _number(0), free=True),
     "data.skip_errors": Key(False, _FLAG, free=True),
     "data.fake": Key(False, _FLAG),
-    "data.image_size": Key(32, _number(1)),
-    "data.eval_resize": Key(32, _number(1)),
+    "data.image_size": Key(32, _number(0)),
+    "data.eval_resize": Key(32, _number(0)),
     "data.views": Key(2, _number(1)),
     "data.mean": Key((0.5, 0.5, 0.5), _numbers(3, 0)),
     "data.std": Key((0.5, 0.5, 0.5), _numbers(3, 0, above=True)),
@@ -343,7 +352,8 @@ def check_config(config: ConfigDict) -> None:
                 f"got {key}={flat[key]!r}; allowed: {known.rule.allowed()} "
                 f"(--config.{key})"
             )
-    if config.data.eval_resize < config.data.image_size:
+    _check_open(config)
+    if 0 < config.data.eval_resize < config.data.image_size:
         raise ValueError(
             f"got data.eval_resize={config.data.eval_resize}; allowed: at least "
             f"data.image_size, {config.data.image_size} (--config.data.eval_resize)"
@@ -392,6 +402,36 @@ def check_config(config: ConfigDict) -> None:
                 f"loss.name={config.loss.name}; allowed: with the cross-entropy "
                 f"baseline (--config.augment.{key}=0)"
             )
+
+
+def open_keys(config: ConfigDict) -> list[str]:
+    """The keys that a config leaves to what a folder holds."""
+    flat = flatten(config.to_dict())
+    return [key for key, value in OPEN.items() if flat[key] == value]
+
+
+def check_chosen(config: ConfigDict) -> None:
+    """Refuses a config that leaves keys to a folder where none is looked at.
+
+    Raises:
+      ValueError: naming the first such key.
+    """
+    for key in open_keys(config):
+        raise ValueError(
+            f"got {key}={OPEN[key]!r}, which a run chooses by what its folder holds; give "
+            f"a value here (--config.{key})"
+        )
+
+
+def _check_open(config: ConfigDict) -> None:
+    """Refuses keys that are left to a folder where the data are none."""
+    if config.data.name == "folder":
+        return
+    for key in open_keys(config):
+        raise ValueError(
+            f"got {key}={OPEN[key]!r} with data.name={config.data.name!r}; allowed: with "
+            f"'folder', whose images then decide; else give a value (--config.{key})"
+        )
 
 
 def _check_finetune(config: ConfigDict) -> None:

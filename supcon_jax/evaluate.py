@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 from supcon_jax import storage
 from supcon_jax.checkpoint import digest
 from supcon_jax.config import check_config
+from supcon_jax.defaults import resolve
 from supcon_jax.data.identity import identify
 from supcon_jax.data.sources import Source
 from supcon_jax.evaluation import calibration
@@ -60,6 +61,7 @@ def evaluate(config: ConfigDict, workdir: str | pathlib.Path) -> dict[str, Any]:
     """
     check_config(config)
     with StopRequests() as stop, stop.interruptible():
+        config = resolve(config, workdir)
         mesh = prepare(config, workdir)
         model, source = open_classifier(config, mesh)
         path = open_workdir(

@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 from supcon_jax import features, hosts, loop, parallel, report, storage
 from supcon_jax.checkpoint import Checkpointer
 from supcon_jax.config import check_config
+from supcon_jax.defaults import resolve
 from supcon_jax.data.sources import Source
 from supcon_jax.evaluation.classification import classification_sums, summarize
 from supcon_jax.evaluation.logistic import Solution, fit_classifier
@@ -56,6 +57,7 @@ def linear_eval(config: ConfigDict, workdir: str | pathlib.Path) -> dict[str, An
     config = take_projection(config)
     with StopRequests() as stop:
         with stop.interruptible():
+            config = resolve(config, workdir)
             run = open_run(
                 config, workdir, load_frozen=lambda plan: (load_encoder(plan),)
             )

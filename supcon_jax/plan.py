@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from supcon_jax import builders, parallel
-from supcon_jax.config import check_config
+from supcon_jax.config import check_chosen, check_config
 from supcon_jax.data.augment import mix_examples
 from supcon_jax.objectives import OBJECTIVES
 from supcon_jax.steps import contrastive, linear
@@ -168,6 +168,7 @@ def create_plan(
         cannot share.
     """
     check_config(config)
+    check_chosen(config)
     parallel.check_batch_size(config.batch_size, mesh)
     parallel.check_microbatch_size(config.microbatch_size, config.batch_size, mesh)
     steps_per_epoch = num_examples / config.batch_size

@@ -22,6 +22,7 @@ from ml_collections import ConfigDict
 from supcon_jax import hosts, storage
 from supcon_jax.checkpoint import digest
 from supcon_jax.config import check_config
+from supcon_jax.defaults import resolve
 from supcon_jax.data.corrupted import (
     check_whole,
     class_numbers,
@@ -75,6 +76,7 @@ def robustness(config: ConfigDict, workdir: str | pathlib.Path) -> dict[str, Any
     """
     check_config(config)
     with StopRequests() as stop, stop.interruptible():
+        config = resolve(config, workdir)
         mesh = prepare(config, workdir)
         places = _find(config)
         model, clean = open_classifier(config, mesh)

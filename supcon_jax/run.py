@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 
 from supcon_jax import builders, hosts, parallel, storage
 from supcon_jax.checkpoint import digest
-from supcon_jax.config import flatten
+from supcon_jax.config import TRAINING_MODES, flatten
 from supcon_jax.data import sources as sources_of
 from supcon_jax.data.datasets import open_source
 from supcon_jax.data.identity import identify
@@ -257,8 +257,9 @@ def open_sources(config: ConfigDict) -> tuple[Source, Source]:
                 f"split {split!r} of {data.name} is empty (--config.data.train_split, "
                 "--config.data.eval_split)"
             )
-    # A solver's batches are those of the frozen encoder alone, and may be padded.
-    if train.num_examples < config.batch_size and config.probe.solver == "sgd":
+    # Batches of a frozen model alone may be padded.
+    steps = config.mode in TRAINING_MODES and config.probe.solver == "sgd"
+    if steps and train.num_examples < config.batch_size:
         raise ValueError(
             f"batch size {config.batch_size} is larger than the {train.num_examples} "
             f"training images; set --config.batch_size={train.num_examples} or less"

@@ -46,6 +46,7 @@ LAYERS = {
     "supcon_jax.plan": 3,
     "supcon_jax.planning.forecast": 3,
     "supcon_jax.run": 3,
+    "supcon_jax.defaults": 3,
     "supcon_jax.report": 3,
     "supcon_jax.memory": 3,
     "supcon_jax.loop": 3,
