@@ -16,7 +16,9 @@ def get_config() -> ConfigDict:
     config.mode = "pretrain"
     config.seed = 0  # of initialisation, example order and augmentation
     # What 0 and "auto" leave to a folder of images: docs/your_own_data.md
-    config.batch_size = 256  # global, in images (each gives data.views views); 0: chosen
+    config.batch_size = (
+        256  # global, in images (each gives data.views views); 0: chosen
+    )
     config.microbatch_size = 0  # images that the encoder takes at a time; 0: all
     config.epochs = 100.0  # length of the run; 0: chosen
     config.total_steps = 0  # length in steps instead; 0: from epochs
@@ -32,7 +34,8 @@ def get_config() -> ConfigDict:
     # "embedding", the encoder's output | "projection", the head's: what linear_eval and
     # the metrics of embeddings take of the pretraining run
     config.representation = "embedding"
-    config.next_config = ""  # config named in the next command at the end of a run
+    # Named in the next command at the end of a run: a config, or "supcon_jax.tools.predict"
+    config.next_config = ""
     config.compilation_cache = True  # keep compiled programs in the user's cache
     # Beside metrics.jsonl: "tensorboard" | "wandb" | "trackio", any number of them
     config.writers = ("tensorboard",)
@@ -116,6 +119,8 @@ def get_config() -> ConfigDict:
 
     config.classifier = ConfigDict()  # the head of cross-entropy, on whatever encoder
     config.classifier.init = "glorot"  # of its kernel: "glorot" | "zeros"
+    # Unequal classes: tau of tau log(share of the class), added to the logits in the loss
+    config.classifier.logit_adjustment = 0.0
 
     config.finetune = ConfigDict()  # of the encoder of `pretrained`, with cross-entropy
     config.finetune.stages = 0  # train so many stages, counted from the last; 0: all

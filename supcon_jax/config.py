@@ -244,6 +244,7 @@ KEYS: dict[str, Key] = {
     "projection.batch_norm": Key(False, _FLAG),
     "projection.bias": Key(False, _FLAG),
     "classifier.init": Key("glorot", _one_of(CLASSIFIER_INITS)),
+    "classifier.logit_adjustment": Key(0.0, _number(0)),
     "finetune.stages": Key(0, _number(0)),
     "finetune.layer_decay": Key(1.0, _number(0, 1, above=True)),
     "probe.learning_rate": Key(0.0, _number(0)),
@@ -384,6 +385,7 @@ def check_config(config: ConfigDict) -> None:
             "got probe.learning_rate and loss.cross_entropy_weight; allowed: one of them, "
             "both are classifiers (--config.probe.learning_rate=0)"
         )
+    _check_logit_adjustment(config)
     trains_encoder = pretraining or config.mode == "finetune"
     modes = {"decay": trains_encoder, "use": not pretraining}
     for key, allowed in modes.items():
@@ -410,6 +412,15 @@ def open_keys(config: ConfigDict) -> list[str]:
     return [key for key, value in OPEN.items() if flat[key] == value]
 
 
+def trains_classifier(config: ConfigDict) -> bool:
+    """Whether a run trains a classifier, alone or beside a contrastive loss."""
+    if config.mode != "pretrain":
+        return config.mode in TRAINING_MODES
+    baseline = not OBJECTIVES[config.loss.name].contrastive
+    beside = config.loss.cross_entropy_weight or config.probe.learning_rate
+    return baseline or bool(beside)
+
+
 def check_chosen(config: ConfigDict) -> None:
     """Refuses a config that leaves keys to a folder where none is looked at.
 
@@ -431,6 +442,16 @@ def _check_open(config: ConfigDict) -> None:
         raise ValueError(
             f"got {key}={OPEN[key]!r} with data.name={config.data.name!r}; allowed: with "
             f"'folder', whose images then decide; else give a value (--config.{key})"
+        )
+
+
+def _check_logit_adjustment(config: ConfigDict) -> None:
+    """Refuses the adjustment of a classifier where none is trained."""
+    if config.classifier.logit_adjustment and not trains_classifier(config):
+        raise ValueError(
+            f"got classifier.logit_adjustment={config.classifier.logit_adjustment} with "
+            f"mode={config.mode} and loss.name={config.loss.name}; allowed: where a "
+            "classifier is trained (--config.classifier.logit_adjustment=0)"
         )
 
 

@@ -162,7 +162,11 @@ def _choose_image_size(config: ConfigDict, train: Source, platform: str) -> None
         _say(
             f"data.image_size={config.data.image_size}",
             f"the photos' short side is {side} pixels (median)"
-            + (f", and a CPU is slow above {CPU_SIDE}" if side > most == CPU_SIDE else ""),
+            + (
+                f", and a CPU is slow above {CPU_SIDE}"
+                if side > most == CPU_SIDE
+                else ""
+            ),
         )
     if not config.data.eval_resize:
         # 256 for 224. Photos that are no larger have no border to cut off.

@@ -17,9 +17,9 @@ from ml_collections import ConfigDict
 from supcon_jax import storage
 from supcon_jax.checkpoint import digest
 from supcon_jax.config import check_config
-from supcon_jax.defaults import resolve
 from supcon_jax.data.identity import identify
 from supcon_jax.data.sources import Source
+from supcon_jax.defaults import resolve
 from supcon_jax.evaluation import calibration
 from supcon_jax.evaluation.classification import (
     class_accuracies,
@@ -192,7 +192,25 @@ def write_predictions(
     temporary = path / "predictions.tmp.npz"
     np.savez_compressed(temporary, logits=logits, labels=labels, ids=ids)
     os.replace(temporary, path / "predictions.npz")
-    matrix = confusion_matrix(logits, labels)
+    diagrams = []
+    for values in (logits, scaled):
+        p = np.exp(calibration.log_probabilities(values))
+        correct = p.argmax(axis=1) == labels
+        diagrams.append(calibration.reliability(p.max(axis=1), correct))
+    plot_reliability(path, *diagrams)
+    write_classes(path, confusion_matrix(logits, labels), names)
+
+
+def write_classes(
+    path: pathlib.Path, matrix: np.ndarray, names: tuple[str, ...]
+) -> None:
+    """Writes `classes.csv`, `confusion.csv` and the picture of a confusion matrix.
+
+    Args:
+      path: the folder.
+      matrix: `[C, C]`, counts of (class, predicted class).
+      names: of the classes; () where they have none.
+    """
     accuracies = class_accuracies(matrix)
     known = names or tuple(str(number) for number in range(len(matrix)))
     with (path / "classes.csv").open("w", newline="") as file:
@@ -208,12 +226,6 @@ def write_predictions(
         table.writerows(
             [name, *row] for name, row in zip(known, matrix.tolist(), strict=True)
         )
-    diagrams = []
-    for values in (logits, scaled):
-        p = np.exp(calibration.log_probabilities(values))
-        correct = p.argmax(axis=1) == labels
-        diagrams.append(calibration.reliability(p.max(axis=1), correct))
-    plot_reliability(path, *diagrams)
     plot_confusion(path, matrix, names)
     worst = np.argsort(np.nan_to_num(accuracies, nan=2.0), kind="stable")[:5]
     logger.info(

@@ -22,7 +22,6 @@ from ml_collections import ConfigDict
 from supcon_jax import hosts, storage
 from supcon_jax.checkpoint import digest
 from supcon_jax.config import check_config
-from supcon_jax.defaults import resolve
 from supcon_jax.data.corrupted import (
     check_whole,
     class_numbers,
@@ -33,6 +32,7 @@ from supcon_jax.data.datasets import open_source
 from supcon_jax.data.identity import identify
 from supcon_jax.data.pipeline import check_image_size
 from supcon_jax.data.sources import Source
+from supcon_jax.defaults import resolve
 from supcon_jax.evaluate import open_classifier
 from supcon_jax.evaluation import classification
 from supcon_jax.evaluation.calibration import expected_calibration_error

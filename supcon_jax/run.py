@@ -128,6 +128,7 @@ def open_run(
         num_classes=train_source.num_classes,
         num_examples=train_source.num_examples,
         whole_images=not on_host(train_source),
+        class_counts=count_classes(config, train_source),
     )
     data = {"train": identify(train_source), "evaluation": identify(eval_source)}
     # What one process alone cannot use ends all of them here, before they compute together.
@@ -398,6 +399,14 @@ def check_labels(config: ConfigDict, train: Source, evaluation: Source) -> None:
             "(--config.data.root), or train without labels: --config.loss.name=simclr"
         )
     logger.warning("warning: %s, so kNN says nothing (--config.data.root)", one)
+
+
+def count_classes(config: ConfigDict, source: Source) -> np.ndarray | None:
+    """Training images of each class `[C]`, where `classifier.logit_adjustment` asks."""
+    if not config.classifier.logit_adjustment or source.synthetic:
+        return None
+    labels = sources_of.read_labels(source).labels
+    return np.bincount(labels[labels >= 0], minlength=source.num_classes)
 
 
 def check_hosts(config: ConfigDict) -> None:

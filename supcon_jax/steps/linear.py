@@ -57,6 +57,7 @@ def train_step(
     schedule: optax.Schedule,
     augment: Callable[[jax.Array, jax.Array], jax.Array],
     label_smoothing: float,
+    logit_offset: jax.typing.ArrayLike = 0.0,
     num_microbatches: int = 1,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One update of the classifier; the encoder is in inference mode and unchanged.
@@ -69,6 +70,7 @@ def train_step(
       optimizer, schedule: what `state` belongs to.
       augment: `(images, ids) -> [B, V, H, W, 3]`.
       label_smoothing: see `cross_entropy_loss`.
+      logit_offset: `[C]`, see `logit_adjustment`.
       num_microbatches: parts of the batch that the encoder takes one after the other.
 
     Returns:
@@ -89,7 +91,10 @@ def train_step(
             {"params": params["head"]}, embeddings, train=True
         )
         return cross_entropy_of_views(
-            logits, batch["label"], label_smoothing=label_smoothing
+            logits,
+            batch["label"],
+            label_smoothing=label_smoothing,
+            logit_offset=logit_offset,
         )
 
     gradient = jax.value_and_grad(compute_loss, has_aux=True)
