@@ -25,6 +25,8 @@ def get_config() -> ConfigDict:
     config.log_every = 100  # steps between progress lines
     config.eval_every = 0  # steps between evaluations; 0: only at the end
     config.checkpoint_every = 0  # steps between checkpoints; 0: only at the end
+    # Steps whose trace goes to <workdir>/profile: "10:15", or a count, "5"; "": none
+    config.profile_steps = ""
     config.keep_checkpoints = 2  # newest ones kept, beside the best by kNN
     # What a classifier's result is told by: "top1" | "mean_class_accuracy"
     config.eval_metric = "top1"

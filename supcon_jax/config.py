@@ -16,6 +16,7 @@ from supcon_jax.data.views import BLUR_BORDERS, JITTER_KINDS, POLICIES
 from supcon_jax.models import ENCODERS, STEMS
 from supcon_jax.models.heads import CLASSIFIER_INITS
 from supcon_jax.objectives import OBJECTIVES
+from supcon_jax.profiling import parse_window
 from supcon_jax.writers import BACKENDS
 
 # Keys on which a pretraining run and the use of its encoder must agree.
@@ -167,6 +168,14 @@ KEYS: dict[str, Key] = {
     "log_every": Key(100, _number(1), free=True),
     "eval_every": Key(0, _number(0), free=True),
     "checkpoint_every": Key(0, _number(0), free=True),
+    "profile_steps": Key(
+        "",
+        Rule(
+            lambda value: parse_window(value) is None or bool(value),
+            "FIRST:LAST such as 10:15, a count of steps such as 5, or none",
+        ),
+        free=True,
+    ),
     "keep_checkpoints": Key(2, _number(1), free=True),
     "eval_metric": Key("top1", _one_of(EVAL_METRICS), free=True),
     "pretrained": Key("", _TEXT),
@@ -515,6 +524,7 @@ def _check_solver(config: ConfigDict) -> None:
         "total_steps": (config.total_steps, 0),
         "data.classes_per_batch": (config.data.classes_per_batch, 0),
         "data.fake": (config.data.fake, False),
+        "profile_steps": (config.profile_steps, ""),
     }
     for key, (value, allowed) in needed.items():
         if value != allowed:

@@ -148,20 +148,14 @@ def _choose_image_size(config: ConfigDict, train: Source, platform: str) -> None
     """The largest of `SIDES` that most photos have, and a crop as ImageNet's of it."""
     if config.data.image_size and config.data.eval_resize:
         return
-    side, unknown = _short_side(train)
-    if unknown:
-        logger.warning(
-            "warning: %d of %d photos looked at are none that can be read",
-            unknown,
-            min(SAMPLED, train.num_examples),
-        )
+    side = _short_side(train)
     if not config.data.image_size:
         most = CPU_SIDE if platform == "cpu" else SIDES[-1]
         fitting = [s for s in SIDES if s <= min(side, most)]
         config.data.image_size = (fitting or SIDES)[-1 if fitting else 0]
         _say(
             f"data.image_size={config.data.image_size}",
-            f"the photos' short side is {side} pixels (median)"
+            f"the photos' median short side is {side} pixels"
             + (
                 f", and a CPU is slow above {CPU_SIDE}"
                 if side > most == CPU_SIDE
@@ -178,8 +172,8 @@ def _choose_image_size(config: ConfigDict, train: Source, platform: str) -> None
         )
 
 
-def _short_side(train: Source) -> tuple[int, int]:
-    """Median short side in pixels of some photos, and how many have no readable header.
+def _short_side(train: Source) -> int:
+    """Median short side in pixels of some photos; names those without a readable header.
 
     Raises:
       ValueError: none has.
@@ -195,12 +189,25 @@ def _short_side(train: Source) -> tuple[int, int]:
     with ThreadPoolExecutor(READERS) as pool:
         sizes = list(pool.map(size, map(str, train.paths[rows])))
     known = [min(size) for size in sizes if size]
+    broken = [
+        train.name(row) for row, size in zip(rows, sizes, strict=True) if not size
+    ]
+    named = ", ".join(broken[:3]) + (", ..." if broken[3:] else "")
     if not known:
         raise ValueError(
-            f"none of {count} images looked at can be read, {train.paths[rows[0]]} for "
-            "example (--config.data.root)"
+            f"none of {count} images looked at can be read: {named} (--config.data.root)"
         )
-    return int(np.median(known)), len(sizes) - len(known)
+    if broken:
+        logger.warning(
+            "warning: %d of %d images looked at cannot be read: %s; %s",
+            len(broken),
+            count,
+            named,
+            "other images take their place (--config.data.skip_errors)"
+            if train.unreadable.skip
+            else "the first that is needed ends the run (--config.data.skip_errors=True)",
+        )
+    return int(np.median(known))
 
 
 def _choose_batch_size(config: ConfigDict, train: Source, mesh: Mesh) -> None:

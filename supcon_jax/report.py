@@ -119,7 +119,8 @@ def _imbalance(run: Run) -> str:
         names = source.class_names
         return f"{counts[label]:,} ({names[label] if names else f'class {label}'})"
 
-    smallest, largest = present[np.argmin(counts[present])], np.argmax(counts)
+    smallest = int(present[np.argmin(counts[present])])
+    largest = int(np.argmax(counts))
     flags = []
     if config.mode == "pretrain" and not config.data.classes_per_batch:
         if (

@@ -33,6 +33,7 @@ LAYERS = {
     "supcon_jax.stop": 1,
     "supcon_jax.goodput": 1,
     "supcon_jax.health": 1,
+    "supcon_jax.profiling": 1,
     "supcon_jax.steps": 2,
     "supcon_jax.checkpoint": 2,
     "supcon_jax.writers": 2,

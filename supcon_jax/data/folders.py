@@ -233,9 +233,10 @@ def _unreadable(error: OSError) -> ValueError:
 def _class_names(path: Folder) -> list[str]:
     names = _folders(path)
     if not names:
+        count = _images_in(path)
         raise ValueError(
-            f"{path} holds no folders; expected one folder of images a class "
-            "(--config.data.root)"
+            f"{path} holds no folders{f' but {count:,} images' if count else ''}; expected "
+            "one folder of images a class (--config.data.root)"
         )
     return names
 
