@@ -22,9 +22,10 @@ def get_config():
     config.projection.hidden_dims = (128,)
     config.projection.batch_norm = True
     config.loss.cross_entropy_weight = 1.0
-    config.optimizer.name = "momentum"
-    # Not scaled: the batch is chosen by the number of photos.
-    config.optimizer.learning_rate = 0.1
+    # LARS leaves the collapse level in few epochs. The rate is not scaled: the batch is
+    # chosen by the number of photos.
+    config.optimizer.name = "lars"
+    config.optimizer.learning_rate = 1.0
     config.optimizer.learning_rate_batch = 0
     config.optimizer.warmup_epochs = 5.0
     return config

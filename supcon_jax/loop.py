@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 import jax
 
-from supcon_jax import health, hosts, memory, parallel, report
+from supcon_jax import health, hosts, memory, parallel, report, storage
 from supcon_jax.checkpoint import Checkpointer, saved_steps
 from supcon_jax.goodput import Goodput
 from supcon_jax.health import Health
@@ -216,7 +216,8 @@ class _Training:
             )
         elif window:
             folder = self._run.folder / "profile"
-            steps = traced(steps, window, folder, start_step=start_step)
+            shown = storage.shown(storage.join(self._run.workdir, "profile"))
+            steps = traced(steps, window, folder, start_step=start_step, shown=shown)
         with contextlib.closing(self._writer), contextlib.closing(steps):
             return self._train(steps, state, start_step)
 

@@ -49,6 +49,7 @@ def traced(
     folder: pathlib.Path,
     *,
     start_step: int,
+    shown: str = "",
 ) -> Generator[tuple[int, Any, Any]]:
     """The same steps; a trace of those in the window is written once, by process 0.
 
@@ -60,6 +61,7 @@ def traced(
       window: which to trace. Those that a run has behind it when it goes on are not.
       folder: of the traces; each window has a folder of its own in it.
       start_step: number of the step before the first.
+      shown: what messages call the folder, where it is the local copy of one in a bucket.
     """
     place = folder / f"steps_{window.first}_to_{window.last}"
     if jax.process_index() or start_step >= window.first or place.exists():
@@ -71,7 +73,7 @@ def traced(
             if number + 1 == window.first:
                 jax.block_until_ready(metrics)
                 jax.profiler.start_trace(place)
-                tracing.callback(_stop, place)
+                tracing.callback(_stop, f"{shown or folder}/{place.name}")
             with jax.profiler.StepTraceAnnotation("step", step_num=number + 1):
                 step = next(steps, None)
             if step is None:
@@ -83,7 +85,7 @@ def traced(
             yield step
 
 
-def _stop(place: pathlib.Path) -> None:
+def _stop(place: str) -> None:
     jax.profiler.stop_trace()
     logger.info(
         "profile: %s; open its .trace.json.gz in a browser at ui.perfetto.dev, or "
