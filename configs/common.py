@@ -15,13 +15,18 @@ def get_config() -> ConfigDict:
     # "pretrain" | "linear_eval" | "finetune" | "evaluate" | "robustness"
     config.mode = "pretrain"
     config.seed = 0  # of initialisation, example order and augmentation
-    config.batch_size = 256  # global, in images (each gives data.views views)
+    # What 0 and "auto" leave to a folder of images: docs/your_own_data.md
+    config.batch_size = (
+        256  # global, in images (each gives data.views views); 0: chosen
+    )
     config.microbatch_size = 0  # images that the encoder takes at a time; 0: all
-    config.epochs = 100.0  # length of the run
+    config.epochs = 100.0  # length of the run; 0: chosen
     config.total_steps = 0  # length in steps instead; 0: from epochs
     config.log_every = 100  # steps between progress lines
     config.eval_every = 0  # steps between evaluations; 0: only at the end
     config.checkpoint_every = 0  # steps between checkpoints; 0: only at the end
+    # Steps whose trace goes to <workdir>/profile: "10:15", or a count, "5"; "": none
+    config.profile_steps = ""
     config.keep_checkpoints = 2  # newest ones kept, beside the best by kNN
     # What a classifier's result is told by: "top1" | "mean_class_accuracy"
     config.eval_metric = "top1"
@@ -31,7 +36,8 @@ def get_config() -> ConfigDict:
     # "embedding", the encoder's output | "projection", the head's: what linear_eval and
     # the metrics of embeddings take of the pretraining run
     config.representation = "embedding"
-    config.next_config = ""  # config named in the next command at the end of a run
+    # Named in the next command at the end of a run: a config, or "supcon_jax.tools.predict"
+    config.next_config = ""
     config.compilation_cache = True  # keep compiled programs in the user's cache
     # Beside metrics.jsonl: "tensorboard" | "wandb" | "trackio", any number of them
     config.writers = ("tensorboard",)
@@ -49,6 +55,7 @@ def get_config() -> ConfigDict:
     config.data.image_key = "image"  # TFDS: name of the feature that is the image
     config.data.label_key = "label"  # TFDS: of the one that is the class; "": no labels
     config.data.train_split = "train"
+    # "auto": the validation or test split that there is, or a fifth of train held out
     config.data.eval_split = "test"
     config.data.classes = ()  # only these, numbered anew from 0; (): all
     config.data.validation_fraction = 0.0  # evaluate on this share of train instead
@@ -65,8 +72,9 @@ def get_config() -> ConfigDict:
     config.data.keep_gib = 4.0  # lanes: of a host's share, kept in memory once read
     config.data.skip_errors = False  # go on without images that cannot be decoded
     config.data.fake = False  # noise instead of data: the speed of the device alone
-    config.data.image_size = 32  # side in pixels
-    config.data.eval_resize = 32  # evaluation: short side before the central crop
+    config.data.image_size = 32  # side in pixels; 0: chosen
+    # Evaluation: short side before the central crop; 0: chosen
+    config.data.eval_resize = 32
     config.data.views = 2  # augmented views of every image
     config.data.mean = (0.5, 0.5, 0.5)  # subtracted from pixels in [0, 1]
     config.data.std = (0.5, 0.5, 0.5)  # divides them then
@@ -113,6 +121,8 @@ def get_config() -> ConfigDict:
 
     config.classifier = ConfigDict()  # the head of cross-entropy, on whatever encoder
     config.classifier.init = "glorot"  # of its kernel: "glorot" | "zeros"
+    # Unequal classes: tau of tau log(share of the class), added to the logits in the loss
+    config.classifier.logit_adjustment = 0.0
 
     config.finetune = ConfigDict()  # of the encoder of `pretrained`, with cross-entropy
     config.finetune.stages = 0  # train so many stages, counted from the last; 0: all

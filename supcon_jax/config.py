@@ -16,6 +16,7 @@ from supcon_jax.data.views import BLUR_BORDERS, JITTER_KINDS, POLICIES
 from supcon_jax.models import ENCODERS, STEMS
 from supcon_jax.models.heads import CLASSIFIER_INITS
 from supcon_jax.objectives import OBJECTIVES
+from supcon_jax.profiling import parse_window
 from supcon_jax.writers import BACKENDS
 
 # Keys on which a pretraining run and the use of its encoder must agree.
@@ -30,6 +31,15 @@ ENCODER_KEYS = (
 
 # What `eval/...` the result of a classifier is told by first.
 EVAL_METRICS = ("top1", "mean_class_accuracy")
+
+# Values that leave a key to what a folder holds; `defaults.resolve` chooses (docs/your_own_data.md).
+OPEN: dict[str, Any] = {
+    "batch_size": 0,
+    "epochs": 0.0,
+    "data.image_size": 0,
+    "data.eval_resize": 0,
+    "data.eval_split": "auto",
+}
 
 # The others take a finished run.
 TRAINING_MODES = ("pretrain", "linear_eval", "finetune")
@@ -151,13 +161,21 @@ KEYS: dict[str, Key] = {
         _one_of((*TRAINING_MODES, "evaluate", "robustness")),
     ),
     "seed": Key(0, _number(0, 2**31 - 1)),
-    "batch_size": Key(256, _number(1)),
+    "batch_size": Key(256, _number(0)),
     "microbatch_size": Key(0, _number(0)),
-    "epochs": Key(100.0, _number(0, above=True)),
+    "epochs": Key(100.0, _number(0)),
     "total_steps": Key(0, _number(0)),
     "log_every": Key(100, _number(1), free=True),
     "eval_every": Key(0, _number(0), free=True),
     "checkpoint_every": Key(0, _number(0), free=True),
+    "profile_steps": Key(
+        "",
+        Rule(
+            lambda value: parse_window(value) is None or bool(value),
+            "FIRST:LAST such as 10:15, a count of steps such as 5, or none",
+        ),
+        free=True,
+    ),
     "keep_checkpoints": Key(2, _number(1), free=True),
     "eval_metric": Key("top1", _one_of(EVAL_METRICS), free=True),
     "pretrained": Key("", _TEXT),
@@ -197,8 +215,8 @@ KEYS: dict[str, Key] = {
     "data.keep_gib": Key(4.0, _number(0), free=True),
     "data.skip_errors": Key(False, _FLAG, free=True),
     "data.fake": Key(False, _FLAG),
-    "data.image_size": Key(32, _number(1)),
-    "data.eval_resize": Key(32, _number(1)),
+    "data.image_size": Key(32, _number(0)),
+    "data.eval_resize": Key(32, _number(0)),
     "data.views": Key(2, _number(1)),
     "data.mean": Key((0.5, 0.5, 0.5), _numbers(3, 0)),
     "data.std": Key((0.5, 0.5, 0.5), _numbers(3, 0, above=True)),
@@ -235,6 +253,7 @@ KEYS: dict[str, Key] = {
     "projection.batch_norm": Key(False, _FLAG),
     "projection.bias": Key(False, _FLAG),
     "classifier.init": Key("glorot", _one_of(CLASSIFIER_INITS)),
+    "classifier.logit_adjustment": Key(0.0, _number(0)),
     "finetune.stages": Key(0, _number(0)),
     "finetune.layer_decay": Key(1.0, _number(0, 1, above=True)),
     "probe.learning_rate": Key(0.0, _number(0)),
@@ -345,7 +364,8 @@ def check_config(config: ConfigDict) -> None:
                 f"got {key}={flat[key]!r}; allowed: {known.rule.allowed()} "
                 f"(--config.{key})"
             )
-    if config.data.eval_resize < config.data.image_size:
+    _check_open(config)
+    if 0 < config.data.eval_resize < config.data.image_size:
         raise ValueError(
             f"got data.eval_resize={config.data.eval_resize}; allowed: at least "
             f"data.image_size, {config.data.image_size} (--config.data.eval_resize)"
@@ -377,6 +397,7 @@ def check_config(config: ConfigDict) -> None:
             "got probe.learning_rate and loss.cross_entropy_weight; allowed: one of them, "
             "both are classifiers (--config.probe.learning_rate=0)"
         )
+    _check_logit_adjustment(config)
     trains_encoder = pretraining or config.mode == "finetune"
     modes = {"decay": trains_encoder, "use": not pretraining}
     for key, allowed in modes.items():
@@ -395,6 +416,55 @@ def check_config(config: ConfigDict) -> None:
                 f"loss.name={config.loss.name}; allowed: with the cross-entropy "
                 f"baseline (--config.augment.{key}=0)"
             )
+
+
+def open_keys(config: ConfigDict) -> list[str]:
+    """The keys that a config leaves to what a folder holds."""
+    flat = flatten(config.to_dict())
+    return [key for key, value in OPEN.items() if flat[key] == value]
+
+
+def trains_classifier(config: ConfigDict) -> bool:
+    """Whether a run trains a classifier, alone or beside a contrastive loss."""
+    if config.mode != "pretrain":
+        return config.mode in TRAINING_MODES
+    baseline = not OBJECTIVES[config.loss.name].contrastive
+    beside = config.loss.cross_entropy_weight or config.probe.learning_rate
+    return baseline or bool(beside)
+
+
+def check_chosen(config: ConfigDict) -> None:
+    """Refuses a config that leaves keys to a folder where none is looked at.
+
+    Raises:
+      ValueError: naming the first such key.
+    """
+    for key in open_keys(config):
+        raise ValueError(
+            f"got {key}={OPEN[key]!r}, which a run chooses by what its folder holds; give "
+            f"a value here (--config.{key})"
+        )
+
+
+def _check_open(config: ConfigDict) -> None:
+    """Refuses keys that are left to a folder where the data are none."""
+    if config.data.name == "folder":
+        return
+    for key in open_keys(config):
+        raise ValueError(
+            f"got {key}={OPEN[key]!r} with data.name={config.data.name!r}; allowed: with "
+            f"'folder', whose images then decide; else give a value (--config.{key})"
+        )
+
+
+def _check_logit_adjustment(config: ConfigDict) -> None:
+    """Refuses the adjustment of a classifier where none is trained."""
+    if config.classifier.logit_adjustment and not trains_classifier(config):
+        raise ValueError(
+            f"got classifier.logit_adjustment={config.classifier.logit_adjustment} with "
+            f"mode={config.mode} and loss.name={config.loss.name}; allowed: where a "
+            "classifier is trained (--config.classifier.logit_adjustment=0)"
+        )
 
 
 def _check_finetune(config: ConfigDict) -> None:
@@ -457,6 +527,7 @@ def _check_solver(config: ConfigDict) -> None:
         "total_steps": (config.total_steps, 0),
         "data.classes_per_batch": (config.data.classes_per_batch, 0),
         "data.fake": (config.data.fake, False),
+        "profile_steps": (config.profile_steps, ""),
     }
     for key, (value, allowed) in needed.items():
         if value != allowed:

@@ -19,6 +19,7 @@ from supcon_jax.checkpoint import digest
 from supcon_jax.config import check_config
 from supcon_jax.data.identity import identify
 from supcon_jax.data.sources import Source
+from supcon_jax.defaults import resolve
 from supcon_jax.evaluation import calibration
 from supcon_jax.evaluation.classification import (
     class_accuracies,
@@ -60,6 +61,7 @@ def evaluate(config: ConfigDict, workdir: str | pathlib.Path) -> dict[str, Any]:
     """
     check_config(config)
     with StopRequests() as stop, stop.interruptible():
+        config = resolve(config, workdir)
         mesh = prepare(config, workdir)
         model, source = open_classifier(config, mesh)
         path = open_workdir(
@@ -190,7 +192,25 @@ def write_predictions(
     temporary = path / "predictions.tmp.npz"
     np.savez_compressed(temporary, logits=logits, labels=labels, ids=ids)
     os.replace(temporary, path / "predictions.npz")
-    matrix = confusion_matrix(logits, labels)
+    diagrams = []
+    for values in (logits, scaled):
+        p = np.exp(calibration.log_probabilities(values))
+        correct = p.argmax(axis=1) == labels
+        diagrams.append(calibration.reliability(p.max(axis=1), correct))
+    plot_reliability(path, *diagrams)
+    write_classes(path, confusion_matrix(logits, labels), names)
+
+
+def write_classes(
+    path: pathlib.Path, matrix: np.ndarray, names: tuple[str, ...]
+) -> None:
+    """Writes `classes.csv`, `confusion.csv` and the picture of a confusion matrix.
+
+    Args:
+      path: the folder.
+      matrix: `[C, C]`, counts of (class, predicted class).
+      names: of the classes; () where they have none.
+    """
     accuracies = class_accuracies(matrix)
     known = names or tuple(str(number) for number in range(len(matrix)))
     with (path / "classes.csv").open("w", newline="") as file:
@@ -206,12 +226,6 @@ def write_predictions(
         table.writerows(
             [name, *row] for name, row in zip(known, matrix.tolist(), strict=True)
         )
-    diagrams = []
-    for values in (logits, scaled):
-        p = np.exp(calibration.log_probabilities(values))
-        correct = p.argmax(axis=1) == labels
-        diagrams.append(calibration.reliability(p.max(axis=1), correct))
-    plot_reliability(path, *diagrams)
     plot_confusion(path, matrix, names)
     worst = np.argsort(np.nan_to_num(accuracies, nan=2.0), kind="stable")[:5]
     logger.info(

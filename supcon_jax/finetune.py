@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 from supcon_jax import loop
 from supcon_jax.config import check_config
+from supcon_jax.defaults import resolve
 from supcon_jax.plan import Plan
 from supcon_jax.pretrain import build_evaluation
 from supcon_jax.pretrained import RANDOM, check_pretrained, load_encoder
@@ -41,6 +42,7 @@ def finetune(config: ConfigDict, workdir: str | pathlib.Path) -> dict[str, Any]:
     check_pretrained(config)
     with StopRequests() as stop:
         with stop.interruptible():
+            config = resolve(config, workdir)
             run = open_run(config, workdir, load_initial=load_initial_encoder)
         return loop.train(run, evaluate=build_evaluation(run), stop=stop)
 

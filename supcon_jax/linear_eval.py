@@ -17,11 +17,18 @@ from supcon_jax import features, hosts, loop, parallel, report, storage
 from supcon_jax.checkpoint import Checkpointer
 from supcon_jax.config import check_config
 from supcon_jax.data.sources import Source
-from supcon_jax.evaluation.classification import classification_sums, summarize
+from supcon_jax.defaults import resolve
+from supcon_jax.evaluate import write_classes
+from supcon_jax.evaluation.classification import (
+    classification_sums,
+    confusion_matrix,
+    summarize,
+)
 from supcon_jax.evaluation.logistic import Solution, fit_classifier
 from supcon_jax.evaluation.multilabel import multilabel_metrics
 from supcon_jax.features import Features
 from supcon_jax.loop import Evaluate, Metrics
+from supcon_jax.losses.cross_entropy import logit_adjustment
 from supcon_jax.metrics import on_end
 from supcon_jax.models.heads import l2_normalize
 from supcon_jax.pretrained import (
@@ -30,7 +37,7 @@ from supcon_jax.pretrained import (
     load_encoder,
     take_projection,
 )
-from supcon_jax.run import Run, build_predictor, open_run
+from supcon_jax.run import Run, build_predictor, count_classes, open_run
 from supcon_jax.steps.state import TrainState
 from supcon_jax.stop import StopRequests
 from supcon_jax.writers import MetricWriter
@@ -57,6 +64,7 @@ def linear_eval(config: ConfigDict, workdir: str | pathlib.Path) -> dict[str, An
     config = take_projection(config)
     with StopRequests() as stop:
         with stop.interruptible():
+            config = resolve(config, workdir)
             run = open_run(
                 config, workdir, load_frozen=lambda plan: (load_encoder(plan),)
             )
@@ -133,9 +141,16 @@ def _fit(run: Run, stop: StopRequests) -> tuple[TrainState, Metrics]:
             seed=config.seed,
             on_fit=lambda l2: hosts.beat(f"fitting with l2={l2:.1g}", patience=6),
         )
+    counts = count_classes(config, run.train_source)
+    if counts is not None:
+        # The bias is free, so the least of the loss with an offset is that without it,
+        # shifted back.
+        offset = logit_adjustment(counts, config.classifier.logit_adjustment)
+        solution = solution._replace(bias=solution.bias - offset)
     state = _state_of(run, solution)
     metrics = _measure(run, state, evaluation)
     of_train = _measure(run, state, train)
+    _write_classes(run, state, evaluation)
     metrics |= {f"train/{name}": of_train[f"eval/{name}"] for name in ("loss", "top1")}
     metrics["probe/l2"] = solution.l2
     metrics["probe/iterations"] = solution.iterations
@@ -177,6 +192,16 @@ def _state_of(run: Run, solution: Solution) -> TrainState:
     params = jax.device_put({"head": {"dense_out": layer}}, replicated)
     step = jax.device_put(jnp.int32(run.plan.total_steps), replicated)
     return state.replace(step=step, params=params)
+
+
+def _write_classes(run: Run, state: TrainState, evaluation: Features) -> None:
+    """The tables and the picture of which class is taken for which."""
+    found = evaluation.labelled()
+    params = jax.device_get(state.params["head"])
+    logits = run.plan.modules.head.apply({"params": params}, found.values, train=False)
+    if jax.process_index() == 0:
+        matrix = confusion_matrix(np.asarray(logits), found.labels)
+        write_classes(run.folder, matrix, run.train_source.class_names)
 
 
 def _measure(run: Run, state: TrainState, found: Features) -> Metrics:

@@ -12,18 +12,19 @@ import itertools
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any, NoReturn
 
 import jax
 
-from supcon_jax import health, hosts, memory, parallel, report
+from supcon_jax import health, hosts, memory, parallel, report, storage
 from supcon_jax.checkpoint import Checkpointer, saved_steps
 from supcon_jax.goodput import Goodput
 from supcon_jax.health import Health
 from supcon_jax.logs import add_log_file, format_duration
 from supcon_jax.metrics import on_end
 from supcon_jax.plan import Plan, Step
+from supcon_jax.profiling import parse_window, traced
 from supcon_jax.run import Run, build_train_batches
 from supcon_jax.steps.state import TrainState
 from supcon_jax.stop import Stopped, StopRequests, Unwritable, restart_command
@@ -205,7 +206,19 @@ class _Training:
             first=start_step + 1,
             last=plan.total_steps,
         )
-        with contextlib.closing(self._writer):
+        window = parse_window(config.profile_steps)
+        if window and window.first > plan.total_steps:
+            logger.warning(
+                "warning: profile_steps=%s begins after the last step, %d "
+                "(--config.profile_steps)",
+                config.profile_steps,
+                plan.total_steps,
+            )
+        elif window:
+            folder = self._run.folder / "profile"
+            shown = storage.shown(storage.join(self._run.workdir, "profile"))
+            steps = traced(steps, window, folder, start_step=start_step, shown=shown)
+        with contextlib.closing(self._writer), contextlib.closing(steps):
             return self._train(steps, state, start_step)
 
     def _train(
@@ -391,7 +404,7 @@ def run_steps(
     *,
     first: int = 1,
     last: int,
-) -> Iterator[tuple[int, TrainState, dict[str, jax.Array]]]:
+) -> Generator[tuple[int, TrainState, dict[str, jax.Array]]]:
     """Each step's number, state and metrics, which the device may still compute.
 
     One step ahead keeps the device busy; more would pile up batches on it.

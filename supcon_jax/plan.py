@@ -19,8 +19,9 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from supcon_jax import builders, parallel
-from supcon_jax.config import check_config
+from supcon_jax.config import check_chosen, check_config
 from supcon_jax.data.augment import mix_examples
+from supcon_jax.losses.cross_entropy import logit_adjustment
 from supcon_jax.objectives import OBJECTIVES
 from supcon_jax.steps import contrastive, linear
 from supcon_jax.steps.contrastive import Modules, Prepare, StepSpec
@@ -158,6 +159,7 @@ def create_plan(
     num_examples: int,
     whole_images: bool = True,
     label_classes: int = 0,
+    class_counts: np.ndarray | None = None,
 ) -> Plan:
     """What a config computes on a mesh; opens no data and no folder.
 
@@ -169,12 +171,15 @@ def create_plan(
       num_examples: its images.
       whole_images: see `Plan`; so they are for arrays in memory.
       label_classes: see `Plan`.
+      class_counts: `[C]`, images of each class, for `classifier.logit_adjustment`; None:
+        of data that nothing is known of, and without it.
 
     Raises:
       ValueError: keys or values that are not allowed, or a batch that the devices
         cannot share.
     """
     check_config(config)
+    check_chosen(config)
     parallel.check_batch_size(config.batch_size, mesh)
     parallel.check_microbatch_size(config.microbatch_size, config.batch_size, mesh)
     steps_per_epoch = num_examples / config.batch_size
@@ -184,12 +189,16 @@ def create_plan(
     if config.probe.solver == "lbfgs":
         total_steps, steps_per_epoch = 1, 1.0  # one step: from nothing to the solution
     optimizer, schedule = builders.build_optimizer(config, total_steps, steps_per_epoch)
+    offset: jax.typing.ArrayLike = 0.0
+    if class_counts is not None and config.classifier.logit_adjustment:
+        offset = logit_adjustment(class_counts, config.classifier.logit_adjustment)
     build = _build_linear if config.mode == "linear_eval" else _build_pretrain
     modules, init, step = build(
         config,
         mesh,
         num_classes=label_classes or num_classes,
         whole_images=whole_images,
+        logit_offset=offset,
         optimizer=optimizer,
         schedule=schedule,
     )
@@ -216,6 +225,7 @@ def _build_pretrain(
     *,
     num_classes: int,
     whole_images: bool,
+    logit_offset: jax.typing.ArrayLike,
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,
 ) -> tuple[Modules, Callable[[], TrainState], Step]:
@@ -239,15 +249,19 @@ def _build_pretrain(
         queue_size=config.momentum_encoder.queue_size,
         average_decay=config.encoder_average.decay,
     )
+    loss_function = objective.build_loss(config, mesh)
+    if np.any(logit_offset) and not objective.contrastive:
+        loss_function = functools.partial(loss_function, logit_offset=logit_offset)
     build_spec = functools.partial(
         StepSpec,
         modules,
-        loss_function=objective.build_loss(config, mesh),
+        loss_function=loss_function,
         supervised=objective.uses_labels,
         num_microbatches=builders.num_microbatches(config),
         momentum_decay=config.momentum_encoder.decay,
         average_decay=config.encoder_average.decay,
         cross_entropy_weight=config.loss.cross_entropy_weight,
+        logit_offset=logit_offset,
     )
     step = functools.partial(
         _contrastive_step,
@@ -272,6 +286,7 @@ def _build_linear(
     *,
     num_classes: int,
     whole_images: bool,
+    logit_offset: jax.typing.ArrayLike,
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,
 ) -> tuple[Modules, Callable[[], TrainState], Step]:
@@ -297,6 +312,7 @@ def _build_linear(
             builders.build_augmentation, config, mesh, whole_images=whole_images
         ),
         label_smoothing=config.loss.label_smoothing,
+        logit_offset=logit_offset,
         num_microbatches=builders.num_microbatches(config),
     )
     return modules, init, step

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from supcon_jax import loop
 from supcon_jax.config import check_config
 from supcon_jax.data.sources import has_labels, take_labelled, take_subset
+from supcon_jax.defaults import resolve
 from supcon_jax.evaluation.knn import knn_accuracy
 from supcon_jax.evaluation.multilabel import knn_mean_average_precision
 from supcon_jax.evaluation.rankme import rankme
@@ -42,6 +43,7 @@ def pretrain(config: ConfigDict, workdir: str | pathlib.Path) -> dict[str, Any]:
     check_config(config)
     with StopRequests() as stop:
         with stop.interruptible():
+            config = resolve(config, workdir)
             run = open_run(config, workdir)
         return loop.train(
             run,

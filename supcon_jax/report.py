@@ -21,18 +21,21 @@ from supcon_jax.builders import (
     num_microbatches,
     scaled_learning_rate,
 )
-from supcon_jax.config import TRAINING_MODES
+from supcon_jax.config import TRAINING_MODES, trains_classifier
 from supcon_jax.config_files import PROGRAM
 from supcon_jax.data.pipeline import Batch
-from supcon_jax.data.sources import UNLABELLED, Source
+from supcon_jax.data.sources import UNLABELLED, UNREAD, Source
 from supcon_jax.figures import plot_curves
 from supcon_jax.metrics import on_end
+from supcon_jax.objectives import OBJECTIVES
 from supcon_jax.pretrained import RANDOM
 from supcon_jax.run import Run
 from supcon_jax.steps.state import TrainState
 
 logger = logging.getLogger(__name__)
 PyTree = Any
+# How many times as many images the largest class has as the smallest, for it to be said.
+UNEQUAL = 2
 
 
 def log_start(run: Run, state: TrainState) -> None:
@@ -97,6 +100,8 @@ def log_data(run: Run) -> None:
         _classes(run.train_source),
         _without_labels(run),
     )
+    if imbalance := _imbalance(run):
+        logger.info("%s", imbalance)
     for note in dict.fromkeys([*run.train_source.notes, *run.eval_source.notes]):
         logger.info("%s", note)
 
@@ -107,6 +112,39 @@ def _classes(source: Source) -> str:
     if sets is None:
         return f"{source.num_classes} classes"
     return f"{len(sets.class_names)} classes in {len(sets.members)} combinations"
+
+
+def _imbalance(run: Run) -> str:
+    """How unequal the classes are, and what helps; "" where they are about equal."""
+    config, source = run.config, run.train_source
+    if source.synthetic or source.label_sets or UNREAD in source.labels:
+        return ""
+    counts = np.bincount(source.labels[source.labels >= 0], minlength=1)
+    present = np.flatnonzero(counts)
+    if not len(present) or counts.max() < UNEQUAL * counts[present].min():
+        return ""
+
+    def shown(label: int) -> str:
+        names = source.class_names
+        return f"{counts[label]:,} ({names[label] if names else f'class {label}'})"
+
+    smallest = int(present[np.argmin(counts[present])])
+    largest = int(np.argmax(counts))
+    flags = []
+    if config.mode == "pretrain" and not config.data.classes_per_batch:
+        if (
+            OBJECTIVES[config.loss.name].contrastive
+            and OBJECTIVES[config.loss.name].uses_labels
+        ):
+            most = min(len(present), config.batch_size // 2)
+            flags.append(f"--config.data.classes_per_batch={most}")
+    if trains_classifier(config) and not config.classifier.logit_adjustment:
+        flags.append("--config.classifier.logit_adjustment=1")
+    if trains_classifier(config) and config.eval_metric == "top1":
+        flags.append("--config.eval_metric=mean_class_accuracy")
+    return f"the classes have {shown(smallest)} to {shown(largest)} training images" + (
+        f"; to treat them alike: {' '.join(flags)}" if flags else ""
+    )
 
 
 def _trained(config: ConfigDict, params: PyTree) -> PyTree:
@@ -178,8 +216,14 @@ def report_end(run: Run, final: dict[str, Any]) -> dict[str, Any]:
         except OSError as error:
             logger.warning("warning: no curves are drawn: %s", error.strerror)
             picture = None
+        confusion = run.folder / "figures" / "confusion.png"
         report_result(
-            run.config, run.workdir, final, skipped=run.skipped, pictures=[picture]
+            run.config,
+            run.workdir,
+            final,
+            skipped=run.skipped,
+            pictures=[picture, confusion if confusion.exists() else None],
+            photo=run.eval_source.name(0),
         )
     return final
 
@@ -191,6 +235,7 @@ def report_result(
     *,
     skipped: dict[str, str],
     pictures: Iterable[pathlib.Path | None],
+    photo: str = "photo.jpg",
 ) -> None:
     """Prints what came out, where it lies and the next command.
 
@@ -200,6 +245,7 @@ def report_result(
       final: metrics.
       skipped: images that could not be decoded, and why.
       pictures: in `figures/`, of the workdir or of its local copy.
+      photo: one that the next command may be tried on.
     """
     logger.info("")
     if skipped:
@@ -217,11 +263,16 @@ def report_result(
     # A classifier of several classes an image has no evaluation of its own.
     last = config.data.name == "multilabel" and config.mode == "linear_eval"
     if config.next_config and not last:
-        logger.info("Next:    %s", next_command(config, workdir))
+        logger.info("Next:    %s", next_command(config, workdir, photo))
 
 
-def next_command(config: ConfigDict, workdir: pathlib.Path) -> str:
-    """The command line that goes on from a run."""
+def next_command(
+    config: ConfigDict, workdir: pathlib.Path, photo: str = "photo.jpg"
+) -> str:
+    """The command line that goes on from a run: a config, or a tool that takes a photo."""
+    if config.next_config.startswith("supcon_jax.tools."):
+        tool = config.next_config
+        return shlex.join(["python", "-m", tool, storage.shown(workdir), photo])
     command = [*PROGRAM, f"--config={config.next_config}"]
     if config.mode in TRAINING_MODES:  # what comes next takes the model of this run
         command.append(f"--config.pretrained={storage.shown(workdir)}")

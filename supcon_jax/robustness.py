@@ -32,6 +32,7 @@ from supcon_jax.data.datasets import open_source
 from supcon_jax.data.identity import identify
 from supcon_jax.data.pipeline import check_image_size
 from supcon_jax.data.sources import Source
+from supcon_jax.defaults import resolve
 from supcon_jax.evaluate import open_classifier
 from supcon_jax.evaluation import classification
 from supcon_jax.evaluation.calibration import expected_calibration_error
@@ -75,6 +76,7 @@ def robustness(config: ConfigDict, workdir: str | pathlib.Path) -> dict[str, Any
     """
     check_config(config)
     with StopRequests() as stop, stop.interruptible():
+        config = resolve(config, workdir)
         mesh = prepare(config, workdir)
         places = _find(config)
         model, clean = open_classifier(config, mesh)

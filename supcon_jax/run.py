@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 
 from supcon_jax import builders, hosts, parallel, storage
 from supcon_jax.checkpoint import digest
-from supcon_jax.config import flatten
+from supcon_jax.config import TRAINING_MODES, flatten
 from supcon_jax.data import sources as sources_of
 from supcon_jax.data.datasets import open_source
 from supcon_jax.data.identity import identify
@@ -129,6 +129,7 @@ def open_run(
         num_examples=train_source.num_examples,
         whole_images=not on_host(train_source),
         label_classes=len(sets.class_names) if (sets := train_source.label_sets) else 0,
+        class_counts=count_classes(config, train_source),
     )
     data = {"train": identify(train_source), "evaluation": identify(eval_source)}
     # What one process alone cannot use ends all of them here, before they compute together.
@@ -258,8 +259,9 @@ def open_sources(config: ConfigDict) -> tuple[Source, Source]:
                 f"split {split!r} of {data.name} is empty (--config.data.train_split, "
                 "--config.data.eval_split)"
             )
-    # A solver's batches are those of the frozen encoder alone, and may be padded.
-    if train.num_examples < config.batch_size and config.probe.solver == "sgd":
+    # Batches of a frozen model alone may be padded.
+    steps = config.mode in TRAINING_MODES and config.probe.solver == "sgd"
+    if steps and train.num_examples < config.batch_size:
         raise ValueError(
             f"batch size {config.batch_size} is larger than the {train.num_examples} "
             f"training images; set --config.batch_size={train.num_examples} or less"
@@ -399,6 +401,14 @@ def check_labels(config: ConfigDict, train: Source, evaluation: Source) -> None:
             "(--config.data.root), or train without labels: --config.loss.name=simclr"
         )
     logger.warning("warning: %s, so kNN says nothing (--config.data.root)", one)
+
+
+def count_classes(config: ConfigDict, source: Source) -> np.ndarray | None:
+    """Training images of each class `[C]`, where `classifier.logit_adjustment` asks."""
+    if not config.classifier.logit_adjustment or source.synthetic:
+        return None
+    labels = sources_of.read_labels(source).labels
+    return np.bincount(labels[labels >= 0], minlength=source.num_classes)
 
 
 def check_hosts(config: ConfigDict) -> None:

@@ -13,6 +13,7 @@ from supcon_jax.losses import cross_entropy
 from supcon_jax.losses.cross_entropy import (
     cross_entropy_loss,
     cross_entropy_of_views,
+    logit_adjustment,
 )
 
 
@@ -156,3 +157,32 @@ def test_with_all_labels_the_mean_is_the_plain_one_bit_for_bit():
     rows = logits.reshape(-1, 10)
     plain = jnp.sum(cross_entropy_loss(rows, jnp.repeat(labels, 2))) / 74
     np.testing.assert_array_equal(cross_entropy_of_views(logits, labels)[0], plain)
+
+
+@pytest.mark.parametrize("tau", [0.5, 1.0, 2.0])
+def test_logit_adjustment_is_a_margin_for_every_pair_of_classes(tau):
+    """The paper's Eq. 11: `log(1 + sum_c' (pi_c' / pi_y)^tau e^(f_c' - f_y))`."""
+    rng = np.random.default_rng(2)
+    logits = rng.normal(size=(7, 2, 4)).astype(np.float32)
+    labels, counts = np.array([0, 3, 1, 2, 2, -1, 1]), np.array([60, 25, 10, 5])
+    found, metrics = cross_entropy_of_views(
+        logits, labels, logit_offset=logit_adjustment(counts, tau)
+    )
+    losses = []
+    for views, label in zip(logits, labels, strict=True):
+        for f in views if label >= 0 else []:
+            others = sum(
+                (counts[c] / counts[label]) ** tau * math.exp(f[c] - f[label])
+                for c in range(4)
+                if c != label
+            )
+            losses.append(math.log(1 + others))
+    np.testing.assert_allclose(found, np.mean(losses), rtol=1e-5)
+    hits = (logits.argmax(-1) == labels[:, None])[labels >= 0]
+    np.testing.assert_allclose(metrics["top1"], hits.mean(), rtol=1e-6)
+
+
+def test_logit_adjustment_of_a_class_without_images_is_finite():
+    offset = logit_adjustment(np.array([3, 0]), 1.0)
+    np.testing.assert_allclose(offset, np.log([3 / 4, 1 / 4]), rtol=1e-6)
+    assert not logit_adjustment(np.array([5, 1]), 0.0).any()

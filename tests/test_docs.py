@@ -109,6 +109,8 @@ TOY = (
 RUN = {
     "python main.py --config=configs/digits.py": SHORT,
     "python main.py --config=configs/linear_digits.py": "",
+    "python main.py --config=configs/digits.py --config.profile_steps=20:25 "
+    "--workdir=runs/profiled": "--config.total_steps=30 --config.eval_every=0",
     "python main.py --config=configs/evaluate_digits.py": "",
     "python main.py --config=configs/digits.py --config.data.labelled_per_class=10 "
     "--workdir=runs/digits_10": SHORT,
@@ -239,6 +241,7 @@ NOT_RUN = {
     "python main.py --config=configs/supcon_cifar10.py:pytorch": "downloads CIFAR-10",
     "python -m supcon_jax.tools.study studies/wins.py": (
         "176 jobs; tests/test_study.py checks every study file and runs a small one"
+    ),
     "python main.py --config=configs/digits.py --config.data.name=multilabel  "
     "--config.data.root=DIR --workdir=runs/several": (
         "needs a labels.csv; tests/test_multilabel.py"
@@ -251,6 +254,17 @@ NOT_RUN = {
     "python -m supcon_jax.tools.corrupt": "no command, the tool's name",
     "python main.py --config=configs/robustness_r50.py --config.data.dir=DIR  "
     "--config.robustness.data=DIR/imagenet-c": "needs ImageNet-C",
+    **{
+        f"python main.py --config=configs/{name}_folder.py --config.data.root=DIR{rest}": (
+            "photos of your own; tests/test_defaults.py goes this way"
+        )
+        for name, rest in (
+            ("supcon", ""),
+            ("linear", ""),
+            ("evaluate", ""),
+            ("evaluate", " --config.data.eval_split=test --workdir=runs/evaluate_test"),
+        )
+    },
     "python main.py --config=configs/supcon_r50.py --config.data.dir=DIR": (
         "for a pod; the same with three steps is run"
     ),

@@ -3,14 +3,16 @@
 import re
 
 import jax
+import numpy as np
 import pytest
 
 from configs import linear_digits, supcon_cifar10
 from supcon_jax import parallel
-from supcon_jax.plan import create_plan
+from supcon_jax.models import ENCODERS
+from supcon_jax.plan import create_plan, init_encoder
 from supcon_jax.run import open_run
 from tests.aot import compiled_for_tpu
-from tests.runs import first_batches, linear_config, pretrain_config
+from tests.runs import build_one_layer, first_batches, linear_config, pretrain_config
 
 IMAGES = {"num_classes": 10, "num_examples": 1297}
 
@@ -167,3 +169,42 @@ def test_what_cannot_be_computed_is_refused(changes, message):
             (config[section] if section else config)[name] = value
     with pytest.raises(ValueError, match=re.escape(message)):
         create_plan(config, parallel.create_mesh(), **IMAGES)
+
+
+@pytest.mark.parametrize(
+    "config, metric",
+    [
+        (pretrain_config(**{"loss.name": "cross_entropy"}), "loss"),
+        (pretrain_config(**{"loss.cross_entropy_weight": 0.5}), "cross_entropy_loss"),
+        (linear_config("random"), "loss"),
+    ],
+    ids=["baseline", "joint", "linear_eval"],
+)
+def test_logit_adjustment_is_in_every_cross_entropy(config, metric, monkeypatch):
+    """A classifier of zeros has logits of zero: what is left is tau log pi."""
+    monkeypatch.setitem(ENCODERS, "one_layer", build_one_layer)
+    config = config.copy_and_resolve_references()
+    config.update_from_flattened_dict(
+        {
+            "encoder.name": "one_layer",
+            "encoder.width": 1.0,
+            "classifier.init": "zeros",
+            "classifier.logit_adjustment": 1.5,
+            "compilation_cache": False,
+        }
+    )
+    counts = np.arange(10) * 20 + 1
+    mesh = parallel.create_mesh(jax.devices()[:1])
+    plan = create_plan(config, mesh, class_counts=counts, **IMAGES)
+    labels = np.arange(16, dtype=np.int32) % 10
+    rng = np.random.default_rng(0)
+    batch = {
+        "image": rng.integers(0, 256, (16, 1, 8, 8, 3), np.uint8),
+        "label": labels,
+        "id": np.stack([np.zeros(16), np.arange(16)], 1).astype(np.int32),
+    }
+    frozen = (init_encoder(plan),) if config.mode == "linear_eval" else ()
+    _, metrics = jax.jit(plan.step)(plan.init(), batch, *frozen)
+    adjusted = 1.5 * np.log(counts / counts.sum())
+    losses = np.log(np.exp(adjusted).sum()) - adjusted[labels]
+    np.testing.assert_allclose(metrics[f"train/{metric}"], losses.mean(), rtol=1e-5)

@@ -5,6 +5,7 @@ import json
 
 import numpy as np
 import pytest
+import scipy.optimize
 
 from configs import evaluate_digits
 from supcon_jax import builders, evaluate, features, linear_eval, parallel, pretrain
@@ -96,6 +97,63 @@ def test_a_probe_that_was_stopped_goes_on_with_the_features_it_has(
     linear_eval.linear_eval(config, tmp_path)
     theirs, ours = (read_metrics(p)[-1] for p in (runs / "probe", tmp_path))
     assert {**ours, "wall_s": 0} == {**theirs, "wall_s": 0}
+
+
+def test_the_solution_with_logit_adjustment_is_that_of_the_adjusted_loss(
+    runs, tmp_path, monkeypatch
+):
+    """SciPy minimises the loss as it is written; the probe shifts the plain solution."""
+    fits = []
+    fit = linear_eval.fit_classifier
+
+    def kept(values, labels, **options):
+        solution = fit(values, labels, **options)
+        fits.append((np.asarray(values, np.float64), labels, solution))
+        return solution
+
+    monkeypatch.setattr(linear_eval, "fit_classifier", kept)
+    digits = np.load(write_digits(tmp_path / "some.npz", unlabelled=0))
+    rows = np.flatnonzero((digits["train_labels"] > 2) | (np.arange(1297) % 9 == 0))
+    rows = rows[digits["train_labels"][rows] < 5]
+    np.savez(
+        tmp_path / "unequal.npz",
+        **{n: digits[n][rows] for n in ("train_images", "train_labels")},
+        **{
+            n: digits[n][digits["test_labels"] < 5]
+            for n in ("test_images", "test_labels")
+        },
+    )
+    data = {"data.name": "arrays", "data.root": str(tmp_path / "unequal.npz")}
+    config = probe_config(
+        runs / "pretrain", **data, **{"classifier.logit_adjustment": 1.5}
+    )
+    linear_eval.linear_eval(config, tmp_path / "adjusted")
+    ((x, y, plain),) = fits
+    counts = np.bincount(y)
+    assert counts.max() > 5 * counts.min()
+    scale = np.sqrt(np.mean((x - x.mean(0)) ** 2))
+
+    def loss(flat):
+        kernel, bias = flat[:-5].reshape(-1, 5), flat[-5:]
+        z = x @ kernel + bias + 1.5 * np.log(counts / counts.sum())
+        log_total = np.log(np.exp(z - z.max(1, keepdims=True)).sum(1)) + z.max(1)
+        p = np.exp(z - log_total[:, None]) - np.eye(5)[y]
+        weight = plain.l2 * scale**2
+        gradient = np.concatenate(
+            [(x.T @ p / len(x) + weight * kernel).ravel(), p.mean(0)]
+        )
+        own = z[np.arange(len(y)), y]
+        return np.mean(log_total - own) + weight / 2 * np.sum(kernel**2), gradient
+
+    found = scipy.optimize.minimize(
+        loss, np.zeros(x.shape[1] * 5 + 5), jac=True, method="BFGS", tol=1e-7
+    ).x
+    head = restore_state(tmp_path / "adjusted").params["head"]["dense_out"]
+    np.testing.assert_allclose(head["kernel"], found[:-5].reshape(-1, 5), atol=2e-3)
+    bias = np.asarray(head["bias"])
+    np.testing.assert_allclose(
+        bias - bias.mean(), found[-5:] - found[-5:].mean(), atol=2e-3
+    )
 
 
 def test_fewer_images_than_a_batch_and_some_without_label(runs, tmp_path):

@@ -35,8 +35,9 @@ CONTRASTIVE = {
     *("loss.temperature", "loss.scale", "loss.contrast_mode", "loss.summation"),
     *("loss.denominator", "loss.positives_cap"),
 }
-# Those of fine-tuning are in docs/transfer.md, see test_finetune.py.
-ELSEWHERE = ("digits", "evaluate", "finetune", "robustness", "transfer")
+# Those of fine-tuning are in docs/transfer.md, see test_finetune.py; what a folder decides
+# is in docs/your_own_data.md.
+ELSEWHERE = ("digits", "evaluate", "finetune", "folder", "robustness", "transfer")
 RECIPES = [(s, v) for s, v in ALL if not any(word in s for word in ELSEWHERE)]
 
 

@@ -19,6 +19,14 @@ def test_next_command(tmp_path, monkeypatch):
     )
 
 
+def test_a_tool_may_be_next(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = pretrain_config(next_config="supcon_jax.tools.predict")
+    assert report.next_command(config, tmp_path / "run", "my photos/cat.jpg") == (
+        "python -m supcon_jax.tools.predict run 'my photos/cat.jpg'"
+    )
+
+
 def test_input_line_measures_the_host_and_passes_every_batch(caplog):
     def batches(seconds):
         for number in range(4):

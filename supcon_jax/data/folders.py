@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from supcon_jax import storage
-from supcon_jax.data.names import TRAIN, find_split, is_split
+from supcon_jax.data.names import TEST, TRAIN, VALIDATION, find_split, is_split
 from supcon_jax.data.sources import UNLABELLED, FileSource
 
 logger = logging.getLogger(__name__)
@@ -38,13 +38,7 @@ def open_folder(split: str, dir: str, root: str) -> FileSource:
       ValueError: one line that says what is missing there.
     """
     del dir
-    path = open_root(root)
-    if not root or not path.is_dir():
-        raise ValueError(
-            f"data.name='folder' needs a folder of images; got {root!r} "
-            "(--config.data.root)"
-        )
-    path = _find_root(path)
+    path = _open_given(root)
     folders = folders_in(path)
     if not has_train(folders):
         if folders and all(is_split(n) or _is_unlabelled(n) for n in folders):
@@ -91,6 +85,22 @@ def open_classes(root: str, names: Sequence[str] = ()) -> FileSource:
     """
     path = open_root(root)
     return _image_folder(path, list(names) or _class_names(path))
+
+
+def find_eval_split(root: str) -> str | None:
+    """The validation split of a folder, else its test split; None where it has neither.
+
+    Raises:
+      ValueError: there is no such folder.
+    """
+    folders = folders_in(_open_given(root))
+    if not has_train(folders):
+        return None  # they are the classes
+    for names in (VALIDATION, TEST):
+        for name in folders:
+            if name.lower() in names:
+                return name
+    return None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,6 +160,17 @@ class _BucketFolder:
 
 
 Folder = pathlib.Path | _BucketFolder
+
+
+def _open_given(root: str) -> Folder:
+    """Where the splits or classes of the folder are that `data.root` names."""
+    path = open_root(root)
+    if not root or not path.is_dir():
+        raise ValueError(
+            f"data.name='folder' needs a folder of images; got {root!r} "
+            "(--config.data.root)"
+        )
+    return _find_root(path)
 
 
 def open_root(root: str) -> Folder:
@@ -221,11 +242,12 @@ def _unreadable(error: OSError) -> ValueError:
 def _class_names(path: Folder) -> list[str]:
     names = folders_in(path)
     if not names:
+        count = _images_in(path)
         csv = any(entry.name == LABELS_CSV for entry in _entries(path))
         hint = f"; for its {LABELS_CSV}: --config.data.name=multilabel" if csv else ""
         raise ValueError(
-            f"{path} holds no folders; expected one folder of images a class "
-            f"(--config.data.root){hint}"
+            f"{path} holds no folders{f' but {count:,} images' if count else ''}; expected "
+            f"one folder of images a class (--config.data.root){hint}"
         )
     return names
 

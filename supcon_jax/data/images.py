@@ -60,6 +60,15 @@ def for_tensorflow(file: BinaryIO) -> tuple[bytes, int]:
     return _to_bmp(_one_frame(file) if start.startswith(RIFF) else file), 1
 
 
+def read_size(file: BinaryIO) -> tuple[int, int] | None:
+    """Width and height by an image file's header; None where it has none."""
+    try:
+        with _open(file) as image:
+            return image.size
+    except Exception:  # decoders raise many kinds; decoding will say what is wrong
+        return None
+
+
 def _sniff_jpeg(file: BinaryIO) -> int | None:
     """The EXIF code of a JPEG that TensorFlow reads as Pillow does, None of another."""
     place, has_exif, components = 2, False, 3

@@ -90,7 +90,7 @@ class Unreadable:
     reasons: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def add(self, found: Mapping[str, str]) -> None:
-        """Notes images that cannot be decoded, each with a warning.
+        """Notes images that cannot be decoded, each with a warning the first time.
 
         Raises:
           ValueError: such images are not to be skipped.
@@ -101,9 +101,10 @@ class Unreadable:
                 f"cannot decode {name}: {reason}; repair or remove it, or go on "
                 "without such images: --config.data.skip_errors=True"
             )
-        self.reasons |= found
         for name, reason in found.items():
-            logger.warning("warning: skipping %s: %s", name, reason)
+            if name not in self.reasons:
+                logger.warning("warning: skipping %s: %s", name, reason)
+        self.reasons |= found
 
 
 class Source(Protocol):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from supcon_jax.losses.diagnostics import psum
@@ -50,11 +51,36 @@ def cross_entropy_loss(
     return optax.softmax_cross_entropy(logits.astype(jnp.float32), targets)
 
 
+def logit_adjustment(counts: np.ndarray, tau: float) -> np.ndarray:
+    """What a loss adds to the logits of classes of unequal size.
+
+    `L = -log softmax(f(x) + tau log pi)_y`, where `pi_c = n_c / n`: a classifier trained
+    so need not prefer large classes, and at tau = 1 the largest of its logits `f(x)` has
+    the least mean error of the classes, however many images each has.
+
+    Args:
+      counts: `[C]` training images of each class; none counts as one.
+      tau: at least 0; 0: nothing is added.
+
+    Returns:
+      `[C]` float32, `tau log pi`.
+
+    Example:
+      >>> logit_adjustment(np.array([90, 10]), 1.0).round(3).tolist()
+      [-0.10499999672174454, -2.3030002117156982]
+
+    Source: Menon et al., arXiv 2007.07314, Eq. 10.
+    """
+    counts = np.maximum(counts, 1)
+    return (tau * np.log(counts / np.sum(counts))).astype(np.float32)
+
+
 def cross_entropy_of_views(
     logits: jax.Array,
     labels: jax.Array,
     *,
     label_smoothing: float = 0.0,
+    logit_offset: jax.typing.ArrayLike = 0.0,
     axis_name: str | tuple[str, ...] | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Mean cross-entropy over labelled images and their views, and top-1 accuracy.
@@ -65,6 +91,8 @@ def cross_entropy_of_views(
         with a label below 0, or whose shares do not sum to 1 (mixed with one), have no
         label and do not count.
       label_smoothing: see `cross_entropy_loss`.
+      logit_offset: `[C]`, added to the logits for the loss, not for the accuracy: see
+        `logit_adjustment`.
       axis_name: inside `jax.shard_map`, the mesh axis over which the batch is split.
 
     Returns:
@@ -74,7 +102,9 @@ def cross_entropy_of_views(
     views = logits.shape[1]
     logits = logits.reshape(-1, logits.shape[-1])
     labels = jnp.repeat(labels, views, axis=0)
-    losses = cross_entropy_loss(logits, labels, label_smoothing=label_smoothing)
+    losses = cross_entropy_loss(
+        logits + logit_offset, labels, label_smoothing=label_smoothing
+    )
     if labels.ndim == 2:
         labelled = jnp.sum(labels, axis=-1) > 1 - 1e-4
         labels = jnp.argmax(labels, axis=-1)  # of a mixture, the larger part

@@ -70,6 +70,7 @@ class StepSpec(NamedTuple):
       momentum_decay: of the encoder that makes the keys, where the state has one.
       average_decay: of the encoder's average for use, where the state has one.
       cross_entropy_weight: of the classifier's cross-entropy in the trained loss.
+      logit_offset: `[C]`, for that of classifier and probe; see `logit_adjustment`.
     """
 
     modules: Modules
@@ -80,6 +81,7 @@ class StepSpec(NamedTuple):
     momentum_decay: float = 0.0
     average_decay: float = 0.0
     cross_entropy_weight: float = 0.0
+    logit_offset: jax.typing.ArrayLike = 0.0
 
 
 def init_state(
@@ -261,14 +263,18 @@ def loss_of_rows(
         logits, new_stats["classifier"] = _apply(
             classifier, params["classifier"], {}, embeddings
         )
-        cross_entropy, found = cross_entropy_of_views(logits, targets, axis_name=axes)
+        cross_entropy, found = cross_entropy_of_views(
+            logits, targets, logit_offset=spec.logit_offset, axis_name=axes
+        )
         metrics |= {"cross_entropy_loss": cross_entropy, "top1": found["top1"]}
         total += spec.cross_entropy_weight * cross_entropy
     if probe is not None:
         logits, new_stats["probe"] = _apply(
             probe, params["probe"], {}, jax.lax.stop_gradient(embeddings)
         )
-        probe_loss, found = cross_entropy_of_views(logits, targets, axis_name=axes)
+        probe_loss, found = cross_entropy_of_views(
+            logits, targets, logit_offset=spec.logit_offset, axis_name=axes
+        )
         metrics |= {"probe_loss": probe_loss, "probe_top1": found["top1"]}
         total += probe_loss
     return total, (metrics, parallel.mean_over(new_stats, apart), keys)

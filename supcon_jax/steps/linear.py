@@ -60,6 +60,7 @@ def train_step(
     schedule: optax.Schedule,
     augment: Callable[[jax.Array, jax.Array], jax.Array],
     label_smoothing: float,
+    logit_offset: jax.typing.ArrayLike = 0.0,
     num_microbatches: int = 1,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One update of the classifier; the encoder is in inference mode and unchanged.
@@ -73,6 +74,7 @@ def train_step(
       optimizer, schedule: what `state` belongs to.
       augment: `(images, ids) -> [B, V, H, W, 3]`.
       label_smoothing: see `cross_entropy_loss`.
+      logit_offset: `[C]`, see `logit_adjustment`.
       num_microbatches: parts of the batch that the encoder takes one after the other.
 
     Returns:
@@ -95,7 +97,10 @@ def train_step(
         if batch["label"].ndim == 2:
             return binary_cross_entropy_of_views(logits, batch["label"])
         return cross_entropy_of_views(
-            logits, batch["label"], label_smoothing=label_smoothing
+            logits,
+            batch["label"],
+            label_smoothing=label_smoothing,
+            logit_offset=logit_offset,
         )
 
     gradient = jax.value_and_grad(compute_loss, has_aux=True)

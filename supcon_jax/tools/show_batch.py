@@ -20,6 +20,7 @@ from ml_collections import ConfigDict
 from supcon_jax import builders, parallel, storage
 from supcon_jax.cli import one_line_errors
 from supcon_jax.data.pipeline import eval_batches, on_host
+from supcon_jax.defaults import resolve
 from supcon_jax.run import build_sampler, build_train_batches, open_sources
 from supcon_jax.tools.arguments import (
     check_out,
@@ -38,7 +39,7 @@ def main(arguments: list[str] | None = None) -> None:
     with one_line_errors():
         out = options.out
         check_out(out)
-        config = load_config(options.config, changes)
+        config = resolve(load_config(options.config, changes))
         draw(config, out, rows=options.rows)
         print(f"wrote {out}")
 
