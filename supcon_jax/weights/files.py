@@ -69,6 +69,8 @@ def read_weights(path: str | pathlib.Path) -> WeightsFile:
 
 def _read_safetensors(content: bytes) -> WeightsFile:
     start = 8 + int.from_bytes(content[:8], "little")
+    if start > len(content):
+        raise ValueError("its header is cut off")
     try:
         header = json.loads(content[8:start])
         metadata = header.pop("__metadata__", {})

@@ -289,7 +289,7 @@ def _difference(
 
 def _nearest(state_dict: Arrays) -> str:
     """The encoder that has the most tensors in common with a state dict, and how many."""
-    best, flags, missing = 0.0, "", 0
+    best, flags, missing = (0.0, 0.0), "", 0
     for name in ENCODERS:
         if not name.startswith(tuple(LAYOUTS)):
             continue
@@ -306,9 +306,13 @@ def _nearest(state_dict: Arrays) -> str:
             if theirs != "pos_embed"
         }
         have = {(n, np.shape(array)) for n, array in found.items() if n != "pos_embed"}
-        likeness = len(expected & have) / len(expected | have)
+        differing = {n for n, _ in expected ^ have}
+        every = {n for n, _ in expected | have}
+        common = {n for n, _ in expected} & {n for n, _ in have}
+        # By names alone where all shapes differ, as those of another width do.
+        likeness = 1 - len(differing) / len(every), len(common) / len(every)
         if likeness > best:
-            best, missing = likeness, len({n for n, _ in expected ^ have})
+            best, missing = likeness, len(differing)
             flags = " ".join(
                 f"--config.encoder.{key}={value}"
                 for key, value in {"name": name, **options}.items()
