@@ -532,7 +532,10 @@ def test_the_nearest_encoder_is_named(weights, monkeypatch):
     ],
     ids=str,
 )
-def test_what_cannot_start_is_refused_in_one_line(weights, changes, says, tmp_path):
+def test_what_cannot_start_is_refused_in_one_line(
+    weights, changes, says, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(layouts, "ENCODERS", {"resnet8": ENCODERS["resnet8"]})
     config = pretrain_config(**{"encoder.init_from": weights[0], **changes})
     run = {"linear_eval": linear_eval.linear_eval, "evaluate": finetune.finetune}
     with pytest.raises(ValueError, match=says) as refused:
