@@ -105,7 +105,9 @@ def test_skipped_branches_add_nothing_and_the_others_more():
     def outcome(first, second):
         factors = {"proj": first, "fc2": second}
         scaled = {
-            name: jax.tree.map(lambda p: p * factors.get(name, 1.0), layer)
+            name: jax.tree.map(
+                functools.partial(jnp.multiply, factors.get(name, 1)), layer
+            )
             for name, layer in params.items()
         }
         return plain.apply({"params": scaled}, x[:1], None)[0]
