@@ -106,7 +106,7 @@ def test_skipped_branches_add_nothing_and_the_others_more():
         factors = {"proj": first, "fc2": second}
         scaled = {
             name: jax.tree.map(
-                functools.partial(np.multiply, factors.get(name, 1.0)), layer
+                functools.partial(jnp.multiply, factors.get(name, 1)), layer
             )
             for name, layer in params.items()
         }
