@@ -169,6 +169,11 @@ def measure(
     refuse_other_data(
         workdir, {"train": identify(train)}, read_facts(workdir).get("data", {})
     )
+    if train.label_sets is not None:
+        raise ValueError(
+            f"the images of {workdir} show several classes each, and what a pair gives to "
+            "the gradient is known for one class an image alone"
+        )
     plan = create_plan(
         config,
         parallel.create_mesh(jax.devices()[:1]),

@@ -99,7 +99,9 @@ def first_views(
         image_size=config.data.image_size,
         resize=config.data.eval_resize,
     )
-    return whole["image"][:, 0], np.clip(views, 0, 1), head["label"]
+    # Where an image may show several classes, a training batch has their weights.
+    labels = head["label"] if train.label_sets is None else whole["label"]
+    return whole["image"][:, 0], np.clip(views, 0, 1), labels
 
 
 if __name__ == "__main__":
