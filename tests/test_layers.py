@@ -56,6 +56,8 @@ LAYERS = {
     "supcon_jax.robustness": 3,
     "supcon_jax.robustness_table": 3,
     "supcon_jax.features": 3,
+    "supcon_jax.reference": 3,
+    "supcon_jax.inference": 3,
     "supcon_jax.pretrained": 3,
     "supcon_jax.study": 3,
     "supcon_jax.page": 3,
