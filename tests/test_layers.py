@@ -23,6 +23,7 @@ LAYERS = {
     "supcon_jax.parallel": 1,
     "supcon_jax.planning.topologies": 1,
     "supcon_jax.planning.roofline": 1,
+    "supcon_jax.weights": 1,
     "supcon_jax.storage": 1,
     "supcon_jax.storage.lock": 1,
     "supcon_jax.storage.epaths": 1,

@@ -7,6 +7,7 @@ from supcon_jax.models.heads import (
     ProjectionHead,
 )
 from supcon_jax.models.resnet import ResNet
+from supcon_jax.models.vit import VisionTransformer
 from supcon_jax.models.wide_resnet import WideResNet
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "EncoderWithProjection",
     "ProjectionHead",
     "ResNet",
+    "VisionTransformer",
     "WideResNet",
     "create_encoder",
     "part_of",

@@ -12,6 +12,8 @@ import jax.numpy as jnp
 from jax import lax
 
 _INIT = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
+# Where published ResNets differ: the paper's official code, and torchvision's and timm's.
+CONVENTIONS = ("official", "torchvision")
 _NHWC = ("NHWC", "HWIO", "NHWC")
 
 
@@ -41,6 +43,18 @@ def conv(
         conv_general_dilated=convolve,
         name=name,
     )
+
+
+def stem_pool(images: jax.Array, convention: str) -> jax.Array:
+    """The 3x3 max-pool with stride 2 behind the "imagenet" stem.
+
+    Args:
+      images: `[N, H, W, C]`.
+      convention: a name of `CONVENTIONS`. "official" pads behind, as TensorFlow does,
+        "torchvision" on both sides: the windows lie one pixel apart.
+    """
+    padding = "SAME" if convention == "official" else ((1, 1), (1, 1))
+    return nn.max_pool(images, (3, 3), strides=(2, 2), padding=padding)
 
 
 def scaled_channels(base_width: int, width: float) -> int:

@@ -10,13 +10,14 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from supcon_jax.models.resnet import RESNETS
+from supcon_jax.models.vit import VITS
 from supcon_jax.models.wide_resnet import WIDE_RESNETS
 
 STEMS = ("imagenet", "cifar")
 # Name -> a function of `create_encoder`'s keywords. The module maps images [N, S, S, 3] to
 # embeddings [N, D] when called with `train`. It may use BatchNorm, whose statistics cross
 # devices where `axis_name` is given, or any other normalisation.
-ENCODERS: dict[str, Callable[..., nn.Module]] = RESNETS | WIDE_RESNETS
+ENCODERS: dict[str, Callable[..., nn.Module]] = RESNETS | WIDE_RESNETS | VITS
 
 
 def create_encoder(
@@ -51,7 +52,8 @@ def create_encoder(
       (2, 2048)
 
     Source: He et al., arXiv 1512.03385, "v1.5" as in the paper's official code;
-    Zagoruyko & Komodakis, arXiv 1605.07146 (wrn28_10: depth 28, widening factor 10).
+    Zagoruyko & Komodakis, arXiv 1605.07146 (wrn28_10: depth 28, widening factor 10);
+    Dosovitskiy et al., arXiv 2010.11929 (vit_small_patch16: patches of 16 pixels).
     """
     if name not in ENCODERS:
         raise ValueError(

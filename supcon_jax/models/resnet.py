@@ -2,7 +2,8 @@
 
 Details follow the paper's official code: the stride sits on the 3x3 convolution
 (v1.5), every stage opens with a projection shortcut, strided convolutions pad
-symmetrically, BatchNorm has momentum 0.9 and epsilon 1e-5 and the last one of each
+symmetrically (with the convention "torchvision" the max-pool too, and a shortcut is a
+projection only where shapes differ), BatchNorm has momentum 0.9 and epsilon 1e-5 and the last one of each
 residual branch starts at scale zero, convolutions have no bias and are initialised
 with `variance_scaling(1, "fan_in", "truncated_normal")`.
 """
@@ -17,7 +18,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from supcon_jax.models.convolution import conv, scaled_channels
+from supcon_jax.models.convolution import conv, scaled_channels, stem_pool
 
 
 class BasicBlock(nn.Module):
@@ -90,10 +91,12 @@ class ResNet(nn.Module):
       frozen_parts: how many parts from the images on are not trained, the stem first and
         then the stages: their BatchNorm is in inference mode, and no gradient reaches
         them.
+      convention: "official" or "torchvision": where the max-pool pads, and whether the
+        first stage of ResNet-18 and -34 opens with a projection; weights fit one of them.
     """
 
     stage_sizes: Sequence[int]
-    block: type[nn.Module]
+    block: type[BasicBlock | BottleneckBlock]
     base_width: int = 64
     stem: str = "imagenet"
     dtype: Any = jnp.float32
@@ -101,6 +104,7 @@ class ResNet(nn.Module):
     remat: bool = False
     batch_norm_momentum: float = 0.9
     frozen_parts: int = 0
+    convention: str = "official"
 
     @property
     def num_stages(self) -> int:
@@ -133,15 +137,17 @@ class ResNet(nn.Module):
             x = conv(self.base_width, 3, dtype=self.dtype, name="conv_stem")(x)
         x = nn.relu(norm_of(0)(name="batch_norm_stem")(x))
         if self.stem == "imagenet":
-            x = nn.max_pool(x, (3, 3), strides=(2, 2), padding="SAME")
+            x = stem_pool(x, self.convention)
         for stage, num_blocks in enumerate(self.stage_sizes):
             if stage + 1 == self.frozen_parts:
                 x = jax.lax.stop_gradient(x)
+            width = self.base_width * 2**stage
+            changes = stage > 0 or x.shape[-1] != width * self.block.expansion
             for index in range(num_blocks):
                 x = block(
-                    width=self.base_width * 2**stage,
+                    width=width,
                     strides=2 if stage > 0 and index == 0 else 1,
-                    project=index == 0,
+                    project=index == 0 and (changes or self.convention == "official"),
                     dtype=self.dtype,
                     norm=norm_of(stage + 1),
                     name=f"stage{stage + 1}_block{index + 1}",
@@ -150,7 +156,7 @@ class ResNet(nn.Module):
 
 
 def build_resnet(
-    block: type[nn.Module],
+    block: type[BasicBlock | BottleneckBlock],
     stage_sizes: Sequence[int],
     base_width: int,
     *,

@@ -18,7 +18,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from supcon_jax.models.convolution import conv, scaled_channels
+from supcon_jax.models.convolution import conv, scaled_channels, stem_pool
 
 
 class PreActivationBlock(nn.Module):
@@ -48,8 +48,8 @@ class WideResNet(nn.Module):
       depth: convolutions, 4 more than a multiple of 6.
       channels: of the three groups; 16 k, 32 k and 64 k for WRN-depth-k.
       stem_channels: of the convolution before them.
-      stem, dtype, axis_name, remat, batch_norm_momentum, frozen_parts: see `ResNet`; the
-        last BatchNorm belongs to the last group.
+      stem, dtype, axis_name, remat, batch_norm_momentum, frozen_parts, convention: see
+        `ResNet`; the last BatchNorm belongs to the last group.
     """
 
     depth: int
@@ -61,6 +61,7 @@ class WideResNet(nn.Module):
     remat: bool = False
     batch_norm_momentum: float = 0.9
     frozen_parts: int = 0
+    convention: str = "official"
 
     @property
     def num_stages(self) -> int:
@@ -88,7 +89,7 @@ class WideResNet(nn.Module):
             x
         )
         if self.stem == "imagenet":
-            x = nn.max_pool(x, (3, 3), strides=(2, 2), padding="SAME")
+            x = stem_pool(x, self.convention)
         for group, channels in enumerate(self.channels, start=1):
             if group == self.frozen_parts:
                 x = jax.lax.stop_gradient(x)
