@@ -28,7 +28,7 @@ from supcon_jax.data.sources import UNLABELLED, ArraySource
 from supcon_jax.evaluation.calibration import log_probabilities
 from supcon_jax.evaluation.knn import neighbours
 from supcon_jax.evaluation.predict import Predictor
-from supcon_jax.pretrained import TrainedModel, no_classifier
+from supcon_jax.pretrained import TrainedModel, find_used_run, no_classifier
 from supcon_jax.pretrained import load_model as load_trained
 from supcon_jax.reference import Reference, logits_of, open_reference
 from supcon_jax.run import setup_compilation_cache
@@ -100,32 +100,10 @@ def load_model(
       model = load_model("runs/linear_digits")
       model.embed(images)  # [n, D]
     """
-    config = ConfigDict(_config_of(os.fspath(workdir)))
+    workdir, config = _find_model(os.fspath(workdir))
     for key, value in (("dir", data_dir), ("root", data_root)):
         config.data[key] = value or config.data[key]
     config.data.eval_split = calibration_split or config.data.eval_split
-    return open_model(os.fspath(workdir), config)
-
-
-def _config_of(workdir: str) -> ConfigDict:
-    """The config of a run that has a model.
-
-    Raises:
-      ValueError: there is no run, or one that evaluates the model of another.
-    """
-    theirs = read_config(workdir)
-    if theirs is None:
-        raise ValueError(f"no run in {workdir!r}; give the workdir of a finished run")
-    if theirs.get("mode") in ("evaluate", "robustness"):
-        raise ValueError(
-            f"the run in {workdir} evaluates the model of another; give that one: "
-            f"{theirs.get('pretrained')}"
-        )
-    return config_of(theirs)
-
-
-def open_model(workdir: str, config: ConfigDict) -> Model:
-    """`load_model` with the run's config, in which the places of its data may be changed."""
     setup_compilation_cache(enabled=config.compilation_cache)
     mesh = parallel.create_mesh()
     average = config.mode != "linear_eval" and config.encoder_average.use
@@ -134,6 +112,20 @@ def open_model(workdir: str, config: ConfigDict) -> Model:
     config.batch_size = max(min(config.batch_size, 256) // mesh.size, 1) * mesh.size
     config.microbatch_size = config.data.lanes = 0
     return Model(workdir, config, trained, mesh)
+
+
+def _find_model(workdir: str) -> tuple[str, ConfigDict]:
+    """The run that has the model, and its config; an evaluation is of another's.
+
+    Raises:
+      ValueError: there is no run.
+    """
+    theirs = read_config(workdir)
+    if theirs is None:
+        raise ValueError(f"no run in {workdir!r}; give the workdir of a finished run")
+    if theirs.get("mode") in ("evaluate", "robustness"):
+        return _find_model(find_used_run(theirs["pretrained"], workdir))
+    return workdir, config_of(theirs)
 
 
 class Model:

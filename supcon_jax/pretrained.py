@@ -220,7 +220,7 @@ def find_encoder(workdir: str) -> tuple[SavedEncoder, str]:
         of_encoder = config.get("representation", "embedding") == "embedding"
         if config["mode"] == "linear_eval" and of_encoder:
             noted = read_facts(workdir).get("frozen", "")
-        user, workdir = workdir, _find_used_run(pretrained, workdir)
+        user, workdir = workdir, find_used_run(pretrained, workdir)
         if storage.absolute(workdir) in seen:  # one of that name is beside itself
             raise ValueError(f"the run {pretrained} that {user} uses is gone")
 
@@ -267,7 +267,7 @@ def load_model(
         raise ValueError(no_classifier(config, workdir))
     state = load_state(workdir, plan)
     if config.mode == "linear_eval":
-        config.pretrained = _find_used_run(config.pretrained, workdir)
+        config.pretrained = find_used_run(config.pretrained, workdir)
         encoder = load_encoder(plan)
         if facts.get("frozen") not in ("", None, digest((encoder,))):
             raise ValueError(
@@ -334,7 +334,7 @@ def no_classifier(config: ConfigDict, workdir: str) -> str:
     )
 
 
-def _find_used_run(pretrained: str, workdir: str) -> str:
+def find_used_run(pretrained: str, workdir: str) -> str:
     """Where the run that another one uses is: where it was, or beside it."""
     if pretrained == RANDOM:
         return pretrained

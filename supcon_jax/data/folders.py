@@ -91,6 +91,24 @@ def open_classes(root: str, names: Sequence[str] = ()) -> FileSource:
     return _image_folder(path, list(names) or _class_names(path))
 
 
+def list_images(root: str) -> list[str]:
+    """The images anywhere below a folder, in order, whatever its folders are called.
+
+    Raises:
+      ValueError: there is no such folder, or no image in it.
+    """
+    path = _open_root(root)
+    if not root or not path.is_dir():
+        raise ValueError(f"no folder {root!r} of images")
+    images, others = _files(path)
+    if not images:
+        raise ValueError(
+            f"{root} holds no images ({', '.join(IMAGE_SUFFIXES)})"
+            f"{_listed('; it has ', others)}"
+        )
+    return images
+
+
 @dataclasses.dataclass(frozen=True)
 class _BucketFolder:
     """A folder or file of a bucket, all of which was listed once.
