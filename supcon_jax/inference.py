@@ -135,13 +135,14 @@ class Model:
       workdir: of the run.
       config: of the run.
       trained: its modules and arrays.
+      mesh: the devices.
     """
 
     def __init__(
         self, workdir: str, config: ConfigDict, trained: TrainedModel, mesh: Mesh
     ):
         self.workdir, self.config, self.trained = workdir, config, trained
-        self._mesh = mesh
+        self.mesh = mesh
         self._predictors: dict[int, Predictor] = {}
         self._most = BATCH.get(parallel.platform(mesh), BATCH_OF_ACCELERATORS)
 
@@ -154,7 +155,7 @@ class Model:
         """
         if self.trained.head is None:
             raise ValueError(no_classifier(self.config, self.workdir))
-        return open_reference(self.workdir, self.config, self.trained, self._mesh)
+        return open_reference(self.workdir, self.config, self.trained, self.mesh)
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -192,7 +193,7 @@ class Model:
           ValueError: the run has no classifier (its line says what makes one), its data
             are not there at the first call, or one is no image that can be read.
         """
-        self.reference  # noqa: B018  refuses before images are read
+        _ = self.reference  # refuses before images are read
         return self.judge(self.embed(images), neighbours=neighbours)
 
     def prepare(self, images: Image) -> Iterator[tuple[np.ndarray, dict[str, str]]]:
@@ -252,7 +253,7 @@ class Model:
         return np.concatenate(parts)
 
     def _encode(self, pixels: np.ndarray) -> np.ndarray:
-        size = self._mesh.size
+        size = self.mesh.size
         while size < len(pixels):  # few shapes, so that few programs are compiled
             size *= 2
         if size not in self._predictors:
@@ -261,7 +262,7 @@ class Model:
                 self.trained.encoder,
                 None,
                 normalize=builders.build_normalization(self.config),
-                mesh=self._mesh,
+                mesh=self.mesh,
                 batch_size=size,
                 image_size=data.image_size,
                 resize=data.eval_resize,
@@ -271,11 +272,15 @@ class Model:
         encoder = {"encoder": self.trained.variables["encoder"]}
         return self._predictors[size].embed(encoder, source)[0].astype(np.float32)
 
+    def logits(self, embeddings: np.ndarray) -> np.ndarray:
+        """What the classifier says of embeddings `[n, D]`, `[n, C]`."""
+        return logits_of(self.trained, embeddings)
+
     def judge(self, embeddings: np.ndarray, *, neighbours: int = 5) -> list[Prediction]:
         """`predict` for embeddings `[n, D]`."""
         reference = self.reference
         facts, names = reference.facts, reference.class_names
-        logits = logits_of(self.trained, embeddings)
+        logits = self.logits(embeddings)
         probabilities = np.exp(
             log_probabilities(logits, temperature=facts["temperature"])
         )

@@ -59,6 +59,8 @@ LAYERS = {
     "supcon_jax.features": 3,
     "supcon_jax.reference": 3,
     "supcon_jax.inference": 3,
+    "supcon_jax.export": 3,
+    "supcon_jax.model_card": 3,
     "supcon_jax.pretrained": 3,
     "supcon_jax.study": 3,
     "supcon_jax.page": 3,

@@ -23,14 +23,8 @@ from supcon_jax.data.folders import list_images
 from supcon_jax.inference import Model, Prediction, load_model
 from supcon_jax.logs import setup_logging
 from supcon_jax.reference import QUANTILE
-from supcon_jax.tools.arguments import create_parser, parse
+from supcon_jax.tools.arguments import create_parser, model_changes, parse
 
-# What may be changed in a run's config, and what it is called in `load_model`.
-CHANGES = {
-    "data.dir": "data_dir",
-    "data.root": "data_root",
-    "data.eval_split": "calibration_split",
-}
 # Classes that are told: so many at most, beside the first those above this probability.
 CLASSES, LEAST = 5, 0.001
 
@@ -52,10 +46,9 @@ def main(arguments: list[str] | None = None) -> None:
             )
         if not options.json:
             setup_logging()  # otherwise standard output holds the document alone
-        places = dict(map(_place, changes))
         files = [file for name in options.images for file in _files(name)]
-        model = load_model(options.workdir, **places)
-        model.reference  # noqa: B018  refuses before photos are read
+        model = load_model(options.workdir, **model_changes(changes))
+        _ = model.reference  # refuses before photos are read
         failed: dict[str, str] = {}
         found = predict(model, files, options.neighbours, failed)
         if options.json:
@@ -69,20 +62,6 @@ def main(arguments: list[str] | None = None) -> None:
             raise ValueError(
                 f"{len(failed)} of {len(files)} images cannot be read: {told}"
             )
-
-
-def _place(change: str) -> tuple[str, str]:
-    """A change of the run's config, as an argument of `load_model`.
-
-    Raises:
-      ValueError: it is of another key.
-    """
-    key, _, value = change.partition("=")
-    if key not in CHANGES:
-        raise ValueError(
-            f"got --config.{change}; allowed: {', '.join(CHANGES)}, the run has all else"
-        )
-    return CHANGES[key], value
 
 
 def _files(name: str) -> list[str]:
