@@ -16,6 +16,7 @@ import supcon_jax
 from supcon_jax import export, linear_eval
 from supcon_jax.data.datasets import open_source
 from supcon_jax.data.images import central_crop
+from supcon_jax.model_card import write_card
 from supcon_jax.tools import export as tool
 from supcon_jax.weights import read_weights
 from tests.runs import linear_config, pretrain_config, save_made_up
@@ -135,19 +136,16 @@ def test_the_card_says_what_the_model_is(run, model, exported):
     assert str(run.parent) not in text and described["run"]["pretrained"] == "pretrain"
 
 
-def test_a_pretraining_run_gives_embeddings(run, tmp_path, capsys):
-    out = tmp_path / "encoder"
-    tool.main([str(run.parent / "pretrain"), f"--out={out}"])
-    assert "model.safetensors" in capsys.readouterr().out
-    assert "fc.weight" not in read_weights(out / "model.safetensors").arrays
-    with (out / "model.stablehlo").open("rb") as file:
-        outputs = jax.export.deserialize(bytearray(file.read())).call(IMAGES)
-    pretrained = supcon_jax.load_model(run.parent / "pretrain")
-    assert outputs.keys() == {"embedding"}
-    np.testing.assert_allclose(
-        outputs["embedding"], pretrained.embed(IMAGES), rtol=1e-4, atol=1e-5
-    )
-    assert "image-feature-extraction" in (out / "README.md").read_text()
+def test_a_pretraining_run_gives_embeddings(run, tmp_path):
+    """There is no classifier in its files, and the card says what they are for."""
+    pretrained = export.in_float32(supcon_jax.load_model(run.parent / "pretrain"))
+    written = [export.write_weights(tmp_path, pretrained)]
+    assert written[0].differences.keys() == {"embedding"}
+    assert "fc.weight" not in read_weights(tmp_path / "model.safetensors").arrays
+    apply = export.forward(pretrained, temperature=1.0, crop=True)
+    assert jax.eval_shape(apply, IMAGES).keys() == {"embedding"}
+    card = write_card(pretrained, "encoder", written)
+    assert "image-feature-extraction" in card and "Embeds images" in card
 
 
 def refused(*arguments, capsys):
@@ -161,27 +159,34 @@ def refused(*arguments, capsys):
     return error
 
 
-def test_what_differs_is_refused_and_leaves_nothing(run, tmp_path, monkeypatch, capsys):
-    """The weights are written already when the second file turns out to be wrong."""
-    forward = export.forward
-
-    def wrong(*arguments, **options):
-        apply = forward(*arguments, **options)
-        return lambda images: {k: v * 1.001 for k, v in apply(images).items()}
-
-    monkeypatch.setattr(export, "forward", wrong)
-    error = refused(run, f"--out={tmp_path / 'out'}", capsys=capsys)
-    assert "model.stablehlo does not give what the run gives" in error
-    assert list(tmp_path.iterdir()) == []
+def test_what_differs_is_refused():
+    values = {"embedding": np.array([[1.0, -2.0]]), "logits": np.array([[1e-3, 5e-4]])}
+    close = {name: x * (1 + 1e-5) for name, x in values.items()}
+    written = export.compare("model.onnx", close, values)
+    assert written.differences == pytest.approx({"embedding": 1e-5, "logits": 1e-5})
+    for wrong in (values["logits"] + 1e-6, values["logits"] * np.nan):
+        with pytest.raises(ValueError, match="model.onnx does not give .* its logits"):
+            export.compare("model.onnx", close | {"logits": wrong}, values)
 
 
-def test_what_cannot_be_written_leaves_nothing(run, tmp_path, monkeypatch, capsys):
-    def full(*arguments):
-        raise OSError(28, "No space left on device")
+@pytest.mark.parametrize(
+    "error, says",
+    [
+        (ValueError("model.stablehlo does not give what the run gives"), "not give"),
+        (OSError(28, "No space left on device"), "No space left on device (--out)"),
+    ],
+)
+def test_an_export_that_fails_leaves_nothing(
+    run, error, says, tmp_path, monkeypatch, capsys
+):
+    def fail(folder, model):
+        (folder / "model.safetensors").write_bytes(b"whole")
+        raise error
 
-    monkeypatch.setattr(tool, "write_card", full)
-    error = refused(run, f"--out={tmp_path / 'out'}", capsys=capsys)
-    assert "No space left on device (--out)" in error
+    monkeypatch.setattr(tool, "export_files", fail)
+    # As if it were raised in the package, whose errors are worded for the user.
+    monkeypatch.setattr("supcon_jax.cli._raised_by_us", lambda error: True)
+    assert says in refused(run, f"--out={tmp_path / 'out'}", capsys=capsys)
     assert list(tmp_path.iterdir()) == []
 
 
