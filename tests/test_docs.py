@@ -110,6 +110,9 @@ RUN = {
     "python main.py --config=configs/digits.py": SHORT,
     "python main.py --config=configs/linear_digits.py": "",
     "python main.py --config=configs/evaluate_digits.py": "",
+    "python -m supcon_jax.tools.predict runs/linear_digits FILE": "",
+    "python -m supcon_jax.tools.embed runs/digits DIR --out=features.npz": "",
+    "python -m supcon_jax.tools.export runs/linear_digits --out=exported": "",
     "python main.py --config=configs/digits.py --config.data.labelled_per_class=10 "
     "--workdir=runs/digits_10": SHORT,
     "python main.py --config=configs/finetune_digits.py": LINEAR,
@@ -271,6 +274,9 @@ def run_documented(command, folder):
     }
     line = f"{command} {RUN[command]}".replace("=DIR", f"={data}")
     line = line.replace("=FILE", "=configs/digits.py")
+    # Images of any kind: those of the documents.
+    line = line.replace(" FILE", f" {ROOT}/docs/report.png")
+    line = line.replace(" DIR ", f" {ROOT}/docs ")
     if "$seed" in line:
         line = f"for seed in 0 1; do {line} || exit; done"
     done = subprocess.run(

@@ -20,6 +20,7 @@ from supcon_jax.model_card import write_card
 from supcon_jax.tools import export as tool
 from supcon_jax.weights import read_weights
 from tests.runs import linear_config, pretrain_config, save_made_up
+from tests.test_docs import python_blocks
 
 IMAGES = open_source("digits", "test").images[:5]
 # What a user without this package writes, docs/use.md.
@@ -146,6 +147,21 @@ def test_a_pretraining_run_gives_embeddings(run, tmp_path):
     assert jax.eval_shape(apply, IMAGES).keys() == {"embedding"}
     card = write_card(pretrained, "encoder", written)
     assert "image-feature-extraction" in card and "Embeds images" in card
+
+
+def test_examples_of_the_documents(run, exported, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "linear_digits").symlink_to(run)
+    (tmp_path / "exported").symlink_to(exported)
+    library, alone = python_blocks("docs/use.md")
+    names = {"images": IMAGES}
+    exec(library, names)
+    assert names["embeddings"].shape[0] == len(names["predictions"]) == 5
+    exec(alone, names)
+    np.testing.assert_allclose(
+        names["outputs"]["embedding"], names["embeddings"], rtol=1e-4, atol=1e-5
+    )
 
 
 def refused(*arguments, capsys):
