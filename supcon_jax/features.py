@@ -2,7 +2,8 @@
 
 A file holds the embeddings of one split and says what made them: the digest of the
 encoder's arrays, the images, and how they were prepared. What is not exactly that, or
-cannot be read whole, is extracted anew. Projections are computed from the embeddings.
+cannot be read whole, is extracted anew. Which images could not be decoded stands there too,
+so that a row can be told by the name of its image. Projections are computed from the embeddings.
 """
 
 from __future__ import annotations
@@ -97,7 +98,9 @@ def extract(
         return project(module.head, head, embeddings)
     facts = describe(config, module, variables, source)
     paths = [storage.join(folder, _file_name(name, facts)) for folder in folders]
-    found = next((f for path in paths if (f := _read(path, facts)) is not None), None)
+    found = next(
+        (f for path in paths if (f := _read(path, facts, source)) is not None), None
+    )
     # All processes of a job run the encoder together, or none does.
     there = hosts.gather("features", "there" if found is not None else "")
     if found is not None and all(there):
@@ -108,7 +111,7 @@ def extract(
     )
     found = Features(values.astype(np.float32), labels)
     if jax.process_index() == 0:
-        _write(paths, found, facts)
+        _write(paths, found, facts, _unreadable(source))
     return found
 
 
@@ -145,12 +148,36 @@ def _file_name(name: str, facts: dict[str, Any]) -> str:
     return f"{name}-{hashlib.sha256(text).hexdigest()[:12]}.npz"
 
 
-def _read(path: str, facts: dict[str, Any]) -> Features | None:
+def names(source: Source, count: int) -> list[str]:
+    """The names of the images that features of a source are of, in order.
+
+    Args:
+      source: that was given to `extract`.
+      count: rows of the features.
+    """
+    every = (source.name(index) for index in range(source.num_examples))
+    found = [name for name in every if name not in source.unreadable.reasons]
+    assert len(found) == count, (len(found), count)
+    return found
+
+
+def _unreadable(source: Source) -> dict[str, str]:
+    """The images of a source that cannot be decoded; a record is shared by its subsets."""
+    if not source.unreadable.reasons:
+        return {}
+    every = {source.name(index) for index in range(source.num_examples)}
+    return {n: why for n, why in source.unreadable.reasons.items() if n in every}
+
+
+def _read(path: str, facts: dict[str, Any], source: Source) -> Features | None:
     """The features in a file; None where there is none that fits."""
+    reasons: dict[str, str] = {}
     try:
         with np.load(io.BytesIO(storage.read(path)), allow_pickle=False) as file:
             theirs = json.loads(str(file["facts"]))
             found = Features(file["values"], file["labels"])
+            if "unreadable" in file:
+                reasons = json.loads(str(file["unreadable"]))
     except FileNotFoundError:
         return None
     except Exception as error:  # a damaged archive makes NumPy raise all kinds
@@ -159,7 +186,10 @@ def _read(path: str, facts: dict[str, Any]) -> Features | None:
     else:
         keys = sorted(facts.keys() | theirs.keys())
         differing = [key for key in keys if facts.get(key) != theirs.get(key)]
+        if len(found.labels) + len(reasons) != source.num_examples:
+            differing.append("number of images")  # an older version told no names
         if not differing:
+            source.unreadable.reasons |= reasons
             count = f"{len(found.labels):,}"
             logger.info("features of %s images: %s", count, storage.shown(path))
             return found
@@ -172,10 +202,21 @@ def _read(path: str, facts: dict[str, Any]) -> Features | None:
     return None
 
 
-def _write(paths: Sequence[str], found: Features, facts: dict[str, Any]) -> None:
+def _write(
+    paths: Sequence[str],
+    found: Features,
+    facts: dict[str, Any],
+    reasons: dict[str, str],
+) -> None:
     """Keeps features for the next time, where they can be written."""
     content = io.BytesIO()
-    np.savez(content, values=found.values, labels=found.labels, facts=json.dumps(facts))
+    np.savez(
+        content,
+        values=found.values,
+        labels=found.labels,
+        facts=json.dumps(facts),
+        unreadable=json.dumps(reasons),
+    )
     for path in paths:
         try:
             if not storage.is_remote(path):

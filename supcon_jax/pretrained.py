@@ -43,7 +43,7 @@ class TrainedModel:
       step: of its checkpoint.
       num_classes: C.
       encoder: images to embeddings.
-      head: embeddings to logits.
+      head: embeddings to logits; None of a run without a classifier.
       variables: `{"encoder": ..., "head": ...}` of both, on every device.
     """
 
@@ -51,7 +51,7 @@ class TrainedModel:
     step: int
     num_classes: int
     encoder: nn.Module
-    head: nn.Module
+    head: nn.Module | None
     variables: dict[str, PyTree]
 
 
@@ -226,12 +226,14 @@ def find_encoder(workdir: str) -> tuple[SavedEncoder, str]:
         of_encoder = config.get("representation", "embedding") == "embedding"
         if config["mode"] == "linear_eval" and of_encoder:
             noted = read_facts(workdir).get("frozen", "")
-        user, workdir = workdir, _find_used_run(pretrained, workdir)
+        user, workdir = workdir, find_used_run(pretrained, workdir)
         if storage.absolute(workdir) in seen:  # one of that name is beside itself
             raise ValueError(f"the run {pretrained} that {user} uses is gone")
 
 
-def load_model(workdir: str, mesh: Mesh, *, average: bool = False) -> TrainedModel:
+def load_model(
+    workdir: str, mesh: Mesh, *, average: bool = False, classifier: bool = True
+) -> TrainedModel:
     """Encoder and classifier of a run: linear evaluation, cross-entropy, or a probe.
 
     Args:
@@ -240,6 +242,7 @@ def load_model(workdir: str, mesh: Mesh, *, average: bool = False) -> TrainedMod
       mesh: the devices.
       average: the average of the encoder, where the run kept one; a linear evaluation has
         chosen already.
+      classifier: whether a run without one is refused.
 
     Raises:
       ValueError: there is no such run, it has no classifier, or the encoder that its
@@ -271,11 +274,13 @@ def load_model(workdir: str, mesh: Mesh, *, average: bool = False) -> TrainedMod
     plan = create_plan(
         config, mesh, num_classes=data["classes"], num_examples=data["examples"]
     )
-    name, head = _classifier(plan, workdir)
+    name, head = _classifier(plan)
+    if head is None and classifier:
+        raise ValueError(no_classifier(config, workdir))
     state = load_state(workdir, plan)
     if config.mode == "linear_eval":
         if not config.encoder.init_from:
-            config.pretrained = _find_used_run(config.pretrained, workdir)
+            config.pretrained = find_used_run(config.pretrained, workdir)
         encoder = load_encoder(plan)
         if facts.get("frozen") not in ("", None, digest((encoder,))):
             source = config.pretrained or config.encoder.init_from
@@ -290,13 +295,16 @@ def load_model(workdir: str, mesh: Mesh, *, average: bool = False) -> TrainedMod
         )
     else:
         encoder = state.encoder_average if average else state.encoder_variables()
+    variables = {"encoder": encoder}
+    if head is not None:
+        variables["head"] = {"params": state.params[name]}
     return TrainedModel(
         config=config,
         step=int(state.step),
         num_classes=plan.num_classes,
         encoder=plan.modules.encoder,
         head=head,
-        variables={"encoder": encoder, "head": {"params": state.params[name]}},
+        variables=variables,
     )
 
 
@@ -319,7 +327,7 @@ def load_state(workdir: str, plan: Plan, *, step: int | None = None) -> TrainSta
     return restore_state(workdir, abstract, step=step)
 
 
-def _classifier(plan: Plan, workdir: str) -> tuple[str, nn.Module]:
+def _classifier(plan: Plan) -> tuple[str, nn.Module | None]:
     """Which head of a run gives classes, and under which name its parameters are."""
     modules = plan.modules
     contrastive = OBJECTIVES[plan.config.loss.name].contrastive
@@ -328,14 +336,19 @@ def _classifier(plan: Plan, workdir: str) -> tuple[str, nn.Module]:
     for name in ("classifier", "probe"):
         if module := getattr(modules, name):
             return name, module
-    following = plan.config.next_config or "configs/linear_*.py"
-    raise ValueError(
+    return "", None
+
+
+def no_classifier(config: ConfigDict, workdir: str) -> str:
+    """That a run has no classifier, and the command that makes one."""
+    following = config.next_config or "configs/linear_*.py"
+    return (
         f"the run in {workdir} has no classifier; train one: {' '.join(PROGRAM)} "
         f"--config={following} --config.pretrained={workdir}"
     )
 
 
-def _find_used_run(pretrained: str, workdir: str) -> str:
+def find_used_run(pretrained: str, workdir: str) -> str:
     """Where the run that another one uses is: where it was, or beside it."""
     if pretrained == RANDOM:
         return pretrained

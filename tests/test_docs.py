@@ -112,6 +112,9 @@ RUN = {
     "python main.py --config=configs/digits.py --config.profile_steps=20:25 "
     "--workdir=runs/profiled": "--config.total_steps=30 --config.eval_every=0",
     "python main.py --config=configs/evaluate_digits.py": "",
+    "python -m supcon_jax.tools.predict runs/linear_digits FILE": "",
+    "python -m supcon_jax.tools.embed runs/digits DIR --out=features.npz": "",
+    "python -m supcon_jax.tools.export runs/linear_digits --out=exported": "",
     "python main.py --config=configs/digits.py --config.data.labelled_per_class=10 "
     "--workdir=runs/digits_10": SHORT,
     "python main.py --config=configs/finetune_digits.py": LINEAR,
@@ -239,7 +242,6 @@ NOT_RUN = {
         "ResNet-50 on data that are not here; tests/test_finetune.py"
     ),
     "python main.py --config=configs/supcon_cifar10.py:pytorch": "downloads CIFAR-10",
-<<<<<<< HEAD
     "python -m supcon_jax.tools.study studies/wins.py": (
         "176 jobs; tests/test_study.py checks every study file and runs a small one"
     ),
@@ -252,7 +254,6 @@ NOT_RUN = {
     "--config.pretrained=runs/several --workdir=runs/linear_several": (
         "needs a labels.csv; tests/test_multilabel.py"
     ),
-=======
     "python main.py --config=configs/linear_vit_s.py --config.data.dir=DIR  "
     "--config.pretrained= --config.encoder.init_from=FILE": (
         "needs weights; tests/test_weights.py"
@@ -266,7 +267,6 @@ NOT_RUN = {
     "'--config.data.std=(0.229, 0.224, 0.225)'": "needs weights; tests/test_weights.py",
     "python -m pytest -m slow -n 0 -s tests/test_weights.py": "the tests themselves",
     "python -m tests.torch_weights": "needs torch and timm",
->>>>>>> h_weights
     "python -m supcon_jax.tools.corrupt": "no command, the tool's name",
     "python main.py --config=configs/robustness_r50.py --config.data.dir=DIR  "
     "--config.robustness.data=DIR/imagenet-c": "needs ImageNet-C",
@@ -315,6 +315,9 @@ def run_documented(command, folder):
     }
     line = f"{command} {RUN[command]}".replace("=DIR", f"={data}")
     line = line.replace("=FILE", "=configs/digits.py")
+    # Images of any kind: those of the documents.
+    line = line.replace(" FILE", f" {ROOT}/docs/report.png")
+    line = line.replace(" DIR ", f" {ROOT}/docs ")
     if "$seed" in line:
         line = f"for seed in 0 1; do {line} || exit; done"
     done = subprocess.run(

@@ -1,17 +1,20 @@
 """Image files of every kind, against Pillow, file by file."""
 
+import functools
 import io
 import struct
 import tracemalloc
 import zlib
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tensorflow as tf
 from PIL import Image, ImageOps
 
 from supcon_jax.data import images
-from supcon_jax.data.host import decode
+from supcon_jax.data.host import central_crop, decode
 from supcon_jax.data.sources import FileSource
 
 SIZE = (31, 18)  # odd, so that rows are padded
@@ -139,6 +142,9 @@ def test_a_file_is_read_as_pillow_reads_it(kind, tmp_path):
     assert_as_shown(data, tmp_path / f"image.{kind.split(',')[0]}")
     # The suffix says nothing.
     assert_as_shown(data, tmp_path / "image.jpg")
+    np.testing.assert_array_equal(images.decode(io.BytesIO(data)), shown(data))
+    with Image.open(io.BytesIO(data)) as image:
+        np.testing.assert_array_equal(images.decode(image), shown(data))
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -159,6 +165,7 @@ def test_photographs_are_turned_upright_whatever_the_container(
     turned = orientation >= 5
     height, width = read(data, tmp_path / "image").shape[:2]
     assert (width, height) == (SIZE[::-1] if turned else SIZE)
+    np.testing.assert_array_equal(images.decode(io.BytesIO(data)), shown(data))
 
 
 def test_the_tag_after_the_pixels_of_a_png_and_in_xmp(tmp_path):
@@ -213,6 +220,34 @@ def test_what_cannot_be_shown_is_refused_in_one_line(kind):
         images.for_tensorflow(io.BytesIO(data))
     assert reason in str(error.value)
     assert str(error.value) and "\n" not in str(error.value)
+    with pytest.raises(OSError) as without_tensorflow:
+        images.decode(io.BytesIO(data))
+    assert str(without_tensorflow.value) == str(error.value)
+
+
+@pytest.mark.parametrize(
+    "height, width, image_size, resize",
+    [
+        (8, 8, 8, 8),
+        (50, 70, 32, 36),
+        (301, 200, 32, 41),
+        (20, 31, 32, 32),
+        (17, 9, 8, 8),
+        (33, 33, 32, 37),
+    ],
+)
+def test_the_crop_without_tensorflow_is_that_of_evaluation(
+    height, width, image_size, resize
+):
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 256, (2, height, width, 3), np.uint8)
+    options = {"image_size": image_size, "resize": resize}
+    expected = [central_crop(tf.constant(x), None, **options)[0] for x in image]
+    np.testing.assert_array_equal(images.central_crop(image, **options), expected)
+    # A compiler may fuse a product and a sum, which moves a value over a half.
+    compiled = jax.jit(functools.partial(images.central_crop, xp=jnp, **options))
+    error = np.abs(np.asarray(compiled(image), int) - np.asarray(expected, int))
+    assert error.max() <= 1 and np.mean(error > 0) < 0.01
 
 
 STRIPS = {

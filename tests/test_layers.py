@@ -61,6 +61,10 @@ LAYERS = {
     "supcon_jax.robustness": 3,
     "supcon_jax.robustness_table": 3,
     "supcon_jax.features": 3,
+    "supcon_jax.reference": 3,
+    "supcon_jax.inference": 3,
+    "supcon_jax.export": 3,
+    "supcon_jax.model_card": 3,
     "supcon_jax.pretrained": 3,
     "supcon_jax.study": 3,
     "supcon_jax.page": 3,
@@ -79,6 +83,9 @@ HEAVY = {
     "tensorboardX",
     "wandb",
     "trackio",
+    "pyarrow",
+    "jax2onnx",
+    "onnxruntime",
 }
 
 
@@ -193,6 +200,9 @@ def test_no_module_parses_flags_or_loads_heavy_packages(name):
         ("gcsfs", {"supcon_jax.storage.epaths"}),
         ("tensorboardX", {"supcon_jax.writers"}),
         ("wandb", {"supcon_jax.writers"}),
+        ("pyarrow", {"supcon_jax.tools.embed"}),
+        ("jax2onnx", {"supcon_jax.export"}),
+        ("onnxruntime", {"supcon_jax.export"}),
         ("trackio", {"supcon_jax.writers"}),
         ("matplotlib", {"supcon_jax.tools.show_batch", "supcon_jax.figures"}),
     ],
@@ -233,6 +243,8 @@ def test_the_loss_alone_is_light():
 
 
 def test_the_loops_import_no_tensorflow():
-    loaded = loaded_by("import supcon_jax.pretrain, supcon_jax.linear_eval")
+    loaded = loaded_by(
+        "import supcon_jax.pretrain, supcon_jax.linear_eval; supcon_jax.load_model"
+    )
     assert "orbax" in loaded
     assert not loaded & {"tensorflow", "tensorflow_datasets", "torch"}

@@ -103,6 +103,24 @@ def find_eval_split(root: str) -> str | None:
     return None
 
 
+def list_images(root: str) -> list[str]:
+    """The images anywhere below a folder, in order, whatever its folders are called.
+
+    Raises:
+      ValueError: there is no such folder, or no image in it.
+    """
+    path = open_root(root)
+    if not root or not path.is_dir():
+        raise ValueError(f"no folder {root!r} of images")
+    images, others = image_files(path)
+    if not images:
+        raise ValueError(
+            f"{root} holds no images ({', '.join(IMAGE_SUFFIXES)})"
+            f"{_listed('; it has ', others)}"
+        )
+    return images
+
+
 @dataclasses.dataclass(frozen=True)
 class _BucketFolder:
     """A folder or file of a bucket, all of which was listed once.

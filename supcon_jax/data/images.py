@@ -1,9 +1,12 @@
-"""Image files of any kind, made ready for TensorFlow to decode.
+"""Image files of any kind: made ready for TensorFlow to decode, or decoded without it.
 
 TensorFlow decodes plain JPEG and PNG files fastest, and as Pillow does. Of the others it
 reads some differently (palettes with few bits, the EXIF tag, CMYK, animations) and some
 not at all, so Pillow decodes them and hands them on as a BMP, which is pixels with a
 header. The first bytes of a file say which it is.
+
+A finished model needs a few photos and no TensorFlow: `decode` and `central_crop` give
+what evaluation sees.
 """
 
 from __future__ import annotations
@@ -11,7 +14,12 @@ from __future__ import annotations
 import io
 import os
 import threading
-from typing import Any, BinaryIO
+from collections.abc import Callable
+from typing import Any, BinaryIO, TypeVar
+
+import numpy as np
+
+T = TypeVar("T")
 
 # The EXIF tag that says how a camera was held.
 ORIENTATION = 0x0112
@@ -161,22 +169,88 @@ def _to_bmp(file: BinaryIO) -> bytes:
     Raises:
       OSError: it cannot be read.
     """
-    from PIL import ImageOps, UnidentifiedImageError
+
+    def save(image: Any) -> bytes:
+        pixels = io.BytesIO()
+        image.save(pixels, "BMP")
+        return pixels.getvalue()
+
+    return _show(file, save)
+
+
+def _show(file: BinaryIO, use: Callable[[Any], T]) -> T:
+    """What `use` makes of the first frame of a file, upright and in RGB.
+
+    Raises:
+      OSError: it cannot be read.
+    """
+    from PIL import UnidentifiedImageError
 
     try:
         with DECODERS, _open(file) as image:
-            if image.mode in ("I", "F") or image.mode.startswith("I;"):
-                raise OSError(SIXTEEN_BITS)
-            # In place, and not converted where it is RGB: a photo has many megabytes.
-            ImageOps.exif_transpose(image, in_place=True)
-            # Which colour is transparent does not matter without an alpha channel.
-            image.info.pop("transparency", None)
-            pixels = io.BytesIO()
-            rgb = image if image.mode == "RGB" else image.convert("RGB")
-            rgb.save(pixels, "BMP")
+            return use(_upright(image))
     except UnidentifiedImageError:
         raise OSError("it is no image that can be read") from None
     except Exception as error:  # decoders raise many kinds
         why = " ".join(str(error).split())[:200] or type(error).__name__
         raise OSError(why) from None
-    return pixels.getvalue()
+
+
+def _upright(image: Any) -> Any:
+    """A Pillow image as it is shown, in RGB; the one given is changed."""
+    from PIL import ImageOps
+
+    if image.mode in ("I", "F") or image.mode.startswith("I;"):
+        raise OSError(SIXTEEN_BITS)
+    # In place, and not converted where it is RGB: a photo has many megabytes.
+    ImageOps.exif_transpose(image, in_place=True)
+    # Which colour is transparent does not matter without an alpha channel.
+    image.info.pop("transparency", None)
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def decode(image: Any) -> np.ndarray:
+    """RGB `[H, W, 3]` uint8 of an image, as Pillow shows it; without TensorFlow.
+
+    Args:
+      image: a file at its beginning, or a Pillow image.
+
+    Raises:
+      OSError: it cannot be read; the same files are refused as by `for_tensorflow`.
+    """
+    if hasattr(image, "getexif"):
+        return np.asarray(_upright(image.copy()))
+    content, _ = for_tensorflow(image)
+    return _show(io.BytesIO(content), np.array)
+
+
+def central_crop(image: Any, *, image_size: int, resize: int, xp: Any = np) -> Any:
+    """The evaluation crop `[..., S, S, 3]` of images `[..., H, W, 3]`, all uint8.
+
+    The short side is resized to `resize`, bilinear without antialiasing and with pixel
+    centres at halves, and the centre is cut out: what `host.central_crop` does with
+    TensorFlow. Only the pixels of the crop are computed.
+
+    Args:
+      image: of one size, which may be unknown until the program runs (`xp=jax.numpy`).
+      image_size: side S.
+      resize: short side before the crop, at least S.
+      xp: numpy or jax.numpy.
+    """
+    sides = [xp.asarray(side, xp.float32) for side in image.shape[-3:-1]]
+    short = xp.minimum(*sides)
+    for axis, side in zip((-3, -2), sides, strict=True):
+        target = xp.round(side * resize / short)
+        first = xp.floor((target - image_size) / 2)
+        centre = first + xp.arange(image_size, dtype=xp.float32) + xp.float32(0.5)
+        place = centre * (side / target) - xp.float32(0.5)
+        low = xp.floor(place)
+        share = (place - low)[:, None, None] if axis == -3 else (place - low)[:, None]
+        before, after = (
+            xp.take(image, xp.clip(low + step, 0, side - 1).astype(xp.int32), axis=axis)
+            for step in (0, 1)
+        )
+        before, after = before.astype(xp.float32), after.astype(xp.float32)
+        image = before + (after - before) * share
+    # Between the values of pixels: rounding cannot leave 0 to 255.
+    return (image + xp.float32(0.5)).astype(xp.uint8)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -73,7 +72,7 @@ def detection_metrics(
     outside: np.ndarray,
     *,
     k: int = 0,
-    logits: Callable[[np.ndarray], jax.Array] | None = None,
+    logits: Callable[[np.ndarray], np.ndarray] | None = None,
     place: Place = jnp.asarray,
 ) -> dict[str, float]:
     """How well images of the run's classes are told from others, by each score.
@@ -97,7 +96,7 @@ def detection_metrics(
         ]
     if logits is not None:
         scores["softmax"] = [
-            ood.max_softmax_scores(np.asarray(logits(x))) for x in (inside, outside)
+            ood.max_softmax_scores(logits(x)) for x in (inside, outside)
         ]
     return {
         f"ood/{name}_{key}": value

@@ -77,6 +77,7 @@ def knn_scores(
     queries: np.ndarray,
     *,
     k: int = 50,
+    exclude: np.ndarray | None = None,
     place: Place = jnp.asarray,
     chunk: int = 1024,
 ) -> np.ndarray:
@@ -86,13 +87,15 @@ def knn_scores(
       bank: `[n, D]` training embeddings.
       queries: `[q, D]`.
       k: neighbour; at most those that there are.
+      exclude: `[q]`, for each query the row of the bank that is the query itself.
       place: puts the bank on the devices, see `knn.Place`.
       chunk: most queries at a time.
 
     Source: Sun et al., Out-of-Distribution Detection with Deep Nearest Neighbors, arXiv
     2204.06507; k = 50 is theirs for CIFAR.
     """
-    found = neighbours(bank, queries, k=min(k, len(bank)), place=place, chunk=chunk)
+    k = min(k, len(bank) - (exclude is not None))
+    found = neighbours(bank, queries, k=k, exclude=exclude, place=place, chunk=chunk)
     kth = np.concatenate([cosines[:, -1] for _, cosines, _ in found])
     return -np.sqrt(np.maximum(2.0 - 2.0 * kth, 0.0))
 

@@ -54,7 +54,8 @@ def stem_pool(images: jax.Array, convention: str) -> jax.Array:
         "torchvision" on both sides: the windows lie one pixel apart.
     """
     padding = "SAME" if convention == "official" else ((1, 1), (1, 1))
-    return nn.max_pool(images, (3, 3), strides=(2, 2), padding=padding)
+    # By name, because jax2onnx takes its place by that.
+    return nn.max_pool(images, window_shape=(3, 3), strides=(2, 2), padding=padding)
 
 
 def scaled_channels(base_width: int, width: float) -> int:

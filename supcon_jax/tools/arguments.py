@@ -15,6 +15,12 @@ from supcon_jax.config_files import find_file, make_importable
 
 # Keys that say where the data of a run are, and change nothing else.
 PLACES = ("data.dir", "data.root", "data.skip_errors")
+# What may be changed of a run that is used, and what `load_model` calls it.
+OF_MODEL = {
+    "data.dir": "data_dir",
+    "data.root": "data_root",
+    "data.eval_split": "calibration_split",
+}
 
 
 def create_parser(
@@ -97,6 +103,24 @@ def change_places(config: ConfigDict, changes: list[str]) -> None:
             )
     if changes:
         apply_changes(config, changes)
+
+
+def model_changes(changes: list[str]) -> dict[str, str]:
+    """`KEY=VALUE` changes as arguments of `inference.load_model`.
+
+    Raises:
+      ValueError: another key, of which the run has its own value.
+    """
+    found = {}
+    for change in changes:
+        key, _, value = change.partition("=")
+        if key not in OF_MODEL:
+            raise ValueError(
+                f"got --config.{change}; allowed: {', '.join(OF_MODEL)}, the run has all "
+                "else"
+            )
+        found[OF_MODEL[key]] = value
+    return found
 
 
 def check_out(out: str) -> None:

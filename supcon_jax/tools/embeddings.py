@@ -43,6 +43,7 @@ from supcon_jax.pretrained import (
     load_model,
     warn_if_unfinished,
 )
+from supcon_jax.reference import logits_of
 from supcon_jax.report import next_command
 from supcon_jax.run import open_sources, setup_compilation_cache
 from supcon_jax.storage import epaths
@@ -346,11 +347,7 @@ def measure(
         if other is not None:
             logits = None
             if classifier and reads(classifier) == representation:
-                logits = functools.partial(
-                    jax.jit(classifier.head.apply, static_argnames="train"),
-                    classifier.variables["head"],
-                    train=False,
-                )
+                logits = functools.partial(logits_of, classifier)
             metrics |= detection_metrics(
                 *values["train"],
                 values["evaluation"].values,
