@@ -215,6 +215,7 @@ NOT_RUN = {
     "python -m pytest tests/test_hosts.py tests/test_jobs.py": "the tests themselves",
     "python -m supcon_jax.tools.show_batch": "no command, the tool's name",
     "python -m supcon_jax.tools.embeddings WORKDIR": "run on runs/digits",
+    "python -m supcon_jax.tools.embeddings WORKDIR --ood=DATA": "run on runs/digits",
     "python -m supcon_jax.tools.plan --config=configs/supcon_r50.py "
     "--topology=v5e:16x16 --config.batch_size=8192": "libtpu; tests/test_forecast.py",
     "python -m supcon_jax.tools.plan --config=configs/supcon_r50.py "
@@ -278,7 +279,7 @@ NOT_RUN = {
             ("supcon", ""),
             ("linear", ""),
             ("evaluate", ""),
-            ("evaluate", " --config.data.eval_split=test --workdir=runs/evaluate_test"),
+            ("evaluate", "  --config.data.eval_split=test --workdir=runs/evaluate_test"),
         )
     },
     "python main.py --config=configs/supcon_r50.py --config.data.dir=DIR": (
