@@ -164,7 +164,7 @@ def supcon_loss(
       block_size: largest side of the tiles that are held at a time; None chooses.
       label_similarity: the weight w_ij of two images by their rows of `[B, C]`: "any", 1
         if they share a class, else 0; "jaccard", sum_c min(y_ic, y_jc) over
-        sum_c max(y_ic, y_jc); "inner", y_i . y_j / (|y_i| |y_j|). Pairs of weight 0 are
+        sum_c max(y_ic, y_jc); "inner", the cosine of y_i and y_j. Pairs of weight 0 are
         negatives; views of one image have the weight 1. All are one for labels `[B]`.
       hard_negative_beta: weighs each negative n in the denominator by exp(beta s_in)
         over the mean of that over the anchor's negatives (Robinson et al., 2020), and

@@ -1,0 +1,24 @@
+"""The notebook runs from top to bottom, and its outputs are those of this code."""
+
+import json
+import pathlib
+
+import pytest
+
+TOUR = pathlib.Path(__file__).resolve().parents[1] / "docs" / "tour.ipynb"
+
+
+def test_it_is_committed_with_its_outputs():
+    cells = [c for c in json.loads(TOUR.read_text())["cells"] if c["cell_type"] == "code"]
+    assert all(cell["execution_count"] for cell in cells)
+    assert sum("image/png" in str(cell["outputs"]) for cell in cells) == 2
+
+
+@pytest.mark.slow
+def test_it_runs_from_top_to_bottom(tmp_path):
+    nbformat = pytest.importorskip("nbformat", reason='needs pip install -e ".[docs]"')
+    nbclient = pytest.importorskip("nbclient", reason='needs pip install -e ".[docs]"')
+    notebook = nbformat.read(TOUR, as_version=4)
+    nbclient.NotebookClient(
+        notebook, timeout=600, resources={"metadata": {"path": str(tmp_path)}}
+    ).execute()
