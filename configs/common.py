@@ -102,6 +102,16 @@ def get_config() -> ConfigDict:
     )
     # Share of BatchNorm's running statistics that a step keeps
     config.encoder.batch_norm_momentum = 0.9
+    # ResNets: "official", the paper's code | "torchvision", that and timm: where the
+    # max-pool pads, and the first shortcut of ResNet-18 and -34 (docs/weights.md)
+    config.encoder.convention = "official"
+    # Vision Transformers: the embedding is a token's; False: the mean of the patches
+    config.encoder.class_token = True
+    # Vision Transformers: share of the images that skip the last block; 0: none
+    config.encoder.stochastic_depth = 0.0
+    # Start from these weights: a .safetensors or .pth file, or a workdir; linear_eval,
+    # finetune: instead of `pretrained`
+    config.encoder.init_from = ""
     config.encoder.remat = False  # compute blocks twice: less memory, a third more time
 
     # The head of contrastive losses; linear_eval takes that of `pretrained`, if any

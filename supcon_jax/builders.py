@@ -28,6 +28,15 @@ from supcon_jax.models import (
     part_of,
 )
 
+# Keys of `config.encoder` that not every network has a use for, with their defaults:
+# attributes of those that do.
+OWN_OPTIONS = {
+    "batch_norm_momentum": 0.9,
+    "convention": "official",
+    "class_token": True,
+    "stochastic_depth": 0.0,
+}
+
 
 def num_microbatches(config: ConfigDict) -> int:
     """Parts of a batch that go through the encoder one after the other."""
@@ -45,8 +54,8 @@ def build_encoder(
       axis_name: the mesh axis over which BatchNorm takes its statistics in training.
 
     Raises:
-      ValueError: the encoder has no BatchNorm whose momentum could be set, or no such
-        stages.
+      ValueError: a key is set that this encoder has no use for, as a BatchNorm's momentum
+        where there is none, or it has no such stages.
     """
     dtype = config.encoder.dtype
     if dtype == "auto":
@@ -61,15 +70,15 @@ def build_encoder(
         axis_name=axis_name,
         remat=config.encoder.remat,
     )
-    momentum = config.encoder.batch_norm_momentum
-    if momentum != getattr(encoder, "batch_norm_momentum", 0.9):
-        if not hasattr(encoder, "batch_norm_momentum"):
+    for name, default in OWN_OPTIONS.items():
+        key, value = f"encoder.{name}", config.encoder[name]
+        if hasattr(encoder, name):
+            encoder = encoder.clone(**{name: value})
+        elif value != default:
             raise ValueError(
-                f"got encoder.batch_norm_momentum={momentum}; allowed: 0.9, because "
-                f"{config.encoder.name} has none to set "
-                "(--config.encoder.batch_norm_momentum=0.9)"
+                f"got {key}={value}; allowed: {default}, because {config.encoder.name} "
+                f"has none to set (--config.{key}={default})"
             )
-        encoder = encoder.clone(batch_norm_momentum=momentum)
     if frozen := num_frozen_parts(config, encoder):
         encoder = encoder.clone(frozen_parts=frozen)
     return encoder

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from supcon_jax import optimizers
 from supcon_jax.data.augment import TRANSFORMS
 from supcon_jax.data.views import BLUR_BORDERS, JITTER_KINDS, POLICIES
-from supcon_jax.models import ENCODERS, STEMS
+from supcon_jax.models import CONVENTIONS, ENCODERS, STEMS
 from supcon_jax.models.heads import CLASSIFIER_INITS
 from supcon_jax.objectives import OBJECTIVES
 from supcon_jax.writers import BACKENDS
@@ -23,6 +23,8 @@ ENCODER_KEYS = (
     "encoder.name",
     "encoder.width",
     "encoder.stem",
+    "encoder.convention",
+    "encoder.class_token",
     "data.mean",
     "data.std",
 )
@@ -229,6 +231,10 @@ KEYS: dict[str, Key] = {
     "encoder.normalize_embedding": Key(False, _FLAG),
     "encoder.batch_norm_devices": Key(0, _number(0)),
     "encoder.batch_norm_momentum": Key(0.9, _number(0, 0.9999)),
+    "encoder.convention": Key("official", _one_of(CONVENTIONS)),
+    "encoder.class_token": Key(True, _FLAG),
+    "encoder.stochastic_depth": Key(0.0, _number(0, 0.9)),
+    "encoder.init_from": Key("", _TEXT),
     "encoder.remat": Key(False, _FLAG, free=True),
     "projection.hidden_dims": Key((2048,), _numbers(None, 1, WIDEST, whole=True)),
     "projection.output_dim": Key(128, _number(0, WIDEST)),
@@ -355,6 +361,7 @@ def check_config(config: ConfigDict) -> None:
     _check_solver(config)
     _check_projection(config)
     _check_representation(config)
+    _check_start(config)
     pretraining = config.mode == "pretrain"
     contrastive = OBJECTIVES[config.loss.name].contrastive
     if config.probe.learning_rate and not (pretraining and contrastive):
@@ -493,6 +500,30 @@ def _check_representation(config: ConfigDict) -> None:
         raise ValueError(
             f"got representation='projection' with {why}; allowed: 'embedding' "
             "(--config.representation)"
+        )
+
+
+def _check_start(config: ConfigDict) -> None:
+    """Refuses two encoders at once, and weights where a run takes those of another."""
+    source, pretrained = config.encoder.init_from, config.pretrained
+    if not source:
+        return
+    if config.mode not in TRAINING_MODES:
+        raise ValueError(
+            f"got encoder.init_from={source!r} with mode={config.mode}, which takes the "
+            f"model of a run; allowed: with mode={', '.join(TRAINING_MODES)} "
+            "(--config.encoder.init_from='')"
+        )
+    if config.mode != "pretrain" and pretrained:
+        raise ValueError(
+            f"got encoder.init_from={source!r} and pretrained={pretrained!r}; allowed: one "
+            "of them, both say which encoder it is (--config.pretrained='' or "
+            "--config.encoder.init_from='')"
+        )
+    if config.representation == "projection":
+        raise ValueError(
+            f"got representation='projection' with encoder.init_from={source!r}, which is "
+            "an encoder alone; allowed: 'embedding' (--config.representation)"
         )
 
 

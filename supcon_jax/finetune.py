@@ -30,7 +30,7 @@ def finetune(config: ConfigDict, workdir: str | pathlib.Path) -> dict[str, Any]:
     Args:
       config: see configs/common.py; `mode` is "finetune" and `pretrained` names the
         workdir of a pretraining or another fine-tuning run, or is "random", which is the
-        baseline itself.
+        baseline itself, or is empty and `encoder.init_from` names weights.
       workdir: folder of this run; the same call on the same folder resumes.
 
     Raises:

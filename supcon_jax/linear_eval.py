@@ -44,7 +44,8 @@ def linear_eval(config: ConfigDict, workdir: str | pathlib.Path) -> dict[str, An
 
     Args:
       config: see configs/common.py; `mode` is "linear_eval" and `pretrained` names the
-        workdir of a pretraining run, or is "random" for an untrained encoder.
+        workdir of a pretraining run, or is "random" for an untrained encoder, or is empty
+        and `encoder.init_from` names weights.
       workdir: folder of this run; the same call on the same folder resumes.
 
     Raises:
@@ -139,8 +140,9 @@ def _fit(run: Run, stop: StopRequests) -> tuple[TrainState, Metrics]:
 def _features(run: Run, source: Source, name: str) -> Features:
     """Features of a split, kept beside the encoder's run, or here where that is not ours."""
     folders = [storage.join(run.workdir, "features")]
-    if run.config.pretrained != RANDOM:
-        folders.insert(0, storage.join(run.config.pretrained, "features"))
+    encoder = run.config.pretrained or run.config.encoder.init_from
+    if encoder != RANDOM and storage.is_dir(storage.absolute(encoder)):
+        folders.insert(0, storage.join(encoder, "features"))
     (variables,) = run.frozen
     return features.extract(
         run.config,

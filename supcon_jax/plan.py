@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 
 from supcon_jax import builders, parallel
 from supcon_jax.config import check_config
-from supcon_jax.data.augment import mix_examples
+from supcon_jax.data.augment import mix_examples, view_keys
 from supcon_jax.objectives import OBJECTIVES
 from supcon_jax.steps import contrastive, linear
 from supcon_jax.steps.contrastive import Modules, Prepare, StepSpec
@@ -251,6 +251,7 @@ def _build_pretrain(
             num_classes=num_classes,
             whole_images=whole_images,
         ),
+        build_noise=functools.partial(_build_noise, config),
         mesh=mesh,
         optimizer=optimizer,
         schedule=schedule,
@@ -301,10 +302,11 @@ def _contrastive_step(
     *,
     build_spec: Callable[..., StepSpec],
     build_prepare: Callable[..., Prepare],
+    build_noise: Callable[[Seed], Callable[[jax.Array], jax.Array] | None],
     **options: Any,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """`contrastive.train_step` with the views of a seed."""
-    spec = build_spec(prepare=build_prepare(seed=seed))
+    spec = build_spec(prepare=build_prepare(seed=seed), noise=build_noise(seed))
     return contrastive.train_step(state, batch, spec=spec, **options)
 
 
@@ -319,6 +321,15 @@ def _linear_step(
     """`linear.train_step` with the views of a seed."""
     augment = build_augment(seed=seed)
     return linear.train_step(state, batch, *frozen, augment=augment, **options)
+
+
+def _build_noise(
+    config: ConfigDict, seed: Seed
+) -> Callable[[jax.Array], jax.Array] | None:
+    """What gives the views of rows the keys of their encoder's random numbers, if any."""
+    if not config.encoder.stochastic_depth:
+        return None
+    return functools.partial(view_keys, seed, views=config.data.views)
 
 
 def _build_preparation(

@@ -14,9 +14,11 @@ from supcon_jax.config import check_config
 from supcon_jax.data.sources import has_labels, take_labelled, take_subset
 from supcon_jax.evaluation.knn import knn_accuracy
 from supcon_jax.evaluation.rankme import rankme
+from supcon_jax.initial import load_weights
 from supcon_jax.loop import Evaluate
 from supcon_jax.models import EncoderWithProjection
 from supcon_jax.objectives import OBJECTIVES
+from supcon_jax.pretrained import check_pretrained
 from supcon_jax.run import Run, build_predictor, build_train_batches, open_run
 from supcon_jax.steps.state import TrainState
 from supcon_jax.stop import StopRequests
@@ -39,9 +41,10 @@ def pretrain(config: ConfigDict, workdir: str | pathlib.Path) -> dict[str, Any]:
       ValueError: a config, data or workdir that cannot be used, in one line.
     """
     check_config(config)
+    check_pretrained(config)
     with StopRequests() as stop:
         with stop.interruptible():
-            run = open_run(config, workdir)
+            run = open_run(config, workdir, load_initial=load_weights)
         return loop.train(
             run,
             evaluate=build_evaluation(run),

@@ -22,6 +22,7 @@ from supcon_jax.checkpoint import (
     saved_steps,
 )
 from supcon_jax.config import ENCODER_KEYS, config_of, flatten
+from supcon_jax.initial import encoder_shapes, fitted, load_weights
 from supcon_jax.objectives import OBJECTIVES, has_projection
 from supcon_jax.plan import Plan, create_plan, init_encoder
 from supcon_jax.steps.state import TrainState
@@ -30,8 +31,6 @@ from supcon_jax.workdir import finished_metrics, read_config, read_facts
 logger = logging.getLogger(__name__)
 PyTree = Any
 RANDOM = "random"
-# Arrays that a refusal names.
-SHOWN = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,25 +57,45 @@ class TrainedModel:
 def check_pretrained(config: ConfigDict) -> None:
     """Refuses a pretraining run that is missing or has another encoder.
 
+    The run is that of `pretrained`, or that of `encoder.init_from` where this names one.
+
     Raises:
       ValueError: naming both encoders, or the command that makes the run.
     """
     workdir = config.pretrained
-    if workdir == RANDOM:
+    if source := config.encoder.init_from:
+        if not storage.is_dir(storage.absolute(source)):
+            _check_file(config)
+            return
+        workdir = source
+    elif config.mode == "pretrain" or workdir == RANDOM:
         return
     theirs = read_config(workdir) if workdir else None
     if theirs is None or theirs.get("mode") not in ("pretrain", "finetune"):
         raise ValueError(
             f"no pretraining run in {workdir!r}; run the pretraining config first, or "
-            "name its workdir (--config.pretrained; 'random' is an untrained encoder)"
+            "name its workdir (--config.pretrained; 'random' is an untrained encoder; "
+            "--config.encoder.init_from takes weights of other programs)"
         )
     warn_if_unfinished(workdir)
-    if config.mode == "finetune":  # adapts to another scaling; arrays are compared
+    if config.mode != "linear_eval":
+        # Adapts to another scaling, and arrays are compared, but they do not show this.
+        check_keys(config, theirs, ["encoder.convention"])
         return
     check_encoder_keys(config, theirs)
     if config.representation == "projection":
         check_projection(workdir, config_of(theirs))
         check_keys(config, theirs, ["encoder.normalize_embedding"])  # before the head
+
+
+def _check_file(config: ConfigDict) -> None:
+    """Refuses what weights in a file have none of."""
+    if config.encoder_average.use:
+        raise ValueError(
+            f"got encoder_average.use=True with encoder.init_from="
+            f"{config.encoder.init_from!r}, which holds one encoder; allowed: False "
+            "(--config.encoder_average.use=False)"
+        )
 
 
 def check_projection(workdir: str, theirs: ConfigDict) -> None:
@@ -97,8 +116,9 @@ def check_projection(workdir: str, theirs: ConfigDict) -> None:
 def take_projection(config: ConfigDict) -> ConfigDict:
     """The config with the projection head that its pretraining run has."""
     config = ConfigDict(config)
-    theirs = read_config(config.pretrained) if config.pretrained != RANDOM else None
-    if config.representation == "projection" and theirs:
+    if config.representation != "projection" or config.pretrained == RANDOM:
+        return config
+    if theirs := read_config(config.pretrained):
         config.projection = config_of(theirs).projection
     return config
 
@@ -113,33 +133,38 @@ def check_encoder_keys(config: ConfigDict, theirs: dict[str, Any]) -> None:
 
 
 def check_keys(config: ConfigDict, theirs: dict[str, Any], keys: Iterable[str]) -> None:
-    """Refuses a config that differs from that of `config.pretrained` in these keys.
+    """Refuses a config that differs from that of the run it starts from in these keys.
 
     Raises:
       ValueError: naming the key and both values.
     """
-    workdir = config.pretrained
-    ours, theirs = flatten(config.to_dict()), flatten(theirs)
+    workdir = config.pretrained or config.encoder.init_from
+    flag = f"--config.{'pretrained' if config.pretrained else 'encoder.init_from'}"
+    # What an older run lacks has its default.
+    ours = flatten(config.to_dict())
+    theirs = flatten(config_of(theirs).to_dict())
     for key in keys:
         # config.json holds lists where a ConfigDict holds tuples.
         ours_value, theirs_value = (
             list(value) if isinstance(value, tuple) else value
-            for value in (ours[key], theirs.get(key))
+            for value in (ours[key], theirs[key])
         )
         if ours_value != theirs_value:
             raise ValueError(
                 f"the run {workdir} has {key}={theirs_value!r}, this config "
-                f"has {ours_value!r}; set --config.{key} or another --config.pretrained"
+                f"has {ours_value!r}; set --config.{key} or another {flag}"
             )
 
 
 def load_encoder(plan: Plan) -> PyTree:
-    """The variables of the run's encoder that `pretrained` names, on every device.
+    """The encoder that `pretrained` or `encoder.init_from` names, on every device.
 
     Raises:
       ValueError: its arrays are not those of this config's encoder; naming them.
     """
     config, replicated = plan.config, parallel.replicated(plan.mesh)
+    if config.encoder.init_from:
+        return load_weights(plan)
     if config.pretrained == RANDOM:
         init = functools.partial(init_encoder, plan)
         return jax.jit(init, out_shardings=replicated)()
@@ -150,30 +175,7 @@ def load_encoder(plan: Plan) -> PyTree:
         variables = restore_encoder(
             config.pretrained, average=config.encoder_average.use, sharding=replicated
         )
-    expected = jax.eval_shape(functools.partial(init_encoder, plan))
-    theirs, ours = (
-        {
-            jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape
-            for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-        }
-        for tree in (variables, expected)
-    )
-    differing = [
-        name
-        for name in sorted(theirs.keys() | ours.keys())
-        if theirs.get(name) != ours.get(name)
-    ]
-    if differing:
-        told = [
-            f"{name} {theirs.get(name, 'none')}, this config's {ours.get(name, 'none')}"
-            for name in differing[:SHOWN]
-        ]
-        more = f", and {len(differing) - SHOWN} more" if differing[SHOWN:] else ""
-        raise ValueError(
-            f"the encoder of {config.pretrained} has {'; '.join(told)}{more}; set "
-            "--config.data.image_size or --config.encoder.* as there"
-        )
-    return variables
+    return fitted(variables, encoder_shapes(plan), source=config.pretrained)
 
 
 class SavedEncoder(NamedTuple):
@@ -210,7 +212,10 @@ def find_encoder(workdir: str) -> tuple[SavedEncoder, str]:
         newest = checkpoint_dir(workdir) / str(steps[-1]) if steps else None
         if newest is not None and storage.is_dir(newest / "encoder"):
             return SavedEncoder(storage.absolute(workdir), steps[-1], average), noted
-        pretrained = config.get("pretrained", "")
+        weights = config["encoder"].get("init_from", "")
+        if weights and not storage.is_dir(storage.absolute(weights)):
+            raise ValueError(f"the run in {workdir} has its encoder from {weights}")
+        pretrained = config.get("pretrained", "") or weights
         if not pretrained:
             raise ValueError(f"the run in {workdir} has saved no encoder yet")
         if pretrained == RANDOM:
@@ -267,11 +272,13 @@ def load_model(
         raise ValueError(no_classifier(config, workdir))
     state = load_state(workdir, plan)
     if config.mode == "linear_eval":
-        config.pretrained = find_used_run(config.pretrained, workdir)
+        if not config.encoder.init_from:
+            config.pretrained = find_used_run(config.pretrained, workdir)
         encoder = load_encoder(plan)
         if facts.get("frozen") not in ("", None, digest((encoder,))):
+            source = config.pretrained or config.encoder.init_from
             raise ValueError(
-                f"the encoder in {config.pretrained} is not the one that the classifier "
+                f"the encoder in {source} is not the one that the classifier "
                 f"in {workdir} was trained on (another run, or a later step of it)"
             )
     elif average and not state.encoder_average:

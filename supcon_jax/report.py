@@ -109,7 +109,9 @@ def _trained(config: ConfigDict, params: PyTree) -> PyTree:
     random = config.pretrained == RANDOM
     logger.info(
         "the encoder starts %s; %s",
-        "random" if random else f"as that of {config.pretrained}",
+        "random"
+        if random
+        else f"as that of {config.pretrained or config.encoder.init_from}",
         "all of it is trained, at one rate"
         if {*rates.values()} == {1.0}
         else "share of the learning rate: "

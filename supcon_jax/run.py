@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from supcon_jax import builders, hosts, parallel, storage
-from supcon_jax.checkpoint import digest
+from supcon_jax.checkpoint import digest, saved_steps
 from supcon_jax.config import flatten
 from supcon_jax.data import sources as sources_of
 from supcon_jax.data.datasets import open_source
@@ -136,7 +136,10 @@ def open_run(
         | {"number of devices": str(jax.local_device_count())},
         on="data and devices",
     )
-    frozen, initial_encoder = load_frozen(plan), load_initial(plan)
+    frozen, initial_encoder = load_frozen(plan), None
+    # A run that goes on has its encoder, whatever has become of these weights since.
+    if not (config.encoder.init_from and saved_steps(workdir)):
+        initial_encoder = load_initial(plan)
     given = frozen if initial_encoder is None else (initial_encoder,)
     path = open_workdir(
         config,

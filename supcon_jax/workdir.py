@@ -24,6 +24,8 @@ from supcon_jax.writers import read_metrics
 
 # Keys that set the length of a run, which its schedule depends on from the first step.
 LENGTH_KEYS = ("epochs", "total_steps")
+# Keys that say where an encoder is; what it is, its digest says.
+SOURCE_KEYS = ("pretrained", "encoder.init_from")
 
 
 class _Open(NamedTuple):
@@ -69,7 +71,8 @@ def open_workdir(
       config: a checked config.
       workdir: a path; made where it does not exist.
       frozen: digest of the arrays of another run that it reads, or starts from; it takes
-        the place of `pretrained`, so that a pretraining run may be moved.
+        the place of `SOURCE_KEYS`, so that a pretraining run may be moved. "": what was
+        noted at the start stays, if anything was.
       data: `identity.identify` of each split, by its name.
       begun: whether it holds results of this config beside checkpoints and metrics.
 
@@ -80,7 +83,7 @@ def open_workdir(
     path = epaths.as_path(workdir)
     ours = json.loads(json.dumps(config.to_dict()))
     theirs = read_config(path)
-    started = bool(saved_steps(path))
+    started, known = bool(saved_steps(path)), ""
     if theirs is None and started:
         raise ValueError(
             f"{path} has checkpoints but no config.json, so it is not known what made "
@@ -89,20 +92,21 @@ def open_workdir(
     if theirs is not None and (started or begun or finished_metrics(path)):
         facts = read_facts(path)
         known = facts.get("frozen", "")
-        free = {"pretrained"} if frozen and known == frozen else set()
+        free = set(SOURCE_KEYS) if frozen and known == frozen else set()
         _refuse_other_config(path, flatten(ours), flatten(theirs), free)
         if known and frozen and known != frozen:
             raise ValueError(
                 f"workdir {path} was made with another encoder than the one that is now "
-                f"in {config.pretrained!r} (another run, or a later step of the same); "
-                "use another --workdir, or another --config.pretrained"
+                f"in {config.pretrained or config.encoder.init_from!r} (another run, a "
+                "later step of the same, or other weights); use another --workdir, or "
+                "another --config.pretrained or --config.encoder.init_from"
             )
         refuse_other_data(path, data or {}, facts.get("data", {}))
     if jax.process_index() == 0:
         try:
             _enter(path)
             _write_json(storage.join(path, "config.json"), ours)
-            facts = {"frozen": frozen, "data": data or {}}
+            facts = {"frozen": frozen or known, "data": data or {}}
             _write_json(storage.join(path, "run.json"), facts)
         except OSError as error:
             raise ValueError(

@@ -237,6 +237,19 @@ NOT_RUN = {
         "ResNet-50 on data that are not here; tests/test_finetune.py"
     ),
     "python main.py --config=configs/supcon_cifar10.py:pytorch": "downloads CIFAR-10",
+    "python main.py --config=configs/linear_vit_s.py --config.data.dir=DIR  "
+    "--config.pretrained= --config.encoder.init_from=FILE": (
+        "needs weights; tests/test_weights.py"
+    ),
+    "python main.py --config=configs/supcon_vit_s.py:imported --config.data.dir=DIR  "
+    "--config.encoder.init_from=FILE": "needs weights; tests/test_weights.py",
+    "python main.py --config=configs/transfer.py:oxford_iiit_pet --config.data.dir=DIR  "
+    "--config.pretrained= --config.encoder.init_from=FILE  "
+    "--config.encoder.convention=torchvision  "
+    "'--config.data.mean=(0.485, 0.456, 0.406)' "
+    "'--config.data.std=(0.229, 0.224, 0.225)'": "needs weights; tests/test_weights.py",
+    "python -m pytest -m slow -n 0 -s tests/test_weights.py": "the tests themselves",
+    "python -m tests.torch_weights": "needs torch and timm",
     "python -m supcon_jax.tools.corrupt": "no command, the tool's name",
     "python main.py --config=configs/robustness_r50.py --config.data.dir=DIR  "
     "--config.robustness.data=DIR/imagenet-c": "needs ImageNet-C",

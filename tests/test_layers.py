@@ -54,6 +54,7 @@ LAYERS = {
     "supcon_jax.linear_eval": 3,
     "supcon_jax.evaluate": 3,
     "supcon_jax.finetune": 3,
+    "supcon_jax.initial": 3,
     "supcon_jax.robustness": 3,
     "supcon_jax.robustness_table": 3,
     "supcon_jax.features": 3,

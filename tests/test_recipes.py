@@ -22,7 +22,7 @@ IMAGES = {"imagenet2012": 1_281_167, "cifar10": 50_000, "cifar100": 50_000}
 NOT_A_RECIPE = {
     *(key for key, known in KEYS.items() if known.free),
     *("mode", "seed", "pretrained", "total_steps", "microbatch_size", "encoder.remat"),
-    "representation",
+    *("representation", "encoder.init_from"),
     *("log_every", "eval_every", "checkpoint_every", "keep_checkpoints"),
     *(key for key in KEYS if key.startswith(("knn.", "probe.", "finetune."))),
 }

@@ -1,5 +1,6 @@
 """Encoders and heads (Flax Linen)."""
 
+from supcon_jax.models.convolution import CONVENTIONS
 from supcon_jax.models.encoders import ENCODERS, STEMS, create_encoder, part_of
 from supcon_jax.models.heads import (
     Classifier,
@@ -11,6 +12,7 @@ from supcon_jax.models.vit import VisionTransformer
 from supcon_jax.models.wide_resnet import WideResNet
 
 __all__ = [
+    "CONVENTIONS",
     "ENCODERS",
     "STEMS",
     "Classifier",

@@ -9,6 +9,7 @@ GELU, queries, keys and values of one matrix, learned positions. Every layer has
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +20,8 @@ import jax.numpy as jnp
 from supcon_jax.models.convolution import convolve, scaled_channels
 
 _HEAD_CHANNELS = 64
+# A view's key has other uses (data/augment.py): numbers from here on are the blocks'.
+_STREAM = 10_000
 _init = nn.initializers.truncated_normal(0.02)
 # The variance in one pass loses digits where the mean is large.
 _norm = functools.partial(nn.LayerNorm, epsilon=1e-6, use_fast_variance=False)
@@ -57,8 +60,12 @@ class TransformerBlock(nn.Module):
         """A branch, zero for the images that skip it and larger for the others."""
         if keys is None or not self.drop:
             return y
-        own = jax.vmap(lambda key: jax.random.fold_in(key, 2 * self.number + branch))
-        keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - self.drop))(own(keys))
+        stream = _STREAM + 2 * self.number + branch
+
+        def kept(key: jax.Array) -> jax.Array:
+            return jax.random.bernoulli(jax.random.fold_in(key, stream), 1 - self.drop)
+
+        keep = jax.vmap(kept)(keys)
         return y * (keep / (1 - self.drop)).astype(y.dtype)[:, None, None]
 
 
@@ -148,17 +155,15 @@ def resize_positions(positions: jax.Array, shape: tuple[int, ...]) -> jax.Array:
       positions: `[1, T, D]`.
       shape: `(1, T', D)`.
 
-    Raises:
-      ValueError: one is no square of patches with at most one token before it, or they
-        differ in more than the number of patches.
+    Returns:
+      `[1, T', D]`; the positions as they are, where the two differ in more than the number
+      of patches, so that a comparison of arrays names them.
 
     Source: timm, `resample_abs_pos_embed`; Keys' kernel with a = -1/2, as there.
     """
-    sides = [_square(count) for count in (positions.shape[1], shape[1])]
-    (old, token), (new, new_token) = sides
-    if token != new_token or positions.shape[::2] != shape[::2]:
-        raise ValueError(f"positions {positions.shape} cannot be resized to {shape}")
-    if old == new:
+    (old, token), (new, new_token) = _square(positions.shape[1]), _square(shape[1])
+    alike = token == new_token and positions.shape[::2] == (shape[0], shape[2])
+    if not alike or 0 in (old, new) or old == new:
         return positions
     channels = shape[-1]
     grid = positions[:, token:].reshape(old, old, channels)
@@ -169,12 +174,12 @@ def resize_positions(positions: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 
 def _square(tokens: int) -> tuple[int, int]:
-    """Side of the square of patches, and the tokens before it: 0 or 1."""
+    """Side of the square of patches, 0 where it is none, and the tokens before it."""
     for extra in (0, 1):
-        side = round((tokens - extra) ** 0.5)
-        if side > 0 and side**2 == tokens - extra:
+        side = math.isqrt(tokens - extra)
+        if side**2 == tokens - extra:
             return side, extra
-    raise ValueError(f"{tokens} positions are no square of patches")
+    return 0, 0
 
 
 def build_vit(

@@ -91,7 +91,9 @@ def summary(runs: list[RunRecord]) -> Section:
         "kind": kind_of,
         "data": lambda run: run.config.data.name,
         "encoder": lambda run: run.config.encoder.name,
-        "model of": lambda run: run.config.pretrained or "—",
+        "model of": lambda run: (
+            run.config.pretrained or run.config.encoder.init_from or "—"
+        ),
         "step": _step,
         "time": lambda run: format_duration(run.newest.get("wall_s", 0.0)),
     }

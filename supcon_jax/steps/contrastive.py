@@ -70,6 +70,8 @@ class StepSpec(NamedTuple):
       momentum_decay: of the encoder that makes the keys, where the state has one.
       average_decay: of the encoder's average for use, where the state has one.
       cross_entropy_weight: of the classifier's cross-entropy in the trained loss.
+      noise: from "id" `[b, 2]` of rows the encoder's random keys `[b, V]`, one a view, the
+        same on any number of devices; None: it draws no random numbers.
     """
 
     modules: Modules
@@ -80,6 +82,7 @@ class StepSpec(NamedTuple):
     momentum_decay: float = 0.0
     average_decay: float = 0.0
     cross_entropy_weight: float = 0.0
+    noise: Callable[[jax.Array], jax.Array] | None = None
 
 
 def init_state(
@@ -223,12 +226,16 @@ def loss_of_rows(
 
     def embed(stats: PyTree, rows: Batch) -> tuple[PyTree, PyTree]:
         images, targets = spec.prepare(rows)
-        anchors = images if average is None else images[:, :1]
-        embeddings, new_stats = _apply(encoder, params["encoder"], stats, anchors)
+        views = images, spec.noise(rows["id"]) if spec.noise else None
+        anchors = views if average is None else jax.tree.map(lambda x: x[:, :1], views)
+        embeddings, new_stats = _apply(encoder, params["encoder"], stats, *anchors)
         embedded = {"embeddings": embeddings, "targets": targets}
         if average is not None:
             embedded["keys"], _ = _apply(
-                encoder, average["encoder"], stats, images[:, 1:]
+                encoder,
+                average["encoder"],
+                stats,
+                *jax.tree.map(lambda x: x[:, 1:], views),
             )
         return new_stats, embedded
 
@@ -275,14 +282,23 @@ def loss_of_rows(
 
 
 def _apply(
-    module: nn.Module, params: PyTree, batch_stats: PyTree, x: jax.Array
+    module: nn.Module,
+    params: PyTree,
+    batch_stats: PyTree,
+    x: jax.Array,
+    noise: jax.Array | None = None,
 ) -> tuple[jax.Array, PyTree]:
-    """A module in training mode on `[b, V, ...]`: `[b, V, D]` and new statistics."""
+    """A module in training mode on `[b, V, ...]`: `[b, V, D]` and new statistics.
+
+    One that draws random numbers in training takes `noise`, keys `[b, V]`.
+    """
+    random: dict[str, Any] = {} if noise is None else {"keys": noise.reshape(-1)}
     outputs, updated = module.apply(
         {"params": params, "batch_stats": batch_stats},
         x.reshape(-1, *x.shape[2:]),
         train=True,
         mutable=["batch_stats"],
+        **random,
     )
     stats = jax.lax.stop_gradient(updated.get("batch_stats", {}))
     return outputs.reshape(*x.shape[:2], -1), stats

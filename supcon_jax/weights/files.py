@@ -60,19 +60,17 @@ def read_weights(path: str | pathlib.Path) -> WeightsFile:
         reason = error.strerror or error
         raise ValueError(f"cannot read {path}: {reason}") from None
     try:
-        if content[:1] == b"\x80" or content[:2] == b"PK":
-            return WeightsFile(read_pickled(content), {})
-        return _read_safetensors(content)
+        if content[8:9] == b"{":
+            return _read_safetensors(content)
+        return WeightsFile(read_pickled(content), {})
     except ValueError as error:
         raise ValueError(f"cannot take weights from {path}: {error}") from None
 
 
 def _read_safetensors(content: bytes) -> WeightsFile:
     start = 8 + int.from_bytes(content[:8], "little")
-    if start > len(content) or content[8:9] != b"{":
-        raise ValueError(
-            "it is neither a safetensors file nor one that PyTorch saved, or it is cut off"
-        )
+    if start > len(content):
+        raise ValueError("its header is cut off")
     try:
         header = json.loads(content[8:start])
         metadata = header.pop("__metadata__", {})

@@ -261,14 +261,10 @@ def _without_prefix(state_dict: Arrays, layout: Layout) -> dict[str, np.ndarray]
 
 def _with_positions(found: Arrays, shape: tuple[int, ...]) -> dict[str, np.ndarray]:
     """The same with positions for as many patches as the encoder has."""
-    positions = found.get("pos_embed")
-    if positions is None or np.shape(positions) == shape:
-        return dict(found)
-    try:
-        resized = resize_positions(jnp.asarray(positions, jnp.float32), shape)
-    except ValueError:  # named with the other tensors that differ
-        return dict(found)
-    return {**found, "pos_embed": np.asarray(resized)}
+    if np.ndim(found.get("pos_embed", 0.0)) != len(shape):
+        return dict(found)  # none, which a comparison of all tensors tells
+    positions = jnp.asarray(found["pos_embed"], jnp.float32)
+    return {**found, "pos_embed": np.asarray(resize_positions(positions, shape))}
 
 
 def _difference(
@@ -293,7 +289,7 @@ def _difference(
 
 def _nearest(state_dict: Arrays) -> str:
     """The encoder that has the most tensors in common with a state dict, and how many."""
-    best, flags, missing = 0.0, "", 0
+    best, flags, missing = (0.0, 0.0), "", 0
     for name in ENCODERS:
         if not name.startswith(tuple(LAYOUTS)):
             continue
@@ -310,9 +306,13 @@ def _nearest(state_dict: Arrays) -> str:
             if theirs != "pos_embed"
         }
         have = {(n, np.shape(array)) for n, array in found.items() if n != "pos_embed"}
-        likeness = len(expected & have) / len(expected | have)
+        differing = {n for n, _ in expected ^ have}
+        every = {n for n, _ in expected | have}
+        common = {n for n, _ in expected} & {n for n, _ in have}
+        # By names alone where all shapes differ, as those of another width do.
+        likeness = 1 - len(differing) / len(every), len(common) / len(every)
         if likeness > best:
-            best, missing = likeness, len({n for n, _ in expected ^ have})
+            best, missing = likeness, len(differing)
             flags = " ".join(
                 f"--config.encoder.{key}={value}"
                 for key, value in {"name": name, **options}.items()

@@ -121,6 +121,10 @@ def read_pickled(content: bytes) -> dict[str, np.ndarray]:
       ValueError: in one line: the pickle asks for more than tensors, the file is damaged,
         or there is no state dict in it.
     """
+    if content[:2] not in (b"PK", b"\x80\x02"):
+        raise ValueError(
+            "it is neither a safetensors file nor one that PyTorch saved, or is cut off"
+        )
     try:
         read = _read_zip if content[:2] == b"PK" else _read_in_a_row
         tree, storages = read(content)
