@@ -187,8 +187,10 @@ def _extract(
 ) -> Features:
     """Features of a split, where a probe of the same encoder has kept them, or kept here."""
     folders = [storage.join(workdir, "features")]
-    if config.pretrained not in ("", RANDOM) and config.mode == "linear_eval":
-        folders.insert(0, storage.join(model.config.pretrained, "features"))
+    encoder = model.config.pretrained or model.config.encoder.init_from
+    probes = config.mode == "linear_eval" and encoder != RANDOM
+    if probes and storage.is_dir(storage.absolute(encoder)):
+        folders.insert(0, storage.join(encoder, "features"))
     return features.extract(
         config,
         mesh,
