@@ -186,7 +186,7 @@ def write_weights(folder: pathlib.Path, model: Model) -> Written:
         )
     except ValueError as error:
         return Written(path.name, {}, left_out=str(error))
-    convention = getattr(encoder, "convention", "official")
+    convention = model.config.encoder.convention
     write_safetensors(path, arrays, metadata={"format": "pt", "convention": convention})
 
     read = read_weights(path).arrays

@@ -32,8 +32,10 @@ def describe(model: Model) -> dict[str, Any]:
         "library_name": "supcon_jax",
         "architecture": config.encoder.name,
         "encoder": {
-            **config.encoder.to_dict(),
-            "convention": getattr(model.trained.encoder, "convention", "official"),
+            "name": config.encoder.name,
+            "width": config.encoder.width,
+            "stem": config.encoder.stem,
+            "convention": config.encoder.convention,
         },
         "num_features": features,
         "preprocessing": {
@@ -212,7 +214,7 @@ def _outputs(model: Model) -> str:
 def _in_pytorch(model: Model) -> str:
     """The names are PyTorch's; what a network of that name computes may differ."""
     config, name = model.config, model.config.encoder.name
-    convention = getattr(model.trained.encoder, "convention", "official")
+    convention = config.encoder.convention
     layer = classifier_name(model)
     text = "The weights under the names of torchvision and timm."
     changed = []
@@ -271,7 +273,8 @@ def _config(model: Model) -> str:
 def _public(model: Model) -> dict[str, Any]:
     """The keys that change results, without the places of files on this machine."""
     flat = flatten(model.config.to_dict())
-    flat["pretrained"] = storage.name(flat["pretrained"])
+    for key in ("pretrained", "encoder.init_from"):
+        flat[key] = storage.name(flat[key])
     return {key: value for key, value in flat.items() if not KEYS[key].free}
 
 

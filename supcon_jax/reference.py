@@ -105,7 +105,7 @@ def measure(
     `threshold` the `QUANTILE` of that distance among the evaluation images, which training
     has not seen, and `training_quantile` the same of the training images, each without
     itself. `temperature` minimises the negative log-likelihood of the evaluation images
-    that have a label; `ece` is their calibration error without it and `scaled_ece` with
+    that have a label, with smoothed targets (`calibration.fit_temperature`); `ece` is their calibration error without it and `scaled_ece` with
     the temperature of the other half of them (`calibration.scale_by_halves`).
     """
     train, evaluation = open_sources(config)
@@ -155,9 +155,10 @@ def calibrate(logits: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
     logits, labels = logits[known], labels[known]
     if len(labels) < 2:
         return {"temperature": 1.0, "images": 0}
-    scaled, _ = calibration.scale_by_halves(logits, labels)
+    # Where few images are all recognised, nothing else keeps probabilities below 1.
+    scaled, _ = calibration.scale_by_halves(logits, labels, smooth=True)
     return {
-        "temperature": calibration.fit_temperature(logits, labels),
+        "temperature": calibration.fit_temperature(logits, labels, smooth=True),
         "images": len(labels),
         "ece": calibration.expected_calibration_error(logits, labels),
         "scaled_ece": calibration.expected_calibration_error(scaled, labels),
@@ -186,8 +187,10 @@ def _extract(
 ) -> Features:
     """Features of a split, where a probe of the same encoder has kept them, or kept here."""
     folders = [storage.join(workdir, "features")]
-    if config.pretrained not in ("", RANDOM) and config.mode == "linear_eval":
-        folders.insert(0, storage.join(model.config.pretrained, "features"))
+    encoder = model.config.pretrained or model.config.encoder.init_from
+    probes = config.mode == "linear_eval" and encoder != RANDOM
+    if probes and storage.is_dir(storage.absolute(encoder)):
+        folders.insert(0, storage.join(encoder, "features"))
     return features.extract(
         config,
         mesh,

@@ -95,6 +95,28 @@ def test_temperature_is_the_best_one():
     np.testing.assert_allclose(cal.fit_temperature(LOGITS / fitted, LABELS), 1, 1e-3)
 
 
+def test_few_examples_that_are_all_recognised_do_not_make_sure():
+    """Platt's targets, by a loop over a grid; n examples leave 1 / (n + 2) open."""
+    labels = np.arange(14) % 3
+    logits = np.random.default_rng(0).normal(size=(14, 3)) + 9 * np.eye(3)[labels]
+    grid = np.exp(np.linspace(-4, 4, 4001))
+    losses = []
+    for temperature in grid:
+        p = np.exp(logits / temperature)
+        p /= p.sum(axis=1, keepdims=True)
+        loss = 0.0
+        for row, label in enumerate(labels):
+            for c in range(3):
+                target = 15 / 16 if c == label else 1 / 32
+                loss -= target * np.log(p[row, c])
+        losses.append(loss)
+    fitted = cal.fit_temperature(logits, labels, smooth=True)
+    np.testing.assert_allclose(fitted, grid[np.argmin(losses)], rtol=3e-3)
+    p = np.exp(cal.log_probabilities(logits, temperature=fitted)).max(axis=1)
+    np.testing.assert_allclose(p.mean(), 15 / 16, atol=0.01)
+    assert cal.fit_temperature(logits, labels) < 0.1  # nothing is lost any more
+
+
 def test_halves_are_scaled_by_the_temperature_of_the_other():
     scaled, mean = cal.scale_by_halves(LOGITS, LABELS, seed=3)
     order = np.random.default_rng(3).permutation(500)

@@ -128,16 +128,35 @@ def classwise_calibration_error(
     return float(np.mean(errors))
 
 
-def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
+def fit_temperature(
+    logits: np.ndarray, labels: np.ndarray, *, smooth: bool = False
+) -> float:
     """The temperature in [0.01, 100] with the least negative log-likelihood.
 
     Fit it on data that neither trained nor evaluate the classifier. Accuracy does not
     change, because no order of logits does.
 
-    Source: Guo et al., arXiv 1706.04599, section 4.2.
+    Args:
+      logits: `[n, C]`.
+      labels: `[n]`.
+      smooth: give `1 / (n + 2)` of each target to the classes that are not the label,
+        evenly: the chance of a mistake that n examples leave open. Without it, examples
+        that are all recognised ask for a temperature of 0.
+
+    Source: Guo et al., arXiv 1706.04599, section 4.2; the smoothing: Platt, Probabilistic
+    Outputs for Support Vector Machines (1999), section 2.1.
     """
+    rows, others = np.arange(len(labels)), max(np.shape(logits)[1] - 1, 1)
+    share = 1.0 / (len(labels) + 2) if smooth else 0.0
+
+    def loss(log_temperature: float) -> float:
+        log_p = log_probabilities(logits, temperature=float(np.exp(log_temperature)))
+        own = log_p[rows, labels]
+        rest = (log_p.sum(axis=1) - own) / others
+        return -float(np.mean((1.0 - share) * own + share * rest))
+
     found = minimize_scalar(
-        lambda x: negative_log_likelihood(logits, labels, temperature=float(np.exp(x))),
+        loss,
         bounds=(np.log(0.01), np.log(100.0)),
         method="bounded",
         options={"xatol": 1e-6},
@@ -146,13 +165,13 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
 
 
 def scale_by_halves(
-    logits: np.ndarray, labels: np.ndarray, *, seed: int = 0
+    logits: np.ndarray, labels: np.ndarray, *, seed: int = 0, smooth: bool = False
 ) -> tuple[np.ndarray, float]:
     """Logits, each divided by a temperature that was fitted without it.
 
     The split is cut into two halves at random, and each half is scaled by the temperature
     of the other. So no example is judged by a temperature that has seen its label, and
-    none is lost to the fit.
+    none is lost to the fit. `smooth` is that of `fit_temperature`.
 
     Returns:
       Scaled logits `[n, C]`, and the geometric mean of the two temperatures.
@@ -162,7 +181,8 @@ def scale_by_halves(
     scaled = np.array(logits, np.float64)
     temperatures = []
     for own, other in (halves, halves[::-1]):
-        temperatures.append(fit_temperature(logits[other], labels[other]))
+        found = fit_temperature(logits[other], labels[other], smooth=smooth)
+        temperatures.append(found)
         scaled[own] /= temperatures[-1]
     return scaled, float(np.sqrt(temperatures[0] * temperatures[1]))
 
