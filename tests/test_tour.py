@@ -9,7 +9,9 @@ TOUR = pathlib.Path(__file__).resolve().parents[1] / "docs" / "tour.ipynb"
 
 
 def test_it_is_committed_with_its_outputs():
-    cells = [c for c in json.loads(TOUR.read_text())["cells"] if c["cell_type"] == "code"]
+    cells = [
+        c for c in json.loads(TOUR.read_text())["cells"] if c["cell_type"] == "code"
+    ]
     assert all(cell["execution_count"] for cell in cells)
     assert sum("image/png" in str(cell["outputs"]) for cell in cells) == 2
 
