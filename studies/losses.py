@@ -10,6 +10,13 @@ Hardware: 2 CPU cores. Time: twenty minutes. Result: docs/studies.md.
 
 from studies import common
 
+READING = """
+The order of the contrastive losses is the paper's: SupCon, its inner sum, SimCLR, N-pairs,
+triplets. The size is not: the inner sum is 1 point behind SupCon here, 11 in the paper. SupCon
+and cross-entropy differ by less than five seeds can show. Label smoothing and CutMix cost accuracy and
+calibration in 300 steps on digits, where half a digit is often another one.
+"""
+
 
 def get_study(scale):
     batch = 64 if scale == "small" else 6144
@@ -40,6 +47,7 @@ def get_study(scale):
         "seeds": common.seeds(scale),
         "metrics": ("evaluate:eval/top1", "evaluate:eval/ece"),
         "baseline": {"loss": "cross-entropy"},
+        "reading": READING,
         "paper": {
             "source": "Tables 1, 2 and 3, ResNet-50 on ImageNet; N-pairs: section 4.1; the "
             "cross-entropy of Table 2 is a cited figure",

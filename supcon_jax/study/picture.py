@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import statistics
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -61,7 +62,7 @@ def plot_study(
         if any(line.halves for line in panel_lines):
             (axis.axhline if numeric else axis.axvline)(0, color="black", linewidth=0.8)
         _name_axes(axis, places, labels["x"], labels[panel], numeric, axis is axes[0])
-        axis.set_title(panel, fontsize="medium")
+        axis.set_title(textwrap.fill(panel, 44), fontsize="medium")
         axis.grid(alpha=0.3)
     if any(names):
         figure.legend(
