@@ -15,13 +15,13 @@ With the same six trials each, SupCon alone is not ahead of cross-entropy in any
 regimes, and behind it where 40 % of the labels are wrong: wrong positives are in every pair.
 Trained together (`loss.cross_entropy_weight`, 0.3 or 1 was chosen), the two are ahead of
 cross-entropy in all four, by 1.7 to 3.2 points. ECE of the two together is the least with 20
-images a class, not with 5. The control, cross-entropy on embeddings of unit length, has no
-scale before its softmax and does not get far in 300 steps (its test loss is 1.3 and more), so
-it says nothing about unit length. The larger of the two learning rates was chosen every time,
-so the best rate may lie above it, for each of them. Digits of 8 x 8 pixels and a small network: the signs, not
-the sizes, are what may carry over.
+images a class, not with 5. The larger of the two learning rates was chosen every time, so the
+best rate may lie above it, for each of them. For the control, cross-entropy on embeddings of
+unit length, it does: with a rate of 0.3 it has 93.8 % of the held-out images of the first
+regime (one trial), so its 79 % is too small a rate and no more. Digits of 8 x 8 pixels and a
+small network: the signs, not the sizes, are what may carry over.
 """
-FAST, SLOW = 0.3, 0.1  # peak learning rates at 256 images, ours
+FAST, SLOW = 0.1, 0.03  # peak learning rates at 256 images, ours
 
 
 def get_study(scale):
