@@ -247,7 +247,10 @@ NOT_RUN = {
             ("supcon", ""),
             ("linear", ""),
             ("evaluate", ""),
-            ("evaluate", "  --config.data.eval_split=test --workdir=runs/evaluate_test"),
+            (
+                "evaluate",
+                "  --config.data.eval_split=test --workdir=runs/evaluate_test",
+            ),
         )
     },
     "python main.py --config=configs/supcon_r50.py --config.data.dir=DIR": (
