@@ -1,5 +1,6 @@
 """Weights of other programs: files are read without running them, outputs are PyTorch's."""
 
+import argparse
 import functools
 import io
 import json
@@ -118,6 +119,11 @@ def test_names_go_there_and_back(name):
     assert named[f"{classifier}.weight"].shape == (3, 7)
     for prefix in ("", "module.", "encoder.module."):
         wrapped = {prefix + key: array for key, array in named.items()}
+        if prefix.startswith("encoder"):  # SupContrast
+            wrapped = {
+                key.replace(".downsample.", ".shortcut."): array
+                for key, array in wrapped.items()
+            }
         wrapped |= {
             "head.0.weight": head["kernel"],
             prefix + "bn1.num_batches_tracked": 1,
@@ -377,6 +383,15 @@ def test_damaged_and_other_files_are_refused(tmp_path):
     assert "No such file" in refusal(tmp_path / "none")
 
 
+def test_the_options_of_a_run_are_no_danger(tmp_path):
+    """SupContrast saves them beside the weights; nothing of them is kept."""
+    parts = [0x1950A86A20F9469CFC6C, 1001, {}]
+    tree = {"opt": argparse.Namespace(model="resnet50"), "acc": np.float64(0.5)}
+    dumped = [pickle.dumps(part, protocol=2) for part in (*parts, tree, [])]
+    (tmp_path / "row.pth").write_bytes(b"".join(dumped))
+    assert "no tensors, but 'opt', 'acc'; allowed" in refusal(tmp_path / "row.pth")
+
+
 def test_safetensors_there_and_back(tmp_path):
     arrays = {
         "b": np.arange(6, dtype=np.float32).reshape(2, 3),
@@ -391,8 +406,20 @@ def test_safetensors_there_and_back(tmp_path):
     for name, array in arrays.items():
         assert found[name].dtype == array.dtype and found[name].shape == array.shape
         np.testing.assert_array_equal(found[name], array)
-    theirs = pytest.importorskip("safetensors.numpy").load_file(path)
-    np.testing.assert_array_equal(theirs["b"], arrays["b"])
+
+
+def test_safetensors_are_those_of_the_package(tmp_path):
+    package = pytest.importorskip("safetensors.numpy")
+    arrays = {"b": np.arange(6, dtype=np.float32).reshape(2, 3), "a": np.ones(3, "i8")}
+    write_safetensors(tmp_path / "ours", arrays, metadata={"format": "pt"})
+    package.save_file(arrays, tmp_path / "theirs", metadata={"format": "pt"})
+    for found in (
+        package.load_file(tmp_path / "ours"),
+        read_weights(tmp_path / "theirs").arrays,
+    ):
+        assert found.keys() == arrays.keys()
+        for name, array in arrays.items():
+            np.testing.assert_array_equal(found[name], array)
 
 
 # --- runs ---
