@@ -1,6 +1,7 @@
 """Exported files give what the run gives, and a failed export leaves nothing."""
 
 import dataclasses
+import functools
 import importlib.util
 import json
 import os
@@ -17,6 +18,7 @@ from supcon_jax import export, linear_eval
 from supcon_jax.data.datasets import open_source
 from supcon_jax.data.images import central_crop
 from supcon_jax.model_card import write_card
+from supcon_jax.models import create_encoder
 from supcon_jax.tools import export as tool
 from supcon_jax.weights import read_weights
 from tests.runs import linear_config, pretrain_config, save_made_up
@@ -219,6 +221,45 @@ def test_an_unfinished_run_is_refused(run, tmp_path, capsys):
 def test_a_folder_that_is_there_and_a_bucket_are_refused(run, tmp_path, capsys):
     assert "is there already" in refused(run, f"--out={tmp_path}", capsys=capsys)
     assert "on a local disk" in refused(run, "--out=gs://bucket/out", capsys=capsys)
+
+
+@pytest.mark.parametrize(
+    "name, options",
+    [
+        ("resnet18", {"convention": "torchvision"}),
+        ("wrn28_2", {"stem": "cifar"}),
+        ("vit_tiny_patch16", {}),
+    ],
+)
+def test_every_kind_of_encoder_takes_any_number_of_images(name, options):
+    """Traced alone: nothing in it needs the number of images before it runs."""
+    encoder = create_encoder(name, image_size=32, width=0.34, **options)
+
+    def apply(variables, images):
+        return encoder.apply(variables, images, train=False)
+
+    init = functools.partial(encoder.init, train=False)
+    images = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
+    variables = jax.eval_shape(init, jax.random.key(0), images)
+    (batch,) = jax.export.symbolic_shape("b")
+    many = jax.ShapeDtypeStruct((batch, 32, 32, 3), jnp.float32)
+    shape = jax.eval_shape(apply, variables, images).shape
+    exported = jax.export.export(jax.jit(apply))(variables, many)
+    assert exported.out_avals[0].shape == (batch, shape[1])
+
+
+def test_what_a_converter_cannot_do_is_left_out(model, tmp_path, monkeypatch):
+    """The other files are exported all the same."""
+
+    def fail(path, model, temperature):
+        path.write_bytes(b"half")
+        raise TypeError("no such operation\nand more")
+
+    monkeypatch.setattr(export.importlib.util, "find_spec", lambda package: package)
+    monkeypatch.setattr(export, "_convert", fail)
+    written = export.write_onnx(tmp_path, model, 1.0)
+    assert written.left_out == "jax2onnx: no such operation"
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_encoder_without_names_elsewhere_is_said(model, tmp_path):

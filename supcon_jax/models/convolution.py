@@ -53,7 +53,11 @@ def stem_pool(images: jax.Array, convention: str) -> jax.Array:
       convention: a name of `CONVENTIONS`. "official" pads behind, as TensorFlow does,
         "torchvision" on both sides: the windows lie one pixel apart.
     """
-    padding = "SAME" if convention == "official" else ((1, 1), (1, 1))
+    padding = "SAME"
+    if convention != "official":
+        # By hand, because jax2onnx leaves out a max-pool's padding by numbers.
+        sides = ((0, 0), (1, 1), (1, 1), (0, 0))
+        images, padding = jnp.pad(images, sides, constant_values=-jnp.inf), "VALID"
     # By name, because jax2onnx takes its place by that.
     return nn.max_pool(images, window_shape=(3, 3), strides=(2, 2), padding=padding)
 

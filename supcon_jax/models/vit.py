@@ -124,12 +124,12 @@ class VisionTransformer(nn.Module):
             conv_general_dilated=convolve,
             name="conv_stem",
         )(images.astype(self.dtype))
-        x = x.reshape(len(images), -1, self.channels)
+        x = x.reshape(images.shape[0], -1, self.channels)
         if self.class_token:
             token = self.param(
                 "token_stem", nn.initializers.normal(1e-6), (1, 1, self.channels)
             )
-            first = jnp.broadcast_to(token, (len(images), 1, self.channels))
+            first = jnp.broadcast_to(token, (images.shape[0], 1, self.channels))
             x = jnp.concatenate([first.astype(self.dtype), x], axis=1)
         positions = self.param("positions_stem", _init, (1, *x.shape[1:]))
         x = x + positions.astype(self.dtype)
