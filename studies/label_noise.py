@@ -7,6 +7,13 @@ Hardware: 2 CPU cores. Time: twenty minutes. Result: docs/studies.md.
 
 from studies import common
 
+READING = """
+Wrong labels hurt all three. SimCLR, which sees them in its linear stage alone, loses least: from a
+fifth of wrong labels on it is ahead, by 7 to 13 points. SupCon falls a little faster than
+cross-entropy, by less than five seeds can show with 20 images a class; with all images it is
+3 points behind at 40 % (studies/wins).
+"""
+
 
 def get_study(scale):
     return {
@@ -30,4 +37,5 @@ def get_study(scale):
         "seeds": common.seeds(scale),
         "metrics": ("evaluate:eval/top1", "evaluate:eval/ece"),
         "baseline": {"method": "cross-entropy"},
+        "reading": READING,
     }
