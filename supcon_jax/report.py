@@ -225,7 +225,9 @@ def report_end(run: Run, final: dict[str, Any]) -> dict[str, Any]:
             final,
             skipped=run.skipped,
             pictures=[picture, confusion if confusion.exists() else None],
-            photo=run.eval_source.name(0),
+            photo=run.eval_source.name(0)
+            if run.config.data.name == "folder"
+            else "photo.jpg",
         )
     return final
 

@@ -34,6 +34,7 @@ FREE = {
     "data.keep_gib": 1.0,
     "compilation_cache": False,
     "next_config": "",
+    "profile_steps": "2:3",
     "writers": ["trackio"],
     "project": "another",
     "health.on_nonfinite": "skip",
