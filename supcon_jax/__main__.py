@@ -127,7 +127,8 @@ def _with_config_found(argv: list[str]) -> list[str]:
 
 def _unknown_key(argv: list[str]) -> str | None:
     """What is wrong with the first override that names no key."""
-    from supcon_jax.config import KEYS, unknown_key
+    from supcon_jax.config import unknown_key
+    from supcon_jax.keys import KEYS
 
     for argument in argv[1:]:
         key = argument.partition("=")[0].lstrip("-").removeprefix("config.")

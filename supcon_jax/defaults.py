@@ -1,6 +1,6 @@
 """What a config leaves to a folder of images, chosen once by stated rules.
 
-The keys are `config.OPEN`. What is chosen is said with its reason and becomes the run's
+The keys are `keys.OPEN`. What is chosen is said with its reason and becomes the run's
 config, so config.json has it and a run that goes on, on whatever devices, keeps it.
 """
 
@@ -20,14 +20,18 @@ from ml_collections import ConfigDict
 
 from supcon_jax import memory, parallel, storage
 from supcon_jax.checkpoint import saved_steps
-from supcon_jax.config import KEYS, flatten, open_keys
+from supcon_jax.config import flatten, open_keys
 from supcon_jax.data.folders import find_eval_split
 from supcon_jax.data.images import read_size
-from supcon_jax.data.pipeline import on_host
 from supcon_jax.data.sources import READERS, FileSource, Source
-from supcon_jax.plan import create_plan
+from supcon_jax.keys import KEYS
 from supcon_jax.pretrained import RANDOM
-from supcon_jax.run import agree_on_config, open_sources, setup_compilation_cache
+from supcon_jax.run import (
+    agree_on_config,
+    open_sources,
+    plan_for,
+    setup_compilation_cache,
+)
 from supcon_jax.workdir import finished_metrics, read_config
 
 logger = logging.getLogger(__name__)
@@ -228,13 +232,7 @@ def _choose_batch_size(config: ConfigDict, train: Source, mesh: Mesh) -> None:
 
 def _fits(config: ConfigDict, train: Source, mesh: Mesh) -> bool:
     """Whether a step fits into memory; what is compiled for it is kept for the run."""
-    plan = create_plan(
-        config,
-        mesh,
-        num_classes=train.num_classes,
-        num_examples=train.num_examples,
-        whole_images=not on_host(train),
-    )
+    plan = plan_for(config, mesh, train)
     limit = memory.device_memory(mesh.local_mesh.devices.flat[0])
     try:
         needs = memory.step_memory(plan.lower().compile())

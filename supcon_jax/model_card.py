@@ -10,9 +10,10 @@ import numpy as np
 
 import supcon_jax
 from supcon_jax import storage
-from supcon_jax.config import KEYS, flatten
+from supcon_jax.config import flatten
 from supcon_jax.export import Written, classifier_name, normalizes
 from supcon_jax.inference import Model
+from supcon_jax.keys import KEYS
 from supcon_jax.metrics import METRICS, label_and_value
 from supcon_jax.workdir import finished_metrics, read_facts
 

@@ -11,7 +11,8 @@ from ml_collections import ConfigDict
 
 from supcon_jax import loop
 from supcon_jax.config import check_config
-from supcon_jax.data.sources import has_labels, take_labelled, take_subset
+from supcon_jax.data.selection import take_labelled, take_subset
+from supcon_jax.data.sources import has_labels
 from supcon_jax.defaults import resolve
 from supcon_jax.evaluation.knn import knn_accuracy
 from supcon_jax.evaluation.multilabel import knn_mean_average_precision

@@ -21,9 +21,10 @@ from supcon_jax.checkpoint import (
     restore_state,
     saved_steps,
 )
-from supcon_jax.config import ENCODER_KEYS, config_of, flatten
+from supcon_jax.config import config_of, flatten
 from supcon_jax.config_files import PROGRAM
 from supcon_jax.initial import encoder_shapes, fitted, load_weights
+from supcon_jax.keys import ENCODER_KEYS
 from supcon_jax.objectives import OBJECTIVES, has_projection
 from supcon_jax.plan import Plan, create_plan, init_encoder
 from supcon_jax.steps.state import TrainState

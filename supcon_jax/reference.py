@@ -21,7 +21,8 @@ from ml_collections import ConfigDict
 from supcon_jax import features, parallel, storage
 from supcon_jax.checkpoint import digest
 from supcon_jax.data.identity import identify
-from supcon_jax.data.sources import Source, read_labels, take_subset
+from supcon_jax.data.selection import take_subset
+from supcon_jax.data.sources import Source, read_labels
 from supcon_jax.evaluation import calibration
 from supcon_jax.evaluation.ood import default_neighbour, knn_scores
 from supcon_jax.features import Features

@@ -21,11 +21,12 @@ from supcon_jax.builders import (
     num_microbatches,
     scaled_learning_rate,
 )
-from supcon_jax.config import TRAINING_MODES, trains_classifier
+from supcon_jax.config import trains_classifier
 from supcon_jax.config_files import PROGRAM
 from supcon_jax.data.pipeline import Batch
 from supcon_jax.data.sources import UNLABELLED, UNREAD, Source
 from supcon_jax.figures import plot_curves
+from supcon_jax.keys import TRAINING_MODES
 from supcon_jax.metrics import on_end
 from supcon_jax.objectives import OBJECTIVES
 from supcon_jax.pretrained import RANDOM

@@ -19,8 +19,8 @@ from ml_collections import ConfigDict
 
 from supcon_jax import builders, hosts, parallel, storage
 from supcon_jax.checkpoint import digest, saved_steps
-from supcon_jax.config import TRAINING_MODES, flatten
-from supcon_jax.data import sources as sources_of
+from supcon_jax.config import flatten
+from supcon_jax.data import selection
 from supcon_jax.data.datasets import open_source
 from supcon_jax.data.identity import identify
 from supcon_jax.data.lanes import Lanes, block_size
@@ -34,8 +34,17 @@ from supcon_jax.data.pipeline import (
 )
 from supcon_jax.data.records import RecordSource
 from supcon_jax.data.sampler import Sampler, class_balanced, shuffled
-from supcon_jax.data.sources import UNLABELLED, UNREAD, Source
+from supcon_jax.data.sources import (
+    UNLABELLED,
+    UNREAD,
+    Source,
+    has_labels,
+    images_by_class,
+    read_labels,
+    read_labels_at_start,
+)
 from supcon_jax.evaluation.predict import Predictor
+from supcon_jax.keys import TRAINING_MODES
 from supcon_jax.objectives import OBJECTIVES
 from supcon_jax.plan import Plan, create_plan
 from supcon_jax.storage import epaths
@@ -99,6 +108,19 @@ class Run:
         }
 
 
+def plan_for(config: ConfigDict, mesh: Mesh, train: Source) -> Plan:
+    """What a config computes on a training split."""
+    return create_plan(
+        config,
+        mesh,
+        num_classes=train.num_classes,
+        num_examples=train.num_examples,
+        whole_images=not on_host(train),
+        label_classes=len(sets.class_names) if (sets := train.label_sets) else 0,
+        class_counts=count_classes(config, train),
+    )
+
+
 def open_run(
     config: ConfigDict,
     workdir: str | pathlib.Path,
@@ -122,15 +144,7 @@ def open_run(
     train_source, eval_source = open_sources(config)
     check_positives(config, train_source)
     sampler = build_sampler(config, train_source)
-    plan = create_plan(
-        config,
-        mesh,
-        num_classes=train_source.num_classes,
-        num_examples=train_source.num_examples,
-        whole_images=not on_host(train_source),
-        label_classes=len(sets.class_names) if (sets := train_source.label_sets) else 0,
-        class_counts=count_classes(config, train_source),
-    )
+    plan = plan_for(config, mesh, train_source)
     data = {"train": identify(train_source), "evaluation": identify(eval_source)}
     # What one process alone cannot use ends all of them here, before they compute together.
     hosts.agree(
@@ -230,28 +244,28 @@ def open_sources(config: ConfigDict) -> tuple[Source, Source]:
         train, evaluation = (open_source("synthetic", s) for s in ("train", "test"))
     elif data.validation_fraction:
         whole = open_split(data.train_split)
-        train, evaluation = sources_of.hold_out(
+        train, evaluation = selection.hold_out(
             whole,
             data.validation_fraction,
             seed=data.split_seed,
-            labels=sources_of.read_labels_at_start(whole).labels,
+            labels=read_labels_at_start(whole).labels,
         )
     else:
         train, evaluation = open_split(data.train_split), open_split(data.eval_split)
-    train = sources_of.take_fraction(train, data.fraction, seed=data.split_seed)
+    train = selection.take_fraction(train, data.fraction, seed=data.split_seed)
     if data.samples_per_class and not train.synthetic:
-        train = sources_of.take_per_class(
+        train = selection.take_per_class(
             train, data.samples_per_class, seed=data.split_seed
         )
     if not train.synthetic:
-        train = sources_of.hide_labels(
+        train = selection.hide_labels(
             train,
             fraction=data.labelled_fraction,
             per_class=data.labelled_per_class,
             seed=data.split_seed,
         )
-    train = sources_of.add_label_noise(train, data.label_noise, seed=data.split_seed)
-    train, evaluation = map(sources_of.read_labels_at_start, (train, evaluation))
+    train = selection.add_label_noise(train, data.label_noise, seed=data.split_seed)
+    train, evaluation = map(read_labels_at_start, (train, evaluation))
     train = leave_out_unlabelled(config, train)
     check_same_size(train, evaluation)
     for source in (train, evaluation):
@@ -283,9 +297,9 @@ def leave_out_unlabelled(config: ConfigDict, train: Source) -> Source:
         config.mode == "pretrain" and not OBJECTIVES[config.loss.name].contrastive
     )
     of_classifier = baseline or config.mode in ("linear_eval", "finetune")
-    if not of_classifier or not sources_of.has_labels(train):
+    if not of_classifier or not has_labels(train):
         return train
-    labelled = sources_of.take_labelled(train)
+    labelled = selection.take_labelled(train)
     if left := train.num_examples - labelled.num_examples:
         logger.info(
             "without a label, and left out: %s of %s training images",
@@ -307,9 +321,9 @@ def open_eval_source(config: ConfigDict) -> Source:
     if data.validation_fraction:
         _, source = open_sources(config)
     else:
-        source = sources_of.read_labels(_open_split(config, data.eval_split))
+        source = read_labels(_open_split(config, data.eval_split))
         check_image_size(source, data.image_size)
-    if not sources_of.has_labels(source):
+    if not has_labels(source):
         raise ValueError(
             f"no image of split {data.eval_split!r} of {data.name} has a label "
             "(--config.data.eval_split)"
@@ -328,7 +342,7 @@ def _open_split(config: ConfigDict, split: str) -> Source:
         label_key=data.label_key,
         skip_errors=data.skip_errors,
     )
-    source = sources_of.take_classes(source, data.classes)
+    source = selection.take_classes(source, data.classes)
     return load_small(source, data.image_size)
 
 
@@ -346,7 +360,7 @@ def check_positives(config: ConfigDict, source: Source) -> None:
         return
     counts = np.zeros(1, int)
     if objective.uses_labels:
-        counts = sources_of.images_by_class(source)
+        counts = images_by_class(source)
     known = not objective.uses_labels or UNREAD not in source.labels
     if known and counts.max() < 2:
         raise ValueError(
@@ -385,14 +399,14 @@ def check_labels(config: ConfigDict, train: Source, evaluation: Source) -> None:
     }
     for what in [what for what, needed in needs.items() if needed][:1]:
         for key, source in (("train_split", train), ("eval_split", evaluation)):
-            if not sources_of.has_labels(source):
+            if not has_labels(source):
                 split = data.train_split if data.validation_fraction else data[key]
                 raise ValueError(
                     f"no image of split {split!r} of {data.name} has a label, and "
                     f"{what} needs labels (--config.data.{key})"
                 )
     classes = train.num_classes
-    if sources_of.UNREAD not in train.labels and np.all(train.labels >= 0):
+    if UNREAD not in train.labels and np.all(train.labels >= 0):
         classes = len(np.unique(train.labels))
     if classes > 1 or train.num_unlabelled:
         return
@@ -410,7 +424,7 @@ def count_classes(config: ConfigDict, source: Source) -> np.ndarray | None:
     """Training images of each class `[C]`, where `classifier.logit_adjustment` asks."""
     if not config.classifier.logit_adjustment or source.synthetic:
         return None
-    labels = sources_of.read_labels(source).labels
+    labels = read_labels(source).labels
     return np.bincount(labels[labels >= 0], minlength=source.num_classes)
 
 
@@ -465,7 +479,7 @@ def build_sampler(config: ConfigDict, source: Source) -> Sampler:
     classes = config.data.classes_per_batch
     if not classes or source.synthetic:
         return shuffled(source.num_examples, config.batch_size, seed=config.seed)
-    source = sources_of.read_labels(source)
+    source = read_labels(source)
     if source.num_unlabelled:
         logger.warning(
             "warning: %s training images without a label are in no batch of "

@@ -15,8 +15,9 @@ from PIL import Image
 from configs import common
 from supcon_jax import builders, pretrain
 from supcon_jax import run as run_module
-from supcon_jax.config import ENCODER_KEYS, KEYS, check_config, flatten
+from supcon_jax.config import check_config, flatten
 from supcon_jax.evaluation.knn import knn_accuracy
+from supcon_jax.keys import ENCODER_KEYS, KEYS
 from tests.config_files import ALL, FILES, load, load_named
 from tests.runs import first_batches
 

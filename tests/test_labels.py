@@ -8,6 +8,13 @@ import pytest
 from PIL import Image
 
 from supcon_jax.data.datasets import open_source
+from supcon_jax.data.selection import (
+    add_label_noise,
+    hold_out,
+    take_fraction,
+    take_labelled,
+    take_per_class,
+)
 from supcon_jax.data.sources import (
     UNLABELLED,
     UNREAD,
@@ -15,13 +22,8 @@ from supcon_jax.data.sources import (
     Encoded,
     Source,
     Unreadable,
-    add_label_noise,
     has_labels,
-    hold_out,
     read_labels,
-    take_fraction,
-    take_labelled,
-    take_per_class,
 )
 from supcon_jax.evaluation.classification import classification_sums, summarize
 from supcon_jax.evaluation.knn import knn_accuracy

@@ -42,6 +42,7 @@ LAYERS = {
     "supcon_jax.figures": 2,
     "supcon_jax.evaluation.predict": 2,
     "supcon_jax.config": 3,
+    "supcon_jax.keys": 3,
     "supcon_jax.tools": 3,
     "supcon_jax.workdir": 3,
     "supcon_jax.builders": 3,

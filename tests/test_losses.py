@@ -128,7 +128,9 @@ def losses_and_pullback(x, labels, weight, options):
     return losses, pull_back(weight.astype(losses.dtype))[0]
 
 
-def check_against_the_loop(x, labels, variant, **options):
+def check_against_the_loop(x, labels, variant, *, loop=None, **options):
+    """Values to 1e-12, the gradient along a random direction to a difference quotient."""
+    loop = loop or loop_loss
     rng = np.random.default_rng(1)
     weight, direction = rng.normal(size=len(x)), rng.normal(size=x.shape)
     with jax.enable_x64(True):
@@ -137,11 +139,11 @@ def check_against_the_loop(x, labels, variant, **options):
         )
         slope = float(jnp.vdot(gradient, direction))
     np.testing.assert_allclose(
-        losses, loop_loss(x, labels, **variant), rtol=1e-12, atol=1e-12
+        losses, loop(x, labels, **variant), rtol=1e-12, atol=1e-12
     )
     step = 1e-5
-    change = loop_loss(x + step * direction, labels, **variant)
-    change -= loop_loss(x - step * direction, labels, **variant)
+    change = loop(x + step * direction, labels, **variant)
+    change -= loop(x - step * direction, labels, **variant)
     # A difference quotient carries a rounding and a third-order error.
     expected = weight @ change / (2 * step)
     assert slope == pytest.approx(expected, rel=1e-6, abs=1e-6)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
 
 from supcon_jax.losses import momentum_contrast_loss, streaming, supcon_loss
+from tests.test_losses import check_against_the_loop as check_against
 from tests.test_losses_scaling import (
     equations,
     large_collectives,
@@ -97,31 +98,7 @@ def example(num_images=9, num_views=2, dimension=5, classes=4, seed=0, soft=True
     return x, labels if soft else (labels > 0).astype(np.float64)
 
 
-@functools.partial(jax.jit, static_argnums=3)
-def losses_and_pullback(x, labels, weight, options):
-    losses, pull_back = jax.vjp(
-        lambda x: supcon_loss(x, labels, reduction="none", **dict(options)), x
-    )
-    return losses, pull_back(weight)[0]
-
-
-def check_against_the_loop(x, labels, variant, **options):
-    """Values to 1e-12, the gradient along a random direction to a difference quotient."""
-    rng = np.random.default_rng(1)
-    weight, direction = rng.normal(size=len(x)), rng.normal(size=x.shape)
-    with jax.enable_x64(True):
-        losses, gradient = losses_and_pullback(
-            x, labels, weight, tuple((variant | options).items())
-        )
-        slope = float(jnp.vdot(gradient, direction))
-    np.testing.assert_allclose(
-        losses, loop_loss(x, labels, **variant), rtol=1e-12, atol=1e-12
-    )
-    step = 1e-5
-    change = loop_loss(x + step * direction, labels, **variant)
-    change -= loop_loss(x - step * direction, labels, **variant)
-    expected = weight @ change / (2 * step)
-    assert slope == pytest.approx(expected, rel=1e-6, abs=1e-6)
+check_against_the_loop = functools.partial(check_against, loop=loop_loss)
 
 
 def name_of(variant):

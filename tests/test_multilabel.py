@@ -13,7 +13,8 @@ from sklearn.metrics import average_precision_score
 from supcon_jax import linear_eval, pretrain, storage, supcon_loss
 from supcon_jax.config import check_config
 from supcon_jax.data.datasets import open_source
-from supcon_jax.data.sources import hide_labels, hold_out, images_by_class, take_subset
+from supcon_jax.data.selection import hide_labels, hold_out, take_subset
+from supcon_jax.data.sources import images_by_class
 from supcon_jax.evaluation.multilabel import (
     average_precision,
     knn_mean_average_precision,

@@ -12,7 +12,8 @@ import pytest
 
 from configs import common
 from supcon_jax.builders import scaled_learning_rate
-from supcon_jax.config import KEYS, check_config, flatten
+from supcon_jax.config import check_config, flatten
+from supcon_jax.keys import KEYS
 from tests.config_files import ALL, FILES, load, load_named, variants
 
 DOCS = pathlib.Path(__file__).resolve().parents[1] / "docs" / "recipes.md"

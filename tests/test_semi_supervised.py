@@ -13,14 +13,13 @@ from PIL import Image
 from supcon_jax import pretrain
 from supcon_jax import run as run_module
 from supcon_jax.config import check_config
-from supcon_jax.data.sources import (
-    ArraySource,
-    FileSource,
+from supcon_jax.data.selection import (
     add_label_noise,
     hide_labels,
     take_fraction,
     take_per_class,
 )
+from supcon_jax.data.sources import ArraySource, FileSource
 from supcon_jax.evaluation.knn import knn_accuracy
 from supcon_jax.losses import supcon_loss
 from supcon_jax.losses.cross_entropy import cross_entropy_of_views

@@ -13,6 +13,14 @@ from supcon_jax.data import datasets
 from supcon_jax.data.datasets import open_source
 from supcon_jax.data.pipeline import load_small
 from supcon_jax.data.records import RecordSource
+from supcon_jax.data.selection import (
+    add_label_noise,
+    hold_out,
+    take_classes,
+    take_fraction,
+    take_per_class,
+    take_subset,
+)
 from supcon_jax.data.sources import (
     UNREAD,
     ArraySource,
@@ -21,13 +29,7 @@ from supcon_jax.data.sources import (
     Source,
     SyntheticSource,
     Unreadable,
-    add_label_noise,
-    hold_out,
     read_labels,
-    take_classes,
-    take_fraction,
-    take_per_class,
-    take_subset,
 )
 from supcon_jax.pretrain import pretrain
 from supcon_jax.run import open_run, open_sources

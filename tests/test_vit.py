@@ -9,7 +9,7 @@ import pytest
 
 from supcon_jax import pretrain
 from supcon_jax.builders import OWN_OPTIONS, build_encoder
-from supcon_jax.config import KEYS
+from supcon_jax.keys import KEYS
 from supcon_jax.models import ENCODERS, VisionTransformer, create_encoder, part_of
 from supcon_jax.models.vit import TransformerBlock, resize_positions
 from supcon_jax.parallel import create_mesh

@@ -11,9 +11,9 @@ from PIL import Image
 
 from supcon_jax import memory, pretrain
 from supcon_jax.checkpoint import digest, restore_encoder
-from supcon_jax.config import KEYS
 from supcon_jax.data.datasets import open_source
 from supcon_jax.data.identity import identify
+from supcon_jax.keys import KEYS
 from supcon_jax.linear_eval import linear_eval
 from supcon_jax.run import open_run
 from supcon_jax.workdir import differing_keys, open_workdir, read_config

@@ -9,14 +9,7 @@ from typing import Any
 import numpy as np
 
 from supcon_jax import storage
-from supcon_jax.data.sources import (
-    UNLABELLED,
-    UNREAD,
-    Encoded,
-    Map,
-    Source,
-    Unreadable,
-)
+from supcon_jax.data.sources import UNLABELLED, UNREAD, Encoded, Map, Source, Unreadable
 
 # A record is its length (8 bytes), a checksum (4), the data, a checksum (4).
 HEADER_BYTES, FOOTER_BYTES = 12, 4

@@ -16,12 +16,13 @@ from jax.sharding import Mesh
 
 from supcon_jax import builders, parallel, storage
 from supcon_jax.checkpoint import digest, restore_encoder
-from supcon_jax.config import TRAINING_MODES, config_of
+from supcon_jax.config import config_of
 from supcon_jax.data.identity import identify
 from supcon_jax.data.pipeline import eval_batches
 from supcon_jax.data.sources import READ_AT_START_BYTES, ArraySource, Source
 from supcon_jax.evaluation.calibration import log_probabilities
 from supcon_jax.evaluation.predict import Predictor
+from supcon_jax.keys import TRAINING_MODES
 from supcon_jax.logs import progress
 from supcon_jax.losses import supcon_loss
 from supcon_jax.page.records import RunRecord

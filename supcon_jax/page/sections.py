@@ -10,13 +10,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from supcon_jax.config import KEYS, flatten
+from supcon_jax.config import flatten
 from supcon_jax.evaluation.calibration import (
     log_probabilities,
     reliability,
     scale_by_halves,
 )
 from supcon_jax.evaluation.classification import class_accuracies, confusion_matrix
+from supcon_jax.keys import KEYS
 from supcon_jax.logs import format_duration
 from supcon_jax.metrics import METRICS, is_result
 from supcon_jax.page import charts

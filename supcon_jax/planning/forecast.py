@@ -19,10 +19,10 @@ import jax
 from ml_collections import ConfigDict
 
 from supcon_jax import builders, parallel
-from supcon_jax.config import TRAINING_MODES
 from supcon_jax.data.datasets import SOURCES
 from supcon_jax.data.pipeline import on_host
 from supcon_jax.data.sampler import shuffled
+from supcon_jax.keys import TRAINING_MODES
 from supcon_jax.logs import format_duration
 from supcon_jax.memory import StepMemory, out_of_memory, step_memory
 from supcon_jax.plan import Plan, create_plan

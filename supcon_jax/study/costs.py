@@ -13,7 +13,8 @@ import jax
 from ml_collections import ConfigDict
 
 from supcon_jax import parallel
-from supcon_jax.config import KEYS, TRAINING_MODES, config_of
+from supcon_jax.config import config_of
+from supcon_jax.keys import KEYS, TRAINING_MODES
 from supcon_jax.logs import format_duration
 from supcon_jax.plan import create_plan
 from supcon_jax.planning.flops import count_flops

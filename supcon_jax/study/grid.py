@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from supcon_jax.config import TRAINING_MODES, flatten
+from supcon_jax.config import flatten
+from supcon_jax.keys import TRAINING_MODES
 from supcon_jax.tools.arguments import load_config
 
 # "[stage:]key" -> value; without a stage the first one is meant, and "all" means each that

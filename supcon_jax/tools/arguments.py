@@ -10,8 +10,9 @@ import runpy
 from ml_collections import ConfigDict
 
 from supcon_jax import storage
-from supcon_jax.config import KEYS, check_config, unknown_key
+from supcon_jax.config import check_config, unknown_key
 from supcon_jax.config_files import find_file, make_importable
+from supcon_jax.keys import KEYS
 
 # Keys that say where the data of a run are, and change nothing else.
 PLACES = ("data.dir", "data.root", "data.skip_errors")

@@ -28,11 +28,13 @@ from ml_collections import ConfigDict
 from supcon_jax import builders, features, parallel, storage
 from supcon_jax.checkpoint import digest, restore_state
 from supcon_jax.cli import one_line_errors
-from supcon_jax.config import ENCODER_KEYS, config_of
+from supcon_jax.config import config_of
 from supcon_jax.data.datasets import open_source
-from supcon_jax.data.sources import Source, take_classes
+from supcon_jax.data.selection import take_classes
+from supcon_jax.data.sources import Source
 from supcon_jax.evaluation.embeddings import detection_metrics, embedding_metrics
 from supcon_jax.features import Features
+from supcon_jax.keys import ENCODER_KEYS
 from supcon_jax.logs import setup_logging
 from supcon_jax.metrics import METRICS, label_and_value
 from supcon_jax.objectives import has_projection
