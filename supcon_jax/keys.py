@@ -113,6 +113,13 @@ def _number(low: float, high: float = math.inf, *, above: bool = False) -> Rule:
     return Rule(holds, least if high == math.inf else f"{least} and at most {high}")
 
 
+def _size_or_open() -> Rule:
+    """A count, or what leaves it to a folder (`OPEN`)."""
+    return Rule(
+        lambda x: math.isfinite(x) and x >= 0, "at least 1, or 0 with data.name=folder"
+    )
+
+
 def _numbers(
     length: int | None,
     low: float,
@@ -160,9 +167,15 @@ KEYS: dict[str, Key] = {
         _one_of((*TRAINING_MODES, "evaluate", "robustness")),
     ),
     "seed": Key(0, _number(0, 2**31 - 1)),
-    "batch_size": Key(256, _number(0)),
+    "batch_size": Key(256, _size_or_open()),
     "microbatch_size": Key(0, _number(0)),
-    "epochs": Key(100.0, _number(0)),
+    "epochs": Key(
+        100.0,
+        Rule(
+            lambda x: math.isfinite(x) and x >= 0,
+            "above 0, or 0 with data.name=folder",
+        ),
+    ),
     "total_steps": Key(0, _number(0)),
     "log_every": Key(100, _number(1), free=True),
     "eval_every": Key(0, _number(0), free=True),
@@ -214,8 +227,8 @@ KEYS: dict[str, Key] = {
     "data.keep_gib": Key(4.0, _number(0), free=True),
     "data.skip_errors": Key(False, _FLAG, free=True),
     "data.fake": Key(False, _FLAG),
-    "data.image_size": Key(32, _number(0)),
-    "data.eval_resize": Key(32, _number(0)),
+    "data.image_size": Key(32, _size_or_open()),
+    "data.eval_resize": Key(32, _size_or_open()),
     "data.views": Key(2, _number(1)),
     "data.mean": Key((0.5, 0.5, 0.5), _numbers(3, 0)),
     "data.std": Key((0.5, 0.5, 0.5), _numbers(3, 0, above=True)),

@@ -29,8 +29,9 @@ def raising(error):
 def test_our_refusals_are_mistakes(capsys):
     code, told = ended(lambda: config.check_config(refused_config()), capsys)
     assert code == 2
-    assert (
-        told == "error: got batch_size=0; allowed: at least 1 (--config.batch_size)\n"
+    assert told == (
+        "error: got batch_size=-1; allowed: at least 1, or 0 with data.name=folder "
+        "(--config.batch_size)\n"
     )
 
 
@@ -38,7 +39,7 @@ def refused_config():
     from configs import digits
 
     found = digits.get_config()
-    found.batch_size = 0
+    found.batch_size = -1
     return found
 
 
