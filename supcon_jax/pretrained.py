@@ -214,7 +214,7 @@ def find_encoder(workdir: str) -> tuple[SavedEncoder, str]:
         newest = checkpoint_dir(workdir) / str(steps[-1]) if steps else None
         if newest is not None and storage.is_dir(newest / "encoder"):
             return SavedEncoder(storage.absolute(workdir), steps[-1], average), noted
-        weights = config["encoder"].get("init_from", "")
+        weights = config.get("encoder", {}).get("init_from", "")
         if weights and not storage.is_dir(storage.absolute(weights)):
             raise ValueError(f"the run in {workdir} has its encoder from {weights}")
         pretrained = config.get("pretrained", "") or weights

@@ -59,6 +59,7 @@ def arrays_in(place):
     return storage.join(place, "digits.npz")
 
 
+@pytest.mark.slow
 def test_the_journey_of_the_digits_in_a_bucket(bucket, tmp_path, monkeypatch, messages):
     """Pretraining, a kill, a resume, a move, both evaluations: the bits of a disk."""
     (tmp_path / "data").mkdir()
@@ -427,6 +428,7 @@ def test_the_compilation_cache_in_a_bucket(bucket, monkeypatch):
         jax.config.update("jax_compilation_cache_dir", before)
 
 
+@pytest.mark.slow
 def test_damage_and_a_second_run_in_a_bucket(bucket, messages):
     """The newest step is cut off: it is put aside, and training goes on from before."""
     config = pretrain_config(checkpoint_every=6)

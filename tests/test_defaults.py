@@ -170,7 +170,7 @@ def test_the_batch_is_halved_until_it_fits(photos, monkeypatch):
 
         lower = compile = lambda self: self
 
-    monkeypatch.setattr(defaults, "create_plan", lambda config, *_, **__: Plan(config))
+    monkeypatch.setattr(defaults, "plan_for", lambda config, *_, **__: Plan(config))
     assert resolve(folder_config(photos)).batch_size == 8
     device_memory = 0  # whatever does not fit is refused by the run, with its reasons
     assert resolve(folder_config(photos)).batch_size == parallel.create_mesh().size

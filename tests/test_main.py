@@ -145,6 +145,7 @@ def test_a_device_that_is_not_there(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_without_a_home(tmp_path):
     """No HOME and no such user: nothing is cached, and the run goes on."""
     environment = {k: v for k, v in os.environ.items() if k != "HOME"}

@@ -235,6 +235,7 @@ def test_sets_of_one_image_can_be_held_out(tmp_path):
     assert np.sum(np.any(weights, axis=1)) == 4
 
 
+@pytest.mark.slow
 def test_batches_hold_rows_of_weights(folder, one_layer):
     config = pretrain_config(**settings(folder))
     train, evaluation = open_sources(config)

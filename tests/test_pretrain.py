@@ -261,6 +261,7 @@ def test_diverged_loss_stops_before_it_is_saved(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_momentum_queue_and_probe_survive_an_interrupt(tmp_path, monkeypatch):
     """Queue, average and probe lie in the checkpoint: the same bits as without a stop."""
     config = pretrain_config(

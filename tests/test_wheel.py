@@ -4,6 +4,7 @@ import pathlib
 import subprocess
 import sys
 import venv
+import zipfile
 
 import pytest
 
@@ -47,6 +48,8 @@ def test_the_wheel_runs_without_the_checkout(tmp_path):
     venv.create(tmp_path / "env", with_pip=True)
     bin_ = tmp_path / "env" / "bin"
     (wheel,) = wheels.iterdir()
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {"supcon_jax/py.typed", "supcon_jax/page/style.css"} < {*names}
     subprocess.run([bin_ / "python", "-m", "pip", "install", "-q", wheel], check=True)
 
     def run(*command):

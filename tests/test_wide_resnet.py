@@ -79,6 +79,7 @@ def test_forward_pass_equals_numpy(train):
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_bfloat16_and_remat():
     encoder = create_encoder("wrn16_4", stem="cifar", width=0.25, dtype=jnp.bfloat16)
     images = jnp.ones((2, 8, 8, 3))
@@ -93,6 +94,7 @@ def test_bfloat16_and_remat():
     np.testing.assert_allclose(low, outputs[0], rtol=0.1, atol=0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.slow
 def test_it_trains_over_devices(tmp_path):
     config = pretrain_config(**{"encoder.name": "wrn16_4", "encoder.width": 0.1})
