@@ -250,6 +250,7 @@ def test_no_permission_is_told_in_one_line(forbidden):
             use()
 
 
+@pytest.mark.slow
 def test_a_bucket_that_is_away_is_waited_for_with_a_word(
     emulator, bucket, messages, monkeypatch
 ):
@@ -265,6 +266,7 @@ def test_a_bucket_that_is_away_is_waited_for_with_a_word(
     assert "answers again" in messages[-1]
 
 
+@pytest.mark.slow
 def test_a_bucket_that_stays_away_is_given_up(emulator, bucket, monkeypatch):
     monkeypatch.setattr(files, "PATIENCE_S", 0.1)
     emulator.stop()

@@ -137,6 +137,7 @@ def evaluation_config(config, workdir):
     return ours
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_to_the_same_bits(
     tuned, pretrained, other_data, tmp_path, monkeypatch
 ):

@@ -201,6 +201,7 @@ def test_a_mistake_in_the_flags_of_one_process_ends_all(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_workdirs_that_are_not_shared_are_refused(tmp_path):
     with main_job(2, [tmp_path / "a", tmp_path / "b"]) as job:
         job.wait(60)

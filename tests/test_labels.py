@@ -82,6 +82,7 @@ def test_unlabelled_images_in_every_kind_of_run(partly, tmp_path, caplog):
     assert final["eval/num_examples"] == 15 and np.isfinite(final["train/loss"])
 
 
+@pytest.mark.slow
 def test_simclr_trains_and_is_evaluated_without_any_label(tmp_path, caplog):
     caplog.set_level("INFO", "supcon_jax")
     none = save(tmp_path / "none.npz", train=np.full(32, -1), test=np.full(16, -1))

@@ -459,6 +459,7 @@ def test_all_modes_start_from_a_file(weights, tmp_path, caplog):
     assert_trees_equal(run.frozen[0], expected)
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_does_not_read_the_weights_again(weights, tmp_path):
     path, expected = weights
     moved = tmp_path / "moved.safetensors"
