@@ -21,6 +21,9 @@ def test_it_runs_from_top_to_bottom(tmp_path):
     nbformat = pytest.importorskip("nbformat", reason='needs pip install -e ".[docs]"')
     nbclient = pytest.importorskip("nbclient", reason='needs pip install -e ".[docs]"')
     notebook = nbformat.read(TOUR, as_version=4)
-    nbclient.NotebookClient(
+    done = nbclient.NotebookClient(
         notebook, timeout=600, resources={"metadata": {"path": str(tmp_path)}}
     ).execute()
+    told = str([cell.get("outputs") for cell in done.cells])
+    assert "-0.33" in told  # the corners of a tetrahedron
+    assert told.count("'image/png'") == 2
