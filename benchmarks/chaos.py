@@ -41,7 +41,7 @@ from benchmarks.step_runs import describe_machine, table, tell
 from configs import digits
 from supcon_jax import hosts, parallel
 from supcon_jax.checkpoint import Checkpointer, digest, restore_encoder, saved_steps
-from supcon_jax.plan import create_plan
+from supcon_jax.run.plan import create_plan
 from supcon_jax.writers import read_metrics
 from tests.damage import KINDS, damage, files_of
 from tests.faults import commands

@@ -25,8 +25,8 @@ from supcon_jax import parallel
 from supcon_jax.data.datasets import open_source
 from supcon_jax.data.pipeline import eval_batches, load_small
 from supcon_jax.data.sources import ArraySource, Source
-from supcon_jax.plan import create_plan, init_encoder
-from supcon_jax.run import create_predictor
+from supcon_jax.run.batches import create_predictor
+from supcon_jax.run.plan import create_plan, init_encoder
 
 
 def main() -> None:

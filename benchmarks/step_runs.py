@@ -16,9 +16,9 @@ from ml_collections import ConfigDict
 
 from configs import common, supcon_r50
 from supcon_jax import parallel
-from supcon_jax.memory import step_memory
-from supcon_jax.plan import Plan, create_plan
 from supcon_jax.planning.flops import count_flops
+from supcon_jax.run.memory import step_memory
+from supcon_jax.run.plan import Plan, create_plan
 
 BASELINE = "cross-entropy"
 METHODS = (BASELINE, "SupCon", "SimCLR", "microbatched", "remat")

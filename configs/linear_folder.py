@@ -4,16 +4,30 @@
 
 The solution on features of plain images, nothing to tune (docs/evaluation.md); it draws
 which classes are taken for which. Hardware: any. Time: seconds to minutes, one look at
-every photo. Expected: docs/your_own_data.md.
+every photo. `:multilabel` (docs/data.md) trains it by SGD, a sigmoid for each class.
+Expected: docs/your_own_data.md.
 """
 
 from configs import common, supcon_folder
 
 
-def get_config():
+def get_config(variant: str = ""):
     config = common.get_config()
-    common.set_linear(config, "supcon_folder")
-    config.probe.solver = "lbfgs"
-    config.next_config = "supcon_jax.tools.predict"
-    supcon_folder.set_folder(config)
+    common.set_linear(config, common.run_name("supcon_folder", variant))
+    supcon_folder.set_folder(config, variant)
+    if variant:
+        sgd(config)
+    else:
+        config.probe.solver = "lbfgs"
+        config.next_config = "supcon_jax.tools.predict"
     return config
+
+
+def sgd(config):
+    """Ours: as the digits' probe by SGD, for as many epochs as the encoder had."""
+    config.batch_size = 0
+    config.epochs = 0.0
+    config.log_every = 20
+    config.optimizer.name = "rmsprop"
+    config.optimizer.learning_rate = 0.05
+    config.optimizer.schedule = "cosine"

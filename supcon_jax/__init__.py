@@ -1,7 +1,7 @@
 """Supervised Contrastive Learning in JAX (Khosla et al., arXiv 2004.11362).
 
-    from supcon_jax import supcon_loss  # for a training loop of your own
-    from supcon_jax import load_model  # a finished run: .embed(images), .predict(images)
+    from supcon_jax import supcon_loss# for a training loop of your own
+    from supcon_jax import load_model# a finished run: .embed(images), .predict(images)
 
 Importing the package imports nothing else; the loss imports JAX alone: no TensorFlow, no
 flags, no files.
@@ -17,10 +17,13 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = ["load_model", "supcon_loss"]
 
-load_model: Callable[..., Any]  # of inference.py, which knows configs and checkpoints
+load_model: Callable[..., Any]  # of inference/, which knows configs and checkpoints
 # Loaded when they are first asked for, so that the program can answer a mistake in its
 # flags, or a signal, before the second that importing JAX takes.
-_HOMES = {"load_model": "supcon_jax.inference", "supcon_loss": "supcon_jax.losses"}
+_HOMES = {
+    "load_model": "supcon_jax.inference.model",
+    "supcon_loss": "supcon_jax.losses",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -16,7 +16,7 @@ from typing import NoReturn
 from absl import app, flags
 from ml_collections import config_flags
 
-from supcon_jax.config_files import config_files, find_file, make_importable
+from supcon_jax.config.files import config_files, find_file, make_importable
 
 # What launchers say to processes of a job; a mistake in a single one's flags is told before
 # the second that importing JAX takes.
@@ -127,8 +127,8 @@ def _with_config_found(argv: list[str]) -> list[str]:
 
 def _unknown_key(argv: list[str]) -> str | None:
     """What is wrong with the first override that names no key."""
-    from supcon_jax.config import unknown_key
-    from supcon_jax.keys import KEYS
+    from supcon_jax.config.check import unknown_key
+    from supcon_jax.config.keys import KEYS
 
     for argument in argv[1:]:
         key = argument.partition("=")[0].lstrip("-").removeprefix("config.")
@@ -157,7 +157,7 @@ def _refuse_in_all(line: str, code: int) -> None:
 def _stopped_early(*_: object) -> None:
     """A preemption while the program is still being loaded: there is nothing to save."""
     print("stopped before anything was saved; the same command starts anew", flush=True)
-    code = os.environ.get("SUPCON_STOPPED_CODE", "0")  # supcon_jax/stop.py
+    code = os.environ.get("SUPCON_STOPPED_CODE", "0")  # supcon_jax/run/stop.py
     os._exit(int(code) if code.isdigit() and int(code) < 256 else 0)
 
 

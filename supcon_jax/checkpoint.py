@@ -72,16 +72,15 @@ class Checkpointer:
     """Saves and restores the TrainStates of one workdir, asynchronously.
 
     Keeps the newest `keep` steps, and beside them the one that is best by
-    `metrics.best_metric`.
+    `metrics.best_metric` of what was measured.
     """
 
     def __init__(self, workdir: str | pathlib.Path, *, keep: int = 2):
-        self._best = best_metric()
         policy = AnyPreservationPolicy(
             [
                 LatestN(keep),
                 BestN(
-                    get_metric_fn=lambda metrics: metrics[self._best],
+                    get_metric_fn=lambda kept: kept[best_metric(kept)],
                     n=1,
                     keep_checkpoints_without_metrics=False,
                 ),
@@ -113,13 +112,14 @@ class Checkpointer:
           state: on every device alike.
           step: its number.
           metrics: of its evaluation, if there was one; the best step is kept.
-          health: what the next save is judged against, see health.py.
+          health: what the next save is judged against, see run/health.py.
           told: the metrics of the last step of a run, for its final line.
 
         Raises:
           OSError: this save or the one before could not be written.
         """
-        known = {self._best: metrics[self._best]} if self._best in metrics else None
+        best = best_metric(metrics)
+        known = None if best is None else {best: metrics[best]}
         trees = _split(state)
         items: dict[str, Any] = {n: ocp.args.StandardSave(t) for n, t in trees.items()}
         record = {"digests": _digests(trees), "health": health or {}}

@@ -23,7 +23,7 @@ from typing import NoReturn
 import jax
 
 from supcon_jax import hosts
-from supcon_jax.stop import (
+from supcon_jax.run.stop import (
     Stopped,
     Unwritable,
     leave,

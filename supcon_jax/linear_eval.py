@@ -13,11 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from supcon_jax import features, hosts, loop, parallel, report, storage
+from supcon_jax import hosts, parallel, storage
 from supcon_jax.checkpoint import Checkpointer
-from supcon_jax.config import check_config
+from supcon_jax.config.check import check_config
+from supcon_jax.config.defaults import resolve
 from supcon_jax.data.sources import Source
-from supcon_jax.defaults import resolve
 from supcon_jax.evaluate import write_classes
 from supcon_jax.evaluation.classification import (
     classification_sums,
@@ -26,20 +26,23 @@ from supcon_jax.evaluation.classification import (
 )
 from supcon_jax.evaluation.logistic import Solution, fit_classifier
 from supcon_jax.evaluation.multilabel import multilabel_metrics
-from supcon_jax.features import Features
-from supcon_jax.loop import Evaluate, Metrics
 from supcon_jax.losses.cross_entropy import logit_adjustment
 from supcon_jax.metrics import on_end
 from supcon_jax.models.heads import l2_normalize
-from supcon_jax.pretrained import (
+from supcon_jax.pretrained import features
+from supcon_jax.pretrained.features import Features
+from supcon_jax.pretrained.model import (
     RANDOM,
     check_pretrained,
     load_encoder,
     take_projection,
 )
-from supcon_jax.run import Run, build_predictor, count_classes, open_run
+from supcon_jax.run import loop, report
+from supcon_jax.run.loop import Evaluate, Metrics
+from supcon_jax.run.opening import Run, build_predictor, open_run
+from supcon_jax.run.splits import count_classes
+from supcon_jax.run.stop import StopRequests
 from supcon_jax.steps.state import TrainState
-from supcon_jax.stop import StopRequests
 from supcon_jax.writers import MetricWriter
 
 logger = logging.getLogger(__name__)

@@ -6,6 +6,7 @@ metrics.jsonl. A metric without an entry is written all the same, and shown nowh
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from supcon_jax.evaluation.corruption import CORRUPTIONS, SEVERITIES
@@ -78,7 +79,7 @@ METRICS: dict[str, Metric] = {
     "knn/average_top1": Metric(
         "kNN top-1 of the average {:.2%}", "accuracy", "s-", on_end=True
     ),
-    "knn/map": Metric("kNN mAP {:.2%}", "accuracy", "o-", on_end=True),
+    "knn/map": Metric("kNN mAP {:.2%}", "accuracy", "o-", on_end=True, is_best_by=True),
     "knn/average_map": Metric(
         "kNN mAP of the average {:.2%}", "accuracy", "s-", on_end=True
     ),
@@ -163,9 +164,10 @@ def label_and_value(name: str, value: float) -> tuple[str, str]:
     return label.strip(" ()"), (brace + form).strip(")").format(value)
 
 
-def best_metric() -> str:
-    """The metric by which the best checkpoint is kept: the last with `is_best_by`."""
-    return [name for name, metric in METRICS.items() if metric.is_best_by][-1]
+def best_metric(metrics: Mapping[str, float]) -> str | None:
+    """The one of these metrics by which the best checkpoint is kept: the last `is_best_by`."""
+    known = [n for n, metric in METRICS.items() if metric.is_best_by and n in metrics]
+    return known[-1] if known else None
 
 
 def is_share(name: str) -> bool:

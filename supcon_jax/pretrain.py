@@ -9,22 +9,23 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from supcon_jax import loop
-from supcon_jax.config import check_config
+from supcon_jax.config.check import check_config
+from supcon_jax.config.defaults import resolve
 from supcon_jax.data.selection import take_labelled, take_subset
 from supcon_jax.data.sources import has_labels
-from supcon_jax.defaults import resolve
 from supcon_jax.evaluation.knn import knn_accuracy
 from supcon_jax.evaluation.multilabel import knn_mean_average_precision
 from supcon_jax.evaluation.rankme import rankme
-from supcon_jax.initial import load_weights
-from supcon_jax.loop import Evaluate
 from supcon_jax.models import EncoderWithProjection
 from supcon_jax.objectives import OBJECTIVES
-from supcon_jax.pretrained import check_pretrained
-from supcon_jax.run import Run, build_predictor, build_train_batches, open_run
+from supcon_jax.pretrained.initial import load_weights
+from supcon_jax.pretrained.model import check_pretrained
+from supcon_jax.run import loop
+from supcon_jax.run.batches import build_train_batches
+from supcon_jax.run.loop import Evaluate
+from supcon_jax.run.opening import Run, build_predictor, open_run
+from supcon_jax.run.stop import StopRequests
 from supcon_jax.steps.state import TrainState
-from supcon_jax.stop import StopRequests
 
 logger = logging.getLogger(__name__)
 PyTree = Any

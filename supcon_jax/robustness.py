@@ -21,7 +21,8 @@ from ml_collections import ConfigDict
 
 from supcon_jax import hosts, storage
 from supcon_jax.checkpoint import digest
-from supcon_jax.config import check_config
+from supcon_jax.config.check import check_config
+from supcon_jax.config.defaults import resolve
 from supcon_jax.data.corrupted import (
     check_whole,
     class_numbers,
@@ -32,16 +33,11 @@ from supcon_jax.data.datasets import open_source
 from supcon_jax.data.identity import identify
 from supcon_jax.data.pipeline import check_image_size
 from supcon_jax.data.sources import Source
-from supcon_jax.defaults import resolve
 from supcon_jax.evaluate import open_classifier
 from supcon_jax.evaluation import classification
 from supcon_jax.evaluation.calibration import expected_calibration_error
 from supcon_jax.evaluation.corruption import ALEXNET, PUBLISHED, Reference
-from supcon_jax.figures import plot_robustness
-from supcon_jax.logs import add_log_file, format_duration, progress
-from supcon_jax.pretrained import TrainedModel
-from supcon_jax.report import report_result
-from supcon_jax.robustness_table import (
+from supcon_jax.evaluation.robustness_table import (
     CLEAN,
     Results,
     as_text,
@@ -49,9 +45,14 @@ from supcon_jax.robustness_table import (
     summarize,
     table,
 )
-from supcon_jax.run import create_predictor, prepare
-from supcon_jax.stop import Stopped, StopRequests, restart_command
-from supcon_jax.workdir import finished_metrics, leave, local_folder, open_workdir
+from supcon_jax.figures import plot_robustness
+from supcon_jax.logs import add_log_file, format_duration, progress
+from supcon_jax.pretrained.model import TrainedModel
+from supcon_jax.run.batches import create_predictor
+from supcon_jax.run.opening import prepare
+from supcon_jax.run.report import report_result
+from supcon_jax.run.stop import Stopped, StopRequests, restart_command
+from supcon_jax.run.workdir import finished_metrics, leave, local_folder, open_workdir
 from supcon_jax.writers import MetricWriter
 
 logger = logging.getLogger(__name__)

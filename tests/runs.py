@@ -7,9 +7,10 @@ import numpy as np
 from configs import digits, linear_digits
 from supcon_jax.checkpoint import Checkpointer
 from supcon_jax.evaluation.corruption import CORRUPTIONS, SEVERITIES
-from supcon_jax.loop import restore_or_init
-from supcon_jax.run import build_train_batches, open_run
-from supcon_jax.workdir import leave
+from supcon_jax.run.batches import build_train_batches
+from supcon_jax.run.loop import restore_or_init
+from supcon_jax.run.opening import open_run
+from supcon_jax.run.workdir import leave
 from supcon_jax.writers import MetricWriter
 
 

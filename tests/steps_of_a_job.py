@@ -14,7 +14,7 @@ import numpy as np
 
 from supcon_jax import hosts, parallel
 from supcon_jax.cli import one_line_errors
-from supcon_jax.run import open_run
+from supcon_jax.run.opening import open_run
 from tests.runs import first_batches, pretrain_config
 
 STEPS = 3

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from benchmarks import cifar10, step_runs, step_tasks, train_step
-from supcon_jax.config import check_config
+from supcon_jax.config.check import check_config
 from supcon_jax.losses import supcon_loss
 from supcon_jax.planning.flops import count_flops, loss_flops
 

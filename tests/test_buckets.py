@@ -22,7 +22,7 @@ from supcon_jax.data.datasets import open_source
 from supcon_jax.evaluate import evaluate
 from supcon_jax.linear_eval import linear_eval
 from supcon_jax.pretrain import pretrain
-from supcon_jax.run import setup_compilation_cache
+from supcon_jax.run.opening import setup_compilation_cache
 from supcon_jax.storage import epaths, files
 from supcon_jax.storage.mirror import Mirror
 from supcon_jax.tools import seeds

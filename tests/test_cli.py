@@ -6,10 +6,10 @@ import jax
 import numpy as np
 import pytest
 
-from supcon_jax import config
 from supcon_jax.cli import one_line_errors
+from supcon_jax.config import check as config
 from supcon_jax.losses import supcon_loss
-from supcon_jax.stop import Stopped
+from supcon_jax.run.stop import Stopped
 
 
 def ended(action, capsys):

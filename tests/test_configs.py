@@ -13,11 +13,12 @@ import pytest
 from PIL import Image
 
 from configs import common
-from supcon_jax import builders, pretrain
-from supcon_jax import run as run_module
-from supcon_jax.config import check_config, flatten
+from supcon_jax import pretrain
+from supcon_jax.config.check import check_config, flatten
+from supcon_jax.config.keys import ENCODER_KEYS, KEYS
 from supcon_jax.evaluation.knn import knn_accuracy
-from supcon_jax.keys import ENCODER_KEYS, KEYS
+from supcon_jax.run import builders, splits
+from supcon_jax.run import opening as run_module
 from tests.config_files import ALL, FILES, load, load_named
 from tests.runs import first_batches
 
@@ -414,7 +415,7 @@ def test_data_keys(tmp_path):
         )
 
     def sources(**overrides):
-        return run_module.open_sources(tiny(**overrides))
+        return splits.open_sources(tiny(**overrides))
 
     digits = sources()
     assert [s.num_examples for s in digits] == [1297, 500]
@@ -436,12 +437,12 @@ def test_data_keys(tmp_path):
 
 def test_keys_that_choose_examples(tmp_path):
     def labels(**overrides):
-        return run_module.open_sources(tiny(**overrides))[0].labels.tolist()
+        return splits.open_sources(tiny(**overrides))[0].labels.tolist()
 
     whole = labels()
-    train, held_out = run_module.open_sources(tiny(**{"data.validation_fraction": 0.2}))
+    train, held_out = splits.open_sources(tiny(**{"data.validation_fraction": 0.2}))
     assert (train.num_examples, held_out.num_examples) == (1038, 259)
-    some = run_module.open_sources(tiny(**{"data.classes": (7, 1)}))
+    some = splits.open_sources(tiny(**{"data.classes": (7, 1)}))
     assert [s.class_names for s in some] == [("7", "1")] * 2
     assert [len(np.unique(s.labels)) for s in some] == [2, 2]
     assert len(labels(**{"data.fraction": 0.25})) == 324

@@ -5,13 +5,16 @@ import pytest
 from PIL import Image
 
 from configs import common, evaluate_folder, linear_folder, supcon_folder
-from supcon_jax import defaults, evaluate, linear_eval, memory, parallel, pretrain, run
-from supcon_jax.config import check_config, open_keys
-from supcon_jax.defaults import resolve
+from supcon_jax import evaluate, linear_eval, parallel, pretrain
+from supcon_jax.config import defaults
+from supcon_jax.config.check import check_config, open_keys
+from supcon_jax.config.defaults import resolve
 from supcon_jax.models import ENCODERS
-from supcon_jax.report import log_data
+from supcon_jax.run import memory, splits
+from supcon_jax.run import opening as run
+from supcon_jax.run.report import log_data
+from supcon_jax.run.workdir import read_config
 from supcon_jax.tools.show_batch import draw
-from supcon_jax.workdir import read_config
 from tests.runs import build_one_layer
 
 FITS = defaults._fits
@@ -86,7 +89,7 @@ def test_all_is_chosen_by_the_rules(photos, caplog):
             r.getMessage().startswith("chosen: ") and key in r.getMessage()
             for r in caplog.records
         ), key
-    train, held = run.open_sources(config)
+    train, held = splits.open_sources(config)
     assert np.bincount(train.labels).tolist() == [16, 8, 8]
     assert np.bincount(held.labels).tolist() == [4, 2, 2]
 
@@ -288,7 +291,7 @@ def test_only_a_folder_is_looked_at(key, photos):
 
 
 def test_a_plan_without_data_asks_for_values(photos):
-    from supcon_jax.plan import create_plan
+    from supcon_jax.run.plan import create_plan
 
     with pytest.raises(ValueError, match="batch_size=0, .*give a value here"):
         create_plan(

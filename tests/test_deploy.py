@@ -10,8 +10,8 @@ import sys
 import pytest
 import yaml
 
+from supcon_jax.config.loading import load_config
 from supcon_jax.planning.topologies import find_topology
-from supcon_jax.tools.arguments import load_config
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 DEPLOY = ROOT / "deploy"

@@ -19,8 +19,8 @@ import numpy as np
 import pytest
 
 from supcon_jax import pretrain
-from supcon_jax.config import check_config
-from supcon_jax.tools.arguments import load_config
+from supcon_jax.config.check import check_config
+from supcon_jax.config.loading import load_config
 from tests.runs import pretrain_config
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -246,15 +246,10 @@ NOT_RUN = {
     "python -m supcon_jax.tools.study studies/wins.py": (
         "176 jobs; tests/test_study.py checks every study file and runs a small one"
     ),
-    "python main.py --config=configs/digits.py --config.data.name=multilabel  "
-    "--config.data.root=DIR --workdir=runs/several": (
-        "needs a labels.csv; tests/test_multilabel.py"
-    ),
-    "python main.py --config=configs/linear_digits.py:sgd "
-    "--config.data.name=multilabel  --config.data.root=DIR "
-    "--config.pretrained=runs/several --workdir=runs/linear_several": (
-        "needs a labels.csv; tests/test_multilabel.py"
-    ),
+    "python main.py --config=configs/supcon_folder.py:multilabel "
+    "--config.data.root=DIR": "needs a labels.csv; tests/test_multilabel.py",
+    "python main.py --config=configs/linear_folder.py:multilabel "
+    "--config.data.root=DIR": "needs a labels.csv; tests/test_multilabel.py",
     "python main.py --config=configs/linear_vit_s.py --config.data.dir=DIR  "
     "--config.pretrained= --config.encoder.init_from=FILE": (
         "needs weights; tests/test_weights.py"

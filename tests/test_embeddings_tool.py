@@ -9,11 +9,14 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from supcon_jax import features, linear_eval, parallel, pretrained
+from supcon_jax import linear_eval, parallel
 from supcon_jax.checkpoint import restore_state
 from supcon_jax.data.datasets import open_source
 from supcon_jax.evaluation import embeddings as measured
-from supcon_jax.run import create_predictor, open_sources
+from supcon_jax.pretrained import features
+from supcon_jax.pretrained import model as pretrained
+from supcon_jax.run.batches import create_predictor
+from supcon_jax.run.splits import open_sources
 from supcon_jax.tools import embeddings
 from tests.runs import pretrain_config, probe_config, untrained_run
 

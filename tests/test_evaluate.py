@@ -17,7 +17,7 @@ from sklearn.metrics import (
 from configs import evaluate_digits
 from supcon_jax import evaluate, linear_eval, parallel, pretrain
 from supcon_jax.checkpoint import digest, restore_encoder
-from supcon_jax.pretrained import SavedEncoder, find_encoder
+from supcon_jax.pretrained.model import SavedEncoder, find_encoder
 from tests.runs import linear_config, pretrain_config, shrink, snapshot
 
 

@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 
 import supcon_jax
-from supcon_jax import export, linear_eval
+from supcon_jax import linear_eval
 from supcon_jax.data.datasets import open_source
 from supcon_jax.data.images import central_crop
-from supcon_jax.model_card import write_card
+from supcon_jax.inference import export
+from supcon_jax.inference.model_card import write_card
 from supcon_jax.models import create_encoder
 from supcon_jax.tools import export as tool
 from supcon_jax.weights import read_weights
@@ -287,7 +288,7 @@ def test_onnx_gives_the_same(model, tmp_path):
         if importlib.util.find_spec(package) is None:
             pytest.skip(f"needs {package} (docs/use.md)")
     script = (
-        "import pathlib, supcon_jax; from supcon_jax import export;"
+        "import pathlib, supcon_jax; from supcon_jax.inference import export;"
         f"model = supcon_jax.load_model({model.workdir!r});"
         f"print(export.write_onnx(pathlib.Path({str(tmp_path)!r}), model, 1.5))"
     )

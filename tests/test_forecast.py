@@ -6,8 +6,6 @@ import jax
 import pytest
 
 from supcon_jax import parallel
-from supcon_jax.memory import StepMemory
-from supcon_jax.plan import create_plan
 from supcon_jax.planning import forecast, topologies
 from supcon_jax.planning.forecast import Compiled, Data, describe
 from supcon_jax.planning.roofline import (
@@ -19,6 +17,8 @@ from supcon_jax.planning.roofline import (
     step_time,
 )
 from supcon_jax.planning.topologies import CHIPS, SHAPES, Topology, find_topology
+from supcon_jax.run.memory import StepMemory
+from supcon_jax.run.plan import create_plan
 from supcon_jax.tools import plan as tool
 from supcon_jax.tools.plan import as_text
 from tests.aot import compiled_for_tpu

@@ -16,7 +16,7 @@ from supcon_jax.evaluation.gradients import (
     hard_and_easy,
     pair_gradients,
 )
-from supcon_jax.run import open_run
+from supcon_jax.run.opening import open_run
 from supcon_jax.tools import gradients
 from tests.runs import first_batches, pretrain_config, save_made_up, snapshot
 

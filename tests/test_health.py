@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from supcon_jax import health, loop, pretrain
+from supcon_jax import pretrain
 from supcon_jax.checkpoint import restore_encoder, saved_steps
-from supcon_jax.health import Health, judge
-from supcon_jax.run import open_run
+from supcon_jax.run import health, loop
+from supcon_jax.run.health import Health, judge
+from supcon_jax.run.opening import open_run
 from supcon_jax.writers import read_metrics
 from tests.runs import assert_trees_equal, pretrain_config
 from tests.small_step import BATCH, tiny_step

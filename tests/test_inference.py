@@ -9,9 +9,12 @@ from PIL import Image
 from sklearn.neighbors import NearestNeighbors
 
 import supcon_jax
-from supcon_jax import features, inference, linear_eval, reference
+from supcon_jax import linear_eval
 from supcon_jax.checkpoint import restore_encoder
 from supcon_jax.data.datasets import open_source
+from supcon_jax.inference import model as inference
+from supcon_jax.inference import reference
+from supcon_jax.pretrained import features
 from supcon_jax.tools import embed, predict
 from tests.runs import OneLayer, probe_config, untrained_run
 

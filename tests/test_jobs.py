@@ -383,7 +383,7 @@ def test_a_stuck_process_ends_all_with_stacks(tmp_path, victim, doing):
             )
         assert "in stuck_here" in job[victim].err
         # The loop, wherever it waits: in a step, or for word of a peer after one failed.
-        assert "supcon_jax/loop.py" in job[1 - victim].err
+        assert "supcon_jax/run/loop.py" in job[1 - victim].err
     assert "most recent call first" in (tmp_path / "run" / "log.txt").read_text()
 
 

@@ -29,7 +29,7 @@ from supcon_jax.evaluation.classification import classification_sums, summarize
 from supcon_jax.evaluation.knn import knn_accuracy
 from supcon_jax.linear_eval import linear_eval
 from supcon_jax.pretrain import pretrain
-from supcon_jax.run import open_sources
+from supcon_jax.run.splits import open_sources
 from tests.runs import linear_config, pretrain_config
 
 RNG = np.random.default_rng(0)

@@ -9,14 +9,14 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from supcon_jax import run as run_module
 from supcon_jax import storage
-from supcon_jax.config import check_config
+from supcon_jax.config.check import check_config
 from supcon_jax.data.blocks import BlockCache, read_examples
 from supcon_jax.data.lanes import WINDOW, Lanes, block_size
 from supcon_jax.data.pipeline import process_rows
 from supcon_jax.data.sources import PADDING, Encoded
-from supcon_jax.run import build_sampler, check_hosts
+from supcon_jax.run import batches
+from supcon_jax.run.batches import build_sampler, check_hosts
 from tests.runs import pretrain_config
 from tests.test_sources import arrays, files, noise, records
 
@@ -270,7 +270,7 @@ def test_lanes_need_shuffled_records(source, says):
 def test_noise_needs_no_lanes():
     config = pretrain_config(**{"data.lanes": 4})
     assert len(build_sampler(config, noise())(0)) == 16
-    assert run_module.build_lanes(config, records()) == Lanes(30, 4, 128)
+    assert batches.build_lanes(config, records()) == Lanes(30, 4, 128)
 
 
 # --- records in files ---

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from supcon_jax import linear_eval, parallel, pretrain
-from supcon_jax import pretrained as pretrained_model
 from supcon_jax.checkpoint import Checkpointer, restore_encoder
-from supcon_jax.plan import create_plan
-from supcon_jax.run import open_run
+from supcon_jax.pretrained import model as pretrained_model
+from supcon_jax.run.opening import open_run
+from supcon_jax.run.plan import create_plan
 from supcon_jax.writers import read_metrics
 from tests.runs import (
     assert_trees_equal,
@@ -130,7 +130,7 @@ def test_random_encoder_differs(pretrained, tmp_path):
 
 
 def test_resumes(pretrained, tmp_path, monkeypatch):
-    from supcon_jax import loop
+    from supcon_jax.run import loop
 
     whole = linear_eval.linear_eval(linear_config(pretrained), tmp_path / "whole")
     config = linear_config(pretrained, checkpoint_every=4)

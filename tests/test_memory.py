@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from supcon_jax import linear_eval, memory, parallel, pretrain
-from supcon_jax.plan import create_plan
+from supcon_jax import linear_eval, parallel, pretrain
+from supcon_jax.run import memory
+from supcon_jax.run.plan import create_plan
 from supcon_jax.steps import contrastive, linear
 from tests.runs import pretrain_config
 

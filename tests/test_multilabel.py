@@ -11,7 +11,8 @@ from PIL import Image
 from sklearn.metrics import average_precision_score
 
 from supcon_jax import linear_eval, pretrain, storage, supcon_loss
-from supcon_jax.config import check_config
+from supcon_jax.config.check import check_config
+from supcon_jax.config.loading import load_config
 from supcon_jax.data.datasets import open_source
 from supcon_jax.data.selection import hide_labels, hold_out, take_subset
 from supcon_jax.data.sources import images_by_class
@@ -24,9 +25,10 @@ from supcon_jax.evaluation.multilabel import (
 from supcon_jax.losses.cross_entropy import binary_cross_entropy_of_views
 from supcon_jax.objectives import OBJECTIVES
 from supcon_jax.parallel import create_mesh
-from supcon_jax.pretrained import load_model
-from supcon_jax.run import build_sampler, build_train_batches, open_sources
-from supcon_jax.workdir import read_facts
+from supcon_jax.pretrained.model import load_model
+from supcon_jax.run.batches import build_sampler, build_train_batches
+from supcon_jax.run.splits import open_sources
+from supcon_jax.run.workdir import read_facts
 from tests.runs import linear_config, pretrain_config
 
 COLOURS = ("blue", "green", "red")
@@ -382,6 +384,24 @@ def test_a_linear_classifier_finds_several_classes(runs):
     assert losses[-1] < losses[0]
     with pytest.raises(ValueError, match="finds several classes an image"):
         load_model(str(root / "linear"), jax.make_mesh((1,), ("data",)))
+
+
+def test_the_folder_configs_go_on_from_each_other(
+    folder, one_layer, tmp_path, messages
+):
+    """The second command is the one that the first prints, but for what makes it quick."""
+    quick = ["total_steps=2", "compilation_cache=False", "encoder.dtype=float32"]
+    quick += ["encoder.name=one_layer", "data.image_size=8", f"data.root={folder}"]
+    config = load_config("configs/supcon_folder.py:multilabel", quick)
+    pretrain.pretrain(config, tmp_path / "supcon")
+    command = next(m for m in messages if m.startswith("Next: ")).split()
+    name = next(w for w in command if w.startswith("--config="))[len("--config=") :]
+    assert name == "configs/linear_folder.py:multilabel"
+    changes = [w[len("--config.") :] for w in command if w.startswith("--config.")]
+    config = load_config(name, [*quick, *changes])
+    final = linear_eval.linear_eval(config, tmp_path / "linear")
+    assert 0 < final["eval/map"] <= 1 and final["eval/num_examples"] == 24
+    assert sum(m.startswith("Next: ") for m in messages) == 1
 
 
 def test_the_similarity_of_labels_is_that_of_the_config():

@@ -9,8 +9,8 @@ import pytest
 from configs import linear_digits, supcon_cifar10
 from supcon_jax import parallel
 from supcon_jax.models import ENCODERS
-from supcon_jax.plan import create_plan, init_encoder
-from supcon_jax.run import open_run
+from supcon_jax.run.opening import open_run
+from supcon_jax.run.plan import create_plan, init_encoder
 from tests.aot import compiled_for_tpu
 from tests.runs import build_one_layer, first_batches, linear_config, pretrain_config
 
@@ -98,7 +98,7 @@ def test_seeds_share_one_program_and_have_views_of_their_own(tmp_path):
 def test_a_step_for_tpu_chips_that_are_not_here():
     found = compiled_for_tpu(
         """
-from supcon_jax.plan import create_plan
+from supcon_jax.run.plan import create_plan
 from tests.test_plan import IMAGES, cifar_like, convolutions, tiles
 
 plan = create_plan(cifar_like(batch_size=16384), mesh, **IMAGES)

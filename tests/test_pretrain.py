@@ -17,9 +17,10 @@ import pytest
 from supcon_jax import pretrain
 from supcon_jax.checkpoint import restore_encoder, saved_steps
 from supcon_jax.data.sources import ArraySource
-from supcon_jax.run import check_positives, open_run
+from supcon_jax.run.opening import open_run
+from supcon_jax.run.splits import check_positives
+from supcon_jax.run.stop import StopRequests
 from supcon_jax.steps import contrastive
-from supcon_jax.stop import StopRequests
 from supcon_jax.writers import MetricWriter, read_metrics
 from tests.runs import assert_trees_equal, pretrain_config, snapshot
 

@@ -8,12 +8,16 @@ import pytest
 import scipy.optimize
 
 from configs import evaluate_digits
-from supcon_jax import builders, evaluate, features, linear_eval, parallel, pretrain
-from supcon_jax import pretrained as pretrained_model
+from supcon_jax import evaluate, linear_eval, parallel, pretrain
 from supcon_jax.checkpoint import Checkpointer, restore_state, saved_steps
-from supcon_jax.loop import restore_or_init
 from supcon_jax.models import EncoderWithProjection
-from supcon_jax.run import create_predictor, open_run, open_sources
+from supcon_jax.pretrained import features
+from supcon_jax.pretrained import model as pretrained_model
+from supcon_jax.run import builders
+from supcon_jax.run.batches import create_predictor
+from supcon_jax.run.loop import restore_or_init
+from supcon_jax.run.opening import open_run
+from supcon_jax.run.splits import open_sources
 from supcon_jax.writers import MetricWriter, read_metrics
 from tests.runs import (
     linear_config,

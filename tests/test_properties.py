@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from configs import digits, linear_digits
 from supcon_jax import parallel, pretrain
 from supcon_jax.cli import describe
-from supcon_jax.config import check_config, flatten
-from supcon_jax.keys import KEYS
-from supcon_jax.plan import create_plan
+from supcon_jax.config.check import check_config, flatten
+from supcon_jax.config.keys import KEYS
+from supcon_jax.run.plan import create_plan
 from tests.runs import pretrain_config
 
 NUMBERS = st.one_of(

@@ -1,22 +1,69 @@
 """What a run says in words."""
 
 import re
+import shlex
 import time
 
 import numpy as np
+import pytest
 
-from supcon_jax import report
-from supcon_jax.run import open_run
+from configs import digits, linear_digits
+from supcon_jax import storage
+from supcon_jax.config.files import config_files
+from supcon_jax.config.loading import load_config
+from supcon_jax.run import report
+from supcon_jax.run.opening import open_run
 from tests.runs import pretrain_config
 
 
 def test_next_command(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    config = pretrain_config(next_config="configs/linear_digits.py")
-    run = open_run(config, "a run")
+    run = open_run(digits.get_config(), "a run")
     assert report.next_command(run.config, run.workdir) == (
         "python main.py --config=configs/linear_digits.py '--config.pretrained=a run'"
     )
+
+
+def test_the_next_command_carries_what_the_next_config_has_otherwise(tmp_path):
+    """Other images would be seen, and another encoder would be refused."""
+    changes = {
+        "next_config": "configs/linear_digits.py",
+        "encoder.width": 0.5,
+        "data.classes": (1, 7),
+        "data.labelled_per_class": 5,
+        "data.split_seed": 3,
+    }
+    config = digits.get_config()
+    config.update_from_flattened_dict(changes)
+    command = shlex.split(report.next_command(config, tmp_path / "run"))
+    path = storage.shown(tmp_path / "run")
+    assert command[3:] == [f"--config.pretrained={path}"] + [
+        f"--config.{key}={value}"
+        for key, value in (
+            ("data.split_seed", 3),
+            ("data.classes", (1, 7)),
+            ("data.labelled_per_class", 5),
+            ("encoder.width", 0.5),
+        )
+    ]
+    following = load_config(changes["next_config"], [word[9:] for word in command[3:]])
+    assert following.encoder.width == 0.5 and following.data.classes == (1, 7)
+    # What only measures reads the encoder as it was saved, and no training images.
+    config = linear_digits.get_config()
+    config.encoder.width, config.data.labelled_per_class = 0.5, 5
+    assert report.next_command(config, tmp_path / "run").endswith(
+        f"--config.pretrained={path}"
+    )
+
+
+@pytest.mark.parametrize("name", config_files())
+def test_configs_that_follow_each_other_go_together(name, tmp_path):
+    """Their next command needs nothing but the run."""
+    config = load_config(name, [])
+    if config.next_config.startswith("configs/"):
+        command = report.next_command(config, tmp_path)
+        changed = [word for word in command.split() if word.startswith("--config.")]
+        assert all(word.startswith("--config.pretrained=") for word in changed), command
 
 
 def test_a_tool_may_be_next(tmp_path, monkeypatch):

@@ -15,8 +15,8 @@ from supcon_jax.data.datasets import open_source
 from supcon_jax.data.sources import ArraySource
 from supcon_jax.evaluation.corruption import ALEXNET, CORRUPTIONS, PUBLISHED
 from supcon_jax.evaluation.predict import Predictor
+from supcon_jax.evaluation.robustness_table import as_text, summarize, table
 from supcon_jax.robustness import robustness
-from supcon_jax.robustness_table import as_text, summarize, table
 from supcon_jax.writers import read_metrics
 from tests.runs import pretrain_config, shrink, snapshot, write_corrupted
 

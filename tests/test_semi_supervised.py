@@ -11,8 +11,7 @@ import pytest
 from PIL import Image
 
 from supcon_jax import pretrain
-from supcon_jax import run as run_module
-from supcon_jax.config import check_config
+from supcon_jax.config.check import check_config
 from supcon_jax.data.selection import (
     add_label_noise,
     hide_labels,
@@ -23,7 +22,9 @@ from supcon_jax.data.sources import ArraySource, FileSource
 from supcon_jax.evaluation.knn import knn_accuracy
 from supcon_jax.losses import supcon_loss
 from supcon_jax.losses.cross_entropy import cross_entropy_of_views
-from supcon_jax.run import open_run, open_sources
+from supcon_jax.run import splits
+from supcon_jax.run.opening import open_run
+from supcon_jax.run.splits import open_sources
 from tests.runs import first_batches, pretrain_config
 
 FIVE = {"data.labelled_per_class": 5}
@@ -305,7 +306,7 @@ def test_batches_of_classes_say_that_they_leave_images_out(folder, tmp_path, mes
 
 def test_one_view_leaves_an_unlabelled_image_without_a_positive(messages):
     config = pretrain_config(**FIVE, **{"data.views": 1})
-    run_module.check_positives(config, open_sources(config)[0])
+    splits.check_positives(config, open_sources(config)[0])
     assert any("1,247 images without a label have no positive" in m for m in messages)
 
 

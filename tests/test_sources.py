@@ -32,7 +32,8 @@ from supcon_jax.data.sources import (
     read_labels,
 )
 from supcon_jax.pretrain import pretrain
-from supcon_jax.run import open_run, open_sources
+from supcon_jax.run.opening import open_run
+from supcon_jax.run.splits import open_sources
 from tests.runs import first_batches, pretrain_config
 
 

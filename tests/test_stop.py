@@ -12,7 +12,7 @@ import time
 import pytest
 
 from supcon_jax.checkpoint import restore_encoder, saved_steps
-from supcon_jax.stop import Stopped, StopRequests
+from supcon_jax.run.stop import Stopped, StopRequests
 from supcon_jax.writers import read_metrics
 from tests.runs import assert_trees_equal
 

@@ -13,7 +13,8 @@ from supcon_jax.data.datasets import open_source
 from supcon_jax.data.pipeline import eval_batches, load_small
 from supcon_jax.data.sources import UNLABELLED, UNREAD, read_labels
 from supcon_jax.pretrain import pretrain
-from supcon_jax.run import build_sampler, build_train_batches, open_sources
+from supcon_jax.run.batches import build_sampler, build_train_batches
+from supcon_jax.run.splits import open_sources
 from tests.runs import pretrain_config
 
 kinds = tfds.features

@@ -14,8 +14,8 @@ from supcon_jax import parallel
 from supcon_jax.losses import supcon_loss
 from supcon_jax.losses.cross_entropy import cross_entropy_of_views
 from supcon_jax.models import Classifier
-from supcon_jax.plan import create_plan
-from supcon_jax.run import open_run
+from supcon_jax.run.opening import open_run
+from supcon_jax.run.plan import create_plan
 from tests.aot import compiled_for_tpu
 from tests.runs import assert_trees_equal, first_batches, pretrain_config
 from tests.small_step import (
@@ -282,7 +282,7 @@ def test_gradients_are_summed_in_float32_on_a_tpu():
     """The whole step in bfloat16, for eight TPU v5e chips, which need not be there."""
     found = compiled_for_tpu(
         """
-from supcon_jax.plan import create_plan
+from supcon_jax.run.plan import create_plan
 from tests.runs import pretrain_config
 from tests.test_train_step import collectives
 

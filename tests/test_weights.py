@@ -15,15 +15,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from supcon_jax import finetune, linear_eval, pretrain, pretrained
+import supcon_jax
+from supcon_jax import finetune, linear_eval, pretrain
 from supcon_jax.checkpoint import Checkpointer, digest
-from supcon_jax.initial import load_weights
-from supcon_jax.loop import restore_or_init
+from supcon_jax.inference import export
 from supcon_jax.models import ENCODERS, ResNet, create_encoder
 from supcon_jax.models.convolution import stem_pool
 from supcon_jax.models.resnet import BasicBlock, BottleneckBlock
 from supcon_jax.models.vit import resize_positions
-from supcon_jax.run import open_run
+from supcon_jax.pretrained import model as pretrained
+from supcon_jax.pretrained.initial import load_weights
+from supcon_jax.run.loop import restore_or_init
+from supcon_jax.run.opening import open_run
+from supcon_jax.run.workdir import leave, read_facts
 from supcon_jax.weights import (
     from_state_dict,
     layouts,
@@ -31,9 +35,9 @@ from supcon_jax.weights import (
     to_state_dict,
     write_safetensors,
 )
-from supcon_jax.workdir import leave, read_facts
 from tests.photos import photo
-from tests.runs import assert_trees_equal, linear_config, pretrain_config
+from tests.runs import assert_trees_equal, linear_config, pretrain_config, save_made_up
+from tests.test_defaults import write_photos
 from tests.test_finetune import finetune_config
 from tests.torch_weights import (
     MODELS,
@@ -242,6 +246,46 @@ def test_outputs_are_pytorchs(case, zoo, torch, tmp_path):
     write_safetensors(tmp_path / "back.safetensors", named, metadata={"format": "pt"})
     files = pytest.importorskip("safetensors.torch")
     model.load_state_dict(files.load_file(tmp_path / "back.safetensors"), strict=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "case",
+    ["torchvision/resnet18", "torchvision/resnet50", "timm/vit_tiny_patch16_224"],
+)
+def test_an_exported_run_gives_the_same_in_pytorch(case, zoo, torch, tmp_path):
+    """A finished run's classifier, exported, in torchvision's and timm's own networks."""
+    name, _, options = CASES[case]
+    source, _, theirs = case.partition("/")
+    changes = {"loss.name": "cross_entropy", "encoder.name": name}
+    changes |= {"encoder.stem": "imagenet", "data.name": "folder", "batch_size": 16}
+    write_photos(tmp_path / "photos", side=32)
+    changes |= {"data.root": str(tmp_path / "photos"), "data.validation_fraction": 0.2}
+    changes |= {"data.image_size": 32, "data.eval_resize": 32}
+    if source == "torchvision":
+        changes["encoder.convention"] = "torchvision"
+    else:
+        options = {"img_size": 32}
+    config = pretrain_config(**changes)
+    config.encoder.width = 1.0
+    save_made_up(config, tmp_path / "run")
+    model = supcon_jax.load_model(tmp_path / "run")
+    written = export.write_weights(tmp_path, model)
+    assert written.left_out == ""
+
+    network = zoo(source, theirs, num_classes=len(model.class_names), **options)
+    files = pytest.importorskip("safetensors.torch")
+    network.load_state_dict(files.load_file(tmp_path / written.name), strict=False)
+    pixels = photos(32).astype(np.float32)
+    with torch.no_grad():
+        got = network(torch.from_numpy(pixels).permute(0, 3, 1, 2)).numpy()
+    embeddings = model.trained.encoder.apply(
+        model.trained.variables["encoder"], pixels, train=False
+    )
+    expected = model.logits(embeddings)
+    scale = np.abs(expected).max()
+    print(f"{case}: {np.abs(got - expected).max() / scale:.1e} of {scale:.3g}")
+    np.testing.assert_allclose(got / scale, expected / scale, atol=1e-4)
 
 
 @pytest.mark.slow

@@ -8,7 +8,8 @@ import zipfile
 
 import pytest
 
-from supcon_jax import config_files, stop
+from supcon_jax.config import files as config_files
+from supcon_jax.run import stop
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 

@@ -9,14 +9,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from supcon_jax import memory, pretrain
+from supcon_jax import pretrain
 from supcon_jax.checkpoint import digest, restore_encoder
+from supcon_jax.config.keys import KEYS
 from supcon_jax.data.datasets import open_source
 from supcon_jax.data.identity import identify
-from supcon_jax.keys import KEYS
 from supcon_jax.linear_eval import linear_eval
-from supcon_jax.run import open_run
-from supcon_jax.workdir import differing_keys, open_workdir, read_config
+from supcon_jax.run import memory
+from supcon_jax.run.opening import open_run
+from supcon_jax.run.workdir import differing_keys, open_workdir, read_config
 from supcon_jax.writers import read_metrics
 from tests.runs import assert_trees_equal, linear_config, pretrain_config, snapshot
 

@@ -18,9 +18,9 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from supcon_jax import writers
-from supcon_jax.config import check_config
+from supcon_jax.config.check import check_config
 from supcon_jax.pretrain import pretrain
-from supcon_jax.run import open_run
+from supcon_jax.run.opening import open_run
 from supcon_jax.writers import MetricWriter, read_metrics
 from tests.runs import pretrain_config
 

@@ -12,11 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from supcon_jax import hosts, parallel, stop
+from supcon_jax import hosts, parallel
 from supcon_jax.data.pipeline import eval_batches, num_eval_batches
 from supcon_jax.data.sources import Source
 from supcon_jax.evaluation.classification import classification_sums, summarize
 from supcon_jax.logs import progress
+from supcon_jax.run import stop
 
 Batch = dict[str, jax.Array]
 T = TypeVar("T")

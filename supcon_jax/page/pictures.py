@@ -14,21 +14,22 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
-from supcon_jax import builders, parallel, storage
+from supcon_jax import parallel, storage
 from supcon_jax.checkpoint import digest, restore_encoder
-from supcon_jax.config import config_of
+from supcon_jax.config.check import config_of
+from supcon_jax.config.keys import TRAINING_MODES
 from supcon_jax.data.identity import identify
 from supcon_jax.data.pipeline import eval_batches
 from supcon_jax.data.sources import READ_AT_START_BYTES, ArraySource, Source
 from supcon_jax.evaluation.calibration import log_probabilities
 from supcon_jax.evaluation.predict import Predictor
-from supcon_jax.keys import TRAINING_MODES
 from supcon_jax.logs import progress
 from supcon_jax.losses import supcon_loss
 from supcon_jax.page.records import RunRecord
-from supcon_jax.pretrained import SavedEncoder, find_encoder
-from supcon_jax.run import open_eval_source
-from supcon_jax.workdir import read_config, read_facts, refuse_other_data
+from supcon_jax.pretrained.model import SavedEncoder, find_encoder
+from supcon_jax.run import builders
+from supcon_jax.run.splits import open_eval_source
+from supcon_jax.run.workdir import read_config, read_facts, refuse_other_data
 
 logger = logging.getLogger(__name__)
 PyTree = Any

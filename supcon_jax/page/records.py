@@ -16,9 +16,9 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from supcon_jax import storage
-from supcon_jax.config import config_of, flatten
-from supcon_jax.keys import TRAINING_MODES
-from supcon_jax.workdir import read_config
+from supcon_jax.config.check import config_of, flatten
+from supcon_jax.config.keys import TRAINING_MODES
+from supcon_jax.run.workdir import read_config
 from supcon_jax.writers import Record, read_metrics
 
 T = TypeVar("T")

@@ -10,20 +10,20 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from supcon_jax.config import flatten
+from supcon_jax.config.check import flatten
+from supcon_jax.config.keys import KEYS
 from supcon_jax.evaluation.calibration import (
     log_probabilities,
     reliability,
     scale_by_halves,
 )
 from supcon_jax.evaluation.classification import class_accuracies, confusion_matrix
-from supcon_jax.keys import KEYS
 from supcon_jax.logs import format_duration
 from supcon_jax.metrics import METRICS, is_result
 from supcon_jax.page import charts
 from supcon_jax.page.charts import Series
 from supcon_jax.page.records import RunRecord
-from supcon_jax.workdir import differing_keys
+from supcon_jax.run.workdir import differing_keys
 
 # Classes above which a confusion matrix is a table of its largest mistakes alone.
 LARGEST_MATRIX = 200

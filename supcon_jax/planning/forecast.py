@@ -18,14 +18,12 @@ from typing import Any, NamedTuple
 import jax
 from ml_collections import ConfigDict
 
-from supcon_jax import builders, parallel
+from supcon_jax import parallel
+from supcon_jax.config.keys import TRAINING_MODES
 from supcon_jax.data.datasets import SOURCES
 from supcon_jax.data.pipeline import on_host
 from supcon_jax.data.sampler import shuffled
-from supcon_jax.keys import TRAINING_MODES
 from supcon_jax.logs import format_duration
-from supcon_jax.memory import StepMemory, out_of_memory, step_memory
-from supcon_jax.plan import Plan, create_plan
 from supcon_jax.planning.flops import count_flops
 from supcon_jax.planning.roofline import (
     Collective,
@@ -39,7 +37,11 @@ from supcon_jax.planning.topologies import (
     create_abstract_mesh,
     known_topologies,
 )
-from supcon_jax.run import build_train_batches, open_sources
+from supcon_jax.run import builders
+from supcon_jax.run.batches import build_train_batches
+from supcon_jax.run.memory import StepMemory, out_of_memory, step_memory
+from supcon_jax.run.plan import Plan, create_plan
+from supcon_jax.run.splits import open_sources
 
 # Training images, classes, mean bytes of an encoded image and whether they are held in
 # memory, where the data are not here.

@@ -13,16 +13,16 @@ import jax
 from ml_collections import ConfigDict
 
 from supcon_jax import parallel
-from supcon_jax.config import config_of
-from supcon_jax.keys import KEYS, TRAINING_MODES
+from supcon_jax.config.check import config_of
+from supcon_jax.config.keys import KEYS, TRAINING_MODES
+from supcon_jax.config.loading import apply_changes
 from supcon_jax.logs import format_duration
-from supcon_jax.plan import create_plan
 from supcon_jax.planning.flops import count_flops
 from supcon_jax.planning.forecast import Data, look_at_data
+from supcon_jax.run.plan import create_plan
 from supcon_jax.study import results
 from supcon_jax.study.grid import Study, cells, is_tool, stage_config
 from supcon_jax.study.runner import count_jobs, jobs
-from supcon_jax.tools.arguments import apply_changes
 
 # Keys whose values change no operation of a step, only its numbers.
 _SCALARS = (

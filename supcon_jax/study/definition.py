@@ -13,7 +13,7 @@ import runpy
 from collections.abc import Mapping
 from typing import Any
 
-from supcon_jax.config_files import find_file, make_importable
+from supcon_jax.config.files import find_file, make_importable
 from supcon_jax.study.grid import (
     Cell,
     Stage,

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from supcon_jax.config import flatten
-from supcon_jax.keys import TRAINING_MODES
-from supcon_jax.tools.arguments import load_config
+from supcon_jax.config.check import flatten
+from supcon_jax.config.keys import TRAINING_MODES
+from supcon_jax.config.loading import load_config
 
 # "[stage:]key" -> value; without a stage the first one is meant, and "all" means each that
 # is a config. A stage's name alone gives it another config, or none: it is left out.

@@ -21,7 +21,8 @@ from typing import Any, NamedTuple
 
 from supcon_jax import storage
 from supcon_jax.logs import format_duration
-from supcon_jax.stop import Stopped, StopRequests, restart_command
+from supcon_jax.run.stop import Stopped, StopRequests, restart_command
+from supcon_jax.run.workdir import finished_metrics
 from supcon_jax.storage.lock import Lock
 from supcon_jax.study import results
 from supcon_jax.study.definition import describe
@@ -35,7 +36,6 @@ from supcon_jax.study.grid import (
     is_tool,
     stage_changes,
 )
-from supcon_jax.workdir import finished_metrics
 
 logger = logging.getLogger(__name__)
 WAIT_S = 5.0  # between two looks at jobs that other runners have

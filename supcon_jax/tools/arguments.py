@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import ast
 import os
-import runpy
 
 from ml_collections import ConfigDict
 
 from supcon_jax import storage
-from supcon_jax.config import check_config, unknown_key
-from supcon_jax.config_files import find_file, make_importable
-from supcon_jax.keys import KEYS
+from supcon_jax.config.loading import apply_changes
 
 # Keys that say where the data of a run are, and change nothing else.
 PLACES = ("data.dir", "data.root", "data.skip_errors")
@@ -52,44 +48,6 @@ def parse(
     return options, changes
 
 
-def load_config(name: str, changes: list[str]) -> ConfigDict:
-    """The config of a file, `FILE` or `FILE:VARIANT`, with `KEY=VALUE` changes.
-
-    Raises:
-      ValueError: no such file, key or value.
-    """
-    file, _, variant = name.partition(":")
-    path = find_file(file)
-    if path is None:
-        raise ValueError(f"no config file {file!r} (--config)")
-    make_importable()
-    module = runpy.run_path(str(path))
-    config = module["get_config"](*([variant] if variant else []))
-    apply_changes(config, changes)
-    return config
-
-
-def apply_changes(config: ConfigDict, changes: list[str]) -> None:
-    """Changes a config by `KEY=VALUE` each, and checks it.
-
-    Raises:
-      ValueError: no such key or value.
-    """
-    for change in changes:
-        key, _, text = change.partition("=")
-        if key not in KEYS:
-            raise ValueError(unknown_key(key))
-        try:
-            value = ast.literal_eval(text)
-        except (SyntaxError, ValueError):
-            value = text
-        try:
-            config.update_from_flattened_dict({key: value})
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"cannot set --config.{change}: {error}") from None
-    check_config(config)
-
-
 def change_places(config: ConfigDict, changes: list[str]) -> None:
     """Makes changes in the config of a run that has been: where its data are now.
 
@@ -107,7 +65,7 @@ def change_places(config: ConfigDict, changes: list[str]) -> None:
 
 
 def model_changes(changes: list[str]) -> dict[str, str]:
-    """`KEY=VALUE` changes as arguments of `inference.load_model`.
+    """`KEY=VALUE` changes as arguments of `supcon_jax.load_model`.
 
     Raises:
       ValueError: another key, of which the run has its own value.

@@ -30,6 +30,7 @@ import numpy as np
 
 from supcon_jax import storage
 from supcon_jax.cli import one_line_errors
+from supcon_jax.config.loading import load_config
 from supcon_jax.data.corrupted import MANIFEST, check_corruptions, split_name
 from supcon_jax.data.corruptions import SMALLEST, corrupt, corrupt_many
 from supcon_jax.data.identity import identify
@@ -38,8 +39,8 @@ from supcon_jax.data.sources import Source
 from supcon_jax.evaluation.corruption import CORRUPTIONS, SEVERITIES
 from supcon_jax.figures import draw_corruptions
 from supcon_jax.logs import progress, setup_logging
-from supcon_jax.run import open_eval_source
-from supcon_jax.tools.arguments import create_parser, load_config, parse
+from supcon_jax.run.splits import open_eval_source
+from supcon_jax.tools.arguments import create_parser, parse
 
 # A split of up to so many bytes is held in memory and becomes one file a severity.
 ARRAYS_BYTES = 2**28

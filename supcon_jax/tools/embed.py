@@ -28,7 +28,7 @@ from supcon_jax import storage
 from supcon_jax.checkpoint import digest
 from supcon_jax.cli import one_line_errors
 from supcon_jax.data.folders import list_images
-from supcon_jax.inference import Model, load_model
+from supcon_jax.inference.model import Model, load_model
 from supcon_jax.logs import progress, setup_logging
 from supcon_jax.tools.arguments import check_out
 

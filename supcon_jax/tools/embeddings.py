@@ -25,37 +25,36 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from supcon_jax import builders, features, parallel, storage
+from supcon_jax import parallel, storage
 from supcon_jax.checkpoint import digest, restore_state
 from supcon_jax.cli import one_line_errors
-from supcon_jax.config import config_of
+from supcon_jax.config.check import config_of
+from supcon_jax.config.keys import ENCODER_KEYS
+from supcon_jax.config.loading import apply_changes, load_config
 from supcon_jax.data.datasets import open_source
 from supcon_jax.data.selection import take_classes
 from supcon_jax.data.sources import Source
 from supcon_jax.evaluation.embeddings import detection_metrics, embedding_metrics
-from supcon_jax.features import Features
-from supcon_jax.keys import ENCODER_KEYS
+from supcon_jax.inference.reference import logits_of
 from supcon_jax.logs import setup_logging
 from supcon_jax.metrics import METRICS, label_and_value
 from supcon_jax.objectives import has_projection
-from supcon_jax.pretrained import (
+from supcon_jax.pretrained import features
+from supcon_jax.pretrained.features import Features
+from supcon_jax.pretrained.model import (
     TrainedModel,
     check_keys,
     check_projection,
     load_model,
     warn_if_unfinished,
 )
-from supcon_jax.reference import logits_of
-from supcon_jax.report import next_command
-from supcon_jax.run import open_sources, setup_compilation_cache
+from supcon_jax.run import builders
+from supcon_jax.run.opening import setup_compilation_cache
+from supcon_jax.run.report import next_command
+from supcon_jax.run.splits import open_sources
+from supcon_jax.run.workdir import read_config
 from supcon_jax.storage import epaths
-from supcon_jax.tools.arguments import (
-    apply_changes,
-    create_parser,
-    load_config,
-    parse,
-)
-from supcon_jax.workdir import read_config
+from supcon_jax.tools.arguments import create_parser, parse
 
 logger = logging.getLogger(__name__)
 PyTree = Any

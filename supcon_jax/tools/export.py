@@ -18,12 +18,12 @@ import shutil
 from supcon_jax import storage
 from supcon_jax.checkpoint import saved_steps
 from supcon_jax.cli import one_line_errors
-from supcon_jax.export import Written, export_files
-from supcon_jax.inference import Model, load_model
+from supcon_jax.inference.export import Written, export_files
+from supcon_jax.inference.model import Model, load_model
+from supcon_jax.inference.model_card import describe, write_card
 from supcon_jax.logs import setup_logging
-from supcon_jax.model_card import describe, write_card
+from supcon_jax.run.workdir import finished_metrics
 from supcon_jax.tools.arguments import create_parser, model_changes, parse
-from supcon_jax.workdir import finished_metrics
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -25,10 +25,10 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from supcon_jax import builders, parallel, storage
+from supcon_jax import parallel, storage
 from supcon_jax.checkpoint import saved_steps
 from supcon_jax.cli import one_line_errors
-from supcon_jax.config import config_of
+from supcon_jax.config.check import config_of
 from supcon_jax.data.identity import identify
 from supcon_jax.data.pipeline import on_host
 from supcon_jax.evaluation.gradients import (
@@ -40,22 +40,15 @@ from supcon_jax.evaluation.gradients import (
 from supcon_jax.figures import plot_gradients
 from supcon_jax.logs import progress, setup_logging
 from supcon_jax.objectives import OBJECTIVES
-from supcon_jax.plan import Plan, create_plan
-from supcon_jax.pretrained import load_state
-from supcon_jax.run import (
-    build_sampler,
-    build_train_batches,
-    open_sources,
-    setup_compilation_cache,
-)
+from supcon_jax.pretrained.model import load_state
+from supcon_jax.run import builders
+from supcon_jax.run.batches import build_sampler, build_train_batches
+from supcon_jax.run.opening import setup_compilation_cache
+from supcon_jax.run.plan import Plan, create_plan
+from supcon_jax.run.splits import open_sources
+from supcon_jax.run.workdir import read_config, read_facts, refuse_other_data
 from supcon_jax.steps.state import TrainState
-from supcon_jax.tools.arguments import (
-    change_places,
-    check_out,
-    create_parser,
-    parse,
-)
-from supcon_jax.workdir import read_config, read_facts, refuse_other_data
+from supcon_jax.tools.arguments import change_places, check_out, create_parser, parse
 
 logger = logging.getLogger(__name__)
 KINDS = ("positive", "negative")

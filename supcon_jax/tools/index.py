@@ -10,9 +10,10 @@ that folder cannot be written to, in the user's cache (docs/data.md).
 from __future__ import annotations
 
 from supcon_jax.cli import one_line_errors
+from supcon_jax.config.loading import load_config
 from supcon_jax.data.tfds import index_tfds
 from supcon_jax.logs import setup_logging
-from supcon_jax.tools.arguments import create_parser, load_config, parse
+from supcon_jax.tools.arguments import create_parser, parse
 
 
 def main(arguments: list[str] | None = None) -> None:

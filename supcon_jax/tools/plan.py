@@ -19,10 +19,11 @@ from collections.abc import Iterator
 from typing import Any
 
 from supcon_jax.cli import one_line_errors
+from supcon_jax.config.loading import load_config
 from supcon_jax.logs import format_duration
 from supcon_jax.planning.forecast import plan_run
 from supcon_jax.planning.topologies import find_topology
-from supcon_jax.tools.arguments import create_parser, load_config, parse
+from supcon_jax.tools.arguments import create_parser, parse
 
 
 def main(arguments: list[str] | None = None) -> None:

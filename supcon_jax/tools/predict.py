@@ -20,9 +20,9 @@ import numpy as np
 from supcon_jax import storage
 from supcon_jax.cli import one_line_errors
 from supcon_jax.data.folders import list_images
-from supcon_jax.inference import Model, Prediction, load_model
+from supcon_jax.inference.model import Model, Prediction, load_model
+from supcon_jax.inference.reference import QUANTILE
 from supcon_jax.logs import setup_logging
-from supcon_jax.reference import QUANTILE
 from supcon_jax.tools.arguments import create_parser, model_changes, parse
 
 # Classes that are told: so many at most, beside the first those above this probability.

@@ -16,13 +16,8 @@ from supcon_jax.logs import setup_logging
 from supcon_jax.page.document import page
 from supcon_jax.page.pictures import take_pictures
 from supcon_jax.page.records import read_records
-from supcon_jax.run import setup_compilation_cache
-from supcon_jax.tools.arguments import (
-    change_places,
-    check_out,
-    create_parser,
-    parse,
-)
+from supcon_jax.run.opening import setup_compilation_cache
+from supcon_jax.tools.arguments import change_places, check_out, create_parser, parse
 
 
 def main(arguments: list[str] | None = None) -> None:

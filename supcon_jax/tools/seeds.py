@@ -17,9 +17,9 @@ from typing import Any
 
 from supcon_jax import storage
 from supcon_jax.cli import one_line_errors
-from supcon_jax.config import flatten
+from supcon_jax.config.check import flatten
 from supcon_jax.metrics import is_result, is_share
-from supcon_jax.workdir import differing_keys, read_config
+from supcon_jax.run.workdir import differing_keys, read_config
 from supcon_jax.writers import read_metrics
 
 # A linear evaluation reads the encoder of its own seed.

@@ -13,7 +13,7 @@ from supcon_jax.data.views import BLUR_BORDERS, JITTER_KINDS, POLICIES
 from supcon_jax.models import CONVENTIONS, ENCODERS, STEMS
 from supcon_jax.models.heads import CLASSIFIER_INITS
 from supcon_jax.objectives import OBJECTIVES
-from supcon_jax.profiling import parse_window
+from supcon_jax.run.profiling import parse_window
 from supcon_jax.writers import BACKENDS
 
 # Keys on which a pretraining run and the use of its encoder must agree.
@@ -26,11 +26,32 @@ ENCODER_KEYS = (
     "data.mean",
     "data.std",
 )
-
+# Which images a run sees, and how large; then, which of the training images.
+IMAGE_KEYS = (
+    "data.name",
+    "data.image_key",
+    "data.label_key",
+    "data.eval_split",
+    "data.validation_fraction",
+    "data.split_seed",
+    "data.classes",
+    "data.image_size",
+    "data.eval_resize",
+)
+TRAINING_IMAGE_KEYS = (
+    "data.train_split",
+    "data.fraction",
+    "data.samples_per_class",
+    "data.labelled_fraction",
+    "data.labelled_per_class",
+    "data.label_noise",
+)
 
 # What `eval/...` the result of a classifier is told by first.
 EVAL_METRICS = ("top1", "mean_class_accuracy")
 
+# What `data.name` says of photos in files: one class each by their folder, or several.
+IMAGE_FOLDERS = ("folder", "multilabel")
 # Values that leave a key to what a folder holds; `defaults.resolve` chooses (docs/your_own_data.md).
 OPEN: dict[str, Any] = {
     "batch_size": 0,

@@ -24,12 +24,12 @@ from ml_collections import ConfigDict
 
 from supcon_jax import hosts, storage
 from supcon_jax.checkpoint import digest
-from supcon_jax.config import flatten
+from supcon_jax.config.check import flatten
+from supcon_jax.config.keys import ENCODER_KEYS
 from supcon_jax.data.identity import identify
 from supcon_jax.data.sources import Source
-from supcon_jax.keys import ENCODER_KEYS
 from supcon_jax.models import EncoderWithProjection
-from supcon_jax.run import create_predictor
+from supcon_jax.run.batches import create_predictor
 
 logger = logging.getLogger(__name__)
 PyTree = Any

@@ -18,21 +18,18 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from supcon_jax import memory, parallel, storage
+from supcon_jax import parallel, storage
 from supcon_jax.checkpoint import saved_steps
-from supcon_jax.config import flatten, open_keys
+from supcon_jax.config.check import flatten, open_keys
+from supcon_jax.config.keys import IMAGE_FOLDERS, KEYS
 from supcon_jax.data.folders import find_eval_split
 from supcon_jax.data.images import read_size
 from supcon_jax.data.sources import READERS, FileSource, Source
-from supcon_jax.keys import KEYS
-from supcon_jax.pretrained import RANDOM
-from supcon_jax.run import (
-    agree_on_config,
-    open_sources,
-    plan_for,
-    setup_compilation_cache,
-)
-from supcon_jax.workdir import finished_metrics, read_config
+from supcon_jax.pretrained.model import RANDOM
+from supcon_jax.run import memory
+from supcon_jax.run.opening import agree_on_config, plan_for, setup_compilation_cache
+from supcon_jax.run.splits import open_sources
+from supcon_jax.run.workdir import finished_metrics, read_config
 
 logger = logging.getLogger(__name__)
 # Held out where a folder has no split to evaluate on: one image of five.
@@ -107,7 +104,7 @@ def _take_from_pretrained(config: ConfigDict) -> None:
     keys = [key for key in OF_IMAGES if key in open_keys(config)]
     data = theirs["data"]
     places = (storage.absolute(root) for root in (config.data.root, data["root"]))
-    same_folder = data["name"] == "folder" and len({*places}) == 1
+    same_folder = data["name"] in IMAGE_FOLDERS and len({*places}) == 1
     if config.data.eval_split == "auto" and same_folder:
         keys += ["data.eval_split", *_untouched(config, OF_SPLIT)]
     _take(config, keys, theirs, f"as in {used}")
@@ -143,8 +140,9 @@ def _choose_split(config: ConfigDict) -> None:
     config.data.validation_fraction = HELD_OUT
     _say(
         f"data.validation_fraction={HELD_OUT}",
-        "the folder has no split to evaluate on; of every class the same share, chosen by "
-        "data.split_seed, is not trained on",
+        "the folder has no split to evaluate on; this share "
+        + ("of every class, " if config.data.name == "folder" else "")
+        + "chosen by data.split_seed, is not trained on",
     )
 
 
@@ -182,7 +180,7 @@ def _short_side(train: Source) -> int:
     Raises:
       ValueError: none has.
     """
-    assert isinstance(train, FileSource)  # `config._check_open`
+    assert isinstance(train, FileSource)  # `check._check_open`
     count = min(SAMPLED, train.num_examples)
     rows = np.linspace(0, train.num_examples - 1, count).astype(int)
 

@@ -16,8 +16,8 @@ from ml_collections import ConfigDict
 
 from supcon_jax import hosts, storage
 from supcon_jax.checkpoint import saved_steps
-from supcon_jax.config import flatten
-from supcon_jax.keys import KEYS
+from supcon_jax.config.check import flatten
+from supcon_jax.config.keys import KEYS
 from supcon_jax.storage import epaths
 from supcon_jax.storage.lock import Lock
 from supcon_jax.storage.mirror import Mirror

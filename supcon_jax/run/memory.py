@@ -12,7 +12,7 @@ from typing import NamedTuple
 import jax
 
 from supcon_jax import parallel
-from supcon_jax.plan import Plan
+from supcon_jax.run.plan import Plan
 
 logger = logging.getLogger(__name__)
 

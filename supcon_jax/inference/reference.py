@@ -18,17 +18,18 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from supcon_jax import features, parallel, storage
+from supcon_jax import parallel, storage
 from supcon_jax.checkpoint import digest
 from supcon_jax.data.identity import identify
 from supcon_jax.data.selection import take_subset
 from supcon_jax.data.sources import Source, read_labels
 from supcon_jax.evaluation import calibration
 from supcon_jax.evaluation.ood import default_neighbour, knn_scores
-from supcon_jax.features import Features
-from supcon_jax.pretrained import RANDOM, TrainedModel
-from supcon_jax.run import open_sources
-from supcon_jax.workdir import read_facts, refuse_other_data
+from supcon_jax.pretrained import features
+from supcon_jax.pretrained.features import Features
+from supcon_jax.pretrained.model import RANDOM, TrainedModel
+from supcon_jax.run.splits import open_sources
+from supcon_jax.run.workdir import read_facts, refuse_other_data
 
 logger = logging.getLogger(__name__)
 FILE, VERSION = "reference.npz", 1

@@ -12,7 +12,7 @@ import importlib.util
 import pathlib
 import sys
 
-_PACKAGE = pathlib.Path(__file__).resolve().parent
+_PACKAGE = pathlib.Path(__file__).resolve().parents[1]
 _FOLDERS = ("configs", "studies")
 _INSTALLED = (_PACKAGE / "configs").is_dir()
 # What has the folders beside the code: the installed package, or the checkout.

@@ -21,18 +21,19 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from supcon_jax import builders, parallel, storage
-from supcon_jax.config import config_of
+from supcon_jax import parallel, storage
+from supcon_jax.config.check import config_of
 from supcon_jax.data.images import central_crop, decode
 from supcon_jax.data.sources import UNLABELLED, ArraySource
 from supcon_jax.evaluation.calibration import log_probabilities
 from supcon_jax.evaluation.knn import neighbours
 from supcon_jax.evaluation.predict import Predictor
-from supcon_jax.pretrained import TrainedModel, find_used_run, no_classifier
-from supcon_jax.pretrained import load_model as load_trained
-from supcon_jax.reference import Reference, logits_of, open_reference
-from supcon_jax.run import setup_compilation_cache
-from supcon_jax.workdir import read_config
+from supcon_jax.inference.reference import Reference, logits_of, open_reference
+from supcon_jax.pretrained.model import TrainedModel, find_used_run, no_classifier
+from supcon_jax.pretrained.model import load_model as load_trained
+from supcon_jax.run import builders
+from supcon_jax.run.opening import setup_compilation_cache
+from supcon_jax.run.workdir import read_config
 
 # A path, a Pillow image, or uint8 [H, W, 3]; where several are taken, a sequence of them.
 Image = Any

@@ -10,12 +10,12 @@ import numpy as np
 
 import supcon_jax
 from supcon_jax import storage
-from supcon_jax.config import flatten
-from supcon_jax.export import Written, classifier_name, normalizes
-from supcon_jax.inference import Model
-from supcon_jax.keys import KEYS
+from supcon_jax.config.check import flatten
+from supcon_jax.config.keys import KEYS
+from supcon_jax.inference.export import Written, classifier_name, normalizes
+from supcon_jax.inference.model import Model
 from supcon_jax.metrics import METRICS, label_and_value
-from supcon_jax.workdir import finished_metrics, read_facts
+from supcon_jax.run.workdir import finished_metrics, read_facts
 
 # Of encoders that torchvision builds under the same name.
 TORCHVISION = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")

@@ -21,14 +21,14 @@ from supcon_jax.checkpoint import (
     restore_state,
     saved_steps,
 )
-from supcon_jax.config import config_of, flatten
-from supcon_jax.config_files import PROGRAM
-from supcon_jax.initial import encoder_shapes, fitted, load_weights
-from supcon_jax.keys import ENCODER_KEYS
+from supcon_jax.config.check import config_of, flatten
+from supcon_jax.config.files import PROGRAM
+from supcon_jax.config.keys import ENCODER_KEYS
 from supcon_jax.objectives import OBJECTIVES, has_projection
-from supcon_jax.plan import Plan, create_plan, init_encoder
+from supcon_jax.pretrained.initial import encoder_shapes, fitted, load_weights
+from supcon_jax.run.plan import Plan, create_plan, init_encoder
+from supcon_jax.run.workdir import finished_metrics, read_config, read_facts
 from supcon_jax.steps.state import TrainState
-from supcon_jax.workdir import finished_metrics, read_config, read_facts
 
 logger = logging.getLogger(__name__)
 PyTree = Any

@@ -20,7 +20,7 @@ from typing import Any, NoReturn, TypeVar
 
 import jax
 
-from supcon_jax.config_files import PROGRAM
+from supcon_jax.config.files import PROGRAM
 
 T = TypeVar("T")
 # Threads whose work nobody waits for any more. The interpreter cannot end beside them.

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from supcon_jax import parallel, storage
 from supcon_jax.checkpoint import restore_encoder
 from supcon_jax.models.vit import resize_positions
-from supcon_jax.plan import Plan, init_encoder
+from supcon_jax.run.plan import Plan, init_encoder
 from supcon_jax.weights import WeightsFile, from_state_dict, read_weights
 
 logger = logging.getLogger(__name__)

@@ -17,18 +17,20 @@ from typing import Any, NoReturn
 
 import jax
 
-from supcon_jax import health, hosts, memory, parallel, report, storage
+from supcon_jax import hosts, parallel, storage
 from supcon_jax.checkpoint import Checkpointer, saved_steps
-from supcon_jax.goodput import Goodput
-from supcon_jax.health import Health
 from supcon_jax.logs import add_log_file, format_duration
 from supcon_jax.metrics import on_end
-from supcon_jax.plan import Plan, Step
-from supcon_jax.profiling import parse_window, traced
-from supcon_jax.run import Run, build_train_batches
+from supcon_jax.run import health, memory, report
+from supcon_jax.run.batches import build_train_batches
+from supcon_jax.run.goodput import Goodput
+from supcon_jax.run.health import Health
+from supcon_jax.run.opening import Run
+from supcon_jax.run.plan import Plan, Step
+from supcon_jax.run.profiling import parse_window, traced
+from supcon_jax.run.stop import Stopped, StopRequests, Unwritable, restart_command
+from supcon_jax.run.workdir import before_save, leave
 from supcon_jax.steps.state import TrainState
-from supcon_jax.stop import Stopped, StopRequests, Unwritable, restart_command
-from supcon_jax.workdir import before_save, leave
 from supcon_jax.writers import MetricWriter, read_metrics
 
 logger = logging.getLogger(__name__)
@@ -55,7 +57,7 @@ def train(
     device never waits; batches are on their way to it two steps ahead.
 
     Args:
-      run: see `run.open_run`.
+      run: see `opening.open_run`.
       evaluate: metrics of a state.
       on_log: called with the metrics of every progress line.
       stop: entered already; None: the loop listens for signals by itself.
@@ -84,7 +86,7 @@ def run_to_end(run: Run, work: Work, *, stop: StopRequests | None) -> dict[str, 
     That is its log, its checkpoints, words for what goes wrong, and the lines of its end.
 
     Args:
-      run: see `run.open_run`.
+      run: see `opening.open_run`.
       work: `(checkpointer, stop) -> final metrics`; it saves, and writes the final line.
       stop: entered already; None: this function listens for signals by itself.
 

@@ -16,21 +16,28 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from supcon_jax import optimizers, storage
-from supcon_jax.builders import (
+from supcon_jax.config.check import flatten, trains_classifier
+from supcon_jax.config.files import PROGRAM
+from supcon_jax.config.keys import (
+    ENCODER_KEYS,
+    IMAGE_KEYS,
+    OPEN,
+    TRAINING_IMAGE_KEYS,
+    TRAINING_MODES,
+)
+from supcon_jax.config.loading import load_config
+from supcon_jax.data.pipeline import Batch
+from supcon_jax.data.sources import UNLABELLED, UNREAD, Source
+from supcon_jax.figures import plot_curves
+from supcon_jax.metrics import on_end
+from supcon_jax.objectives import OBJECTIVES
+from supcon_jax.pretrained.model import RANDOM
+from supcon_jax.run.builders import (
     finetune_rates,
     num_microbatches,
     scaled_learning_rate,
 )
-from supcon_jax.config import trains_classifier
-from supcon_jax.config_files import PROGRAM
-from supcon_jax.data.pipeline import Batch
-from supcon_jax.data.sources import UNLABELLED, UNREAD, Source
-from supcon_jax.figures import plot_curves
-from supcon_jax.keys import TRAINING_MODES
-from supcon_jax.metrics import on_end
-from supcon_jax.objectives import OBJECTIVES
-from supcon_jax.pretrained import RANDOM
-from supcon_jax.run import Run
+from supcon_jax.run.opening import Run
 from supcon_jax.steps.state import TrainState
 
 logger = logging.getLogger(__name__)
@@ -279,11 +286,29 @@ def next_command(
         tool = config.next_config
         return shlex.join(["python", "-m", tool, storage.shown(workdir), photo])
     command = [*PROGRAM, f"--config={config.next_config}"]
+    following = load_config(config.next_config, [])
     if config.mode in TRAINING_MODES:  # what comes next takes the model of this run
         command.append(f"--config.pretrained={storage.shown(workdir)}")
-    if config.data.name == "multilabel":
-        command += ["--config.data.name=multilabel", "--config.probe.solver=sgd"]
+    changes = _carried(config, following)
+    several = config.data.name == "multilabel"
+    if several and following.probe.solver != "sgd":
+        changes["probe.solver"] = "sgd"
     for key in ("dir", "root"):
         if config.data[key]:
-            command.append(f"--config.data.{key}={config.data[key]}")
+            changes[f"data.{key}"] = config.data[key]
+    command += [f"--config.{key}={value}" for key, value in changes.items()]
     return shlex.join(command)
+
+
+def _carried(config: ConfigDict, following: ConfigDict) -> dict[str, Any]:
+    """Where the config that comes next has another encoder, or would see other images."""
+    trains = (
+        following.mode in TRAINING_MODES
+    )  # the others take the encoder as it is saved
+    keys = IMAGE_KEYS + (TRAINING_IMAGE_KEYS + ENCODER_KEYS if trains else ())
+    ours, theirs = (flatten(c.to_dict()) for c in (config, following))
+    return {
+        key: ours[key]
+        for key in keys
+        if theirs[key] != ours[key] and not (key in OPEN and theirs[key] == OPEN[key])
+    }

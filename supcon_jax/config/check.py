@@ -7,7 +7,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from supcon_jax.keys import KEYS, OPEN, TRAINING_MODES
+from supcon_jax.config.keys import IMAGE_FOLDERS, KEYS, OPEN, TRAINING_MODES
 from supcon_jax.objectives import OBJECTIVES
 
 
@@ -148,12 +148,13 @@ def check_chosen(config: ConfigDict) -> None:
 
 def _check_open(config: ConfigDict) -> None:
     """Refuses keys that are left to a folder where the data are none."""
-    if config.data.name == "folder":
+    if config.data.name in IMAGE_FOLDERS:
         return
     for key in open_keys(config):
         raise ValueError(
             f"got {key}={OPEN[key]!r} with data.name={config.data.name!r}; allowed: with "
-            f"'folder', whose images then decide; else give a value (--config.{key})"
+            f"{' and '.join(map(repr, IMAGE_FOLDERS))}, whose images then decide; else "
+            f"give a value (--config.{key})"
         )
 
 

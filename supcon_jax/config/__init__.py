@@ -1,0 +1,1 @@
+"""Keys of a config, what is allowed, what goes together, and where config files are."""
