@@ -46,4 +46,9 @@ def get_study(scale):
             "source": "Table 6, ResNet-50 on ImageNet-C, mean over the severities",
             "values": {"SupCon": 46.75, "cross-entropy": 45.79},
         },
+        "reading": "Corrupted digits: SupCon and cross-entropy are the same within what five "
+        "seeds can tell (the paper has SupCon ahead by a point), SimCLR falls behind. Calibration "
+        "does not follow the paper's trend: SupCon's ECE grows from 0.04 to 0.22 with the "
+        "severity, cross-entropy's to 0.11 only. A likely reason: its classifier is fitted by L-BFGS to clean "
+        "features of 200 images, and is as sure of itself where they are corrupted.",
     }

@@ -42,17 +42,6 @@ def logging_as_in_main() -> None:
     setup_logging()
 
 
-@pytest.fixture(scope="module")
-def one_layer():
-    """Enters `tests.runs.OneLayer` among the encoders."""
-    from supcon_jax.models import ENCODERS
-    from tests.runs import build_one_layer
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(ENCODERS, "one_layer", build_one_layer)
-        yield
-
-
 @pytest.fixture
 def messages():
     """What the program's log says, as a list that grows."""

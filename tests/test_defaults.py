@@ -9,13 +9,11 @@ from supcon_jax import evaluate, linear_eval, parallel, pretrain
 from supcon_jax.config import defaults
 from supcon_jax.config.check import check_config, open_keys
 from supcon_jax.config.defaults import resolve
-from supcon_jax.models import ENCODERS
 from supcon_jax.run import memory, splits
 from supcon_jax.run import opening as run
 from supcon_jax.run.report import log_data
 from supcon_jax.run.workdir import read_config
 from supcon_jax.tools.show_batch import draw
-from tests.runs import build_one_layer
 
 FITS = defaults._fits
 CLASSES = {"ant": 20, "bee": 10, "cat": 10}
@@ -23,9 +21,8 @@ CLASSES = {"ant": 20, "bee": 10, "cat": 10}
 
 @pytest.fixture(autouse=True, scope="module")
 def quick():
-    """An encoder that compiles at once; nothing is compiled to see whether it fits."""
+    """Nothing is compiled to see whether it fits."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(ENCODERS, "one_layer", build_one_layer)
         patch.setattr(defaults, "_fits", lambda *arguments: True)
         yield
 

@@ -205,6 +205,9 @@ NOT_RUN = {
     "python -m pytest": "the tests themselves",
     "python -m pytest -m aot": "the tests themselves",
     "python -m pytest -m slow": "the tests themselves",
+    "python -m pytest -m slow tests/test_weights.py -k exported_run": (
+        "the tests themselves"
+    ),
     "python -m pytest -m slow tests/test_jobs.py": "the tests themselves",
     "python -m pytest -m slow -s tests/test_jobs.py -k cuts_it_off": (
         "the tests themselves"
@@ -370,7 +373,9 @@ def python_blocks(name):
 def test_examples_of_the_readme(tmp_path, monkeypatch):
     """The loss alone, and the encoder of a run."""
     monkeypatch.chdir(tmp_path)
-    config = pretrain_config(**{"encoder.width": 1.0, "total_steps": 1, "knn.bank": 0})
+    config = pretrain_config(
+        **{"encoder.name": "resnet8", "total_steps": 1, "knn.bank": 0}
+    )
     pretrain.pretrain(config, "runs/digits")
     loss, encoder = python_blocks("README.md")
     rng = np.random.default_rng(0)

@@ -20,12 +20,11 @@ from supcon_jax.run.splits import open_sources
 from supcon_jax.tools import embeddings
 from tests.runs import pretrain_config, probe_config, untrained_run
 
-pytestmark = pytest.mark.usefixtures("one_layer")
 FEW = "--config.data.samples_per_class=8"
 
 
 @pytest.fixture(scope="module")
-def run(one_layer, tmp_path_factory):
+def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     untrained_run(folder / "pretrain")
     return folder / "pretrain"

@@ -137,7 +137,7 @@ def test_runs_that_were_moved_together(runs, tmp_path):
     [
         ({"pretrained": ""}, "no run in ''"),
         ({"pretrained": "nowhere"}, "no run in 'nowhere'"),
-        ({"encoder.width": 0.5}, "encoder.width=0.25"),
+        ({"encoder.width": 0.5}, "encoder.width=1.0"),
         ({"data.name": "arrays"}, "data.root"),
         ({"encoder_average.use": True}, "kept no average"),
     ],

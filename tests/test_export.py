@@ -22,7 +22,7 @@ from supcon_jax.inference.model_card import write_card
 from supcon_jax.models import create_encoder
 from supcon_jax.tools import export as tool
 from supcon_jax.weights import read_weights
-from tests.runs import linear_config, pretrain_config, save_made_up
+from tests.runs import RESNET, linear_config, pretrain_config, save_made_up
 from tests.test_docs import python_blocks
 
 IMAGES = open_source("digits", "test").images[:5]
@@ -47,9 +47,9 @@ assert not any(name.startswith(("supcon_jax", "flax")) for name in sys.modules)
 def run(tmp_path_factory):
     """A linear evaluation with random weights on a pretraining run with random weights."""
     folder = tmp_path_factory.mktemp("runs")
-    save_made_up(pretrain_config(), folder / "pretrain")
+    save_made_up(pretrain_config(**RESNET), folder / "pretrain")
     changes = {"probe.solver": "lbfgs", "total_steps": 0}
-    config = linear_config(folder / "pretrain", **changes)
+    config = linear_config(folder / "pretrain", **RESNET | changes)
 
     def solution(x, labels, num_classes, **options):
         rng = np.random.default_rng(0)

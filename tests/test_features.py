@@ -13,12 +13,11 @@ from supcon_jax.run.plan import create_plan, init_encoder
 from supcon_jax.run.splits import open_sources
 from tests.runs import probe_config
 
-pytestmark = pytest.mark.usefixtures("one_layer")
 FEW = {"data.samples_per_class": 5}
 
 
 @pytest.fixture(scope="module")
-def variables(one_layer):
+def variables():
     """Of an encoder that nobody has trained."""
     mesh = parallel.create_mesh()
     plan = create_plan(probe_config("random"), mesh, num_classes=10, num_examples=50)

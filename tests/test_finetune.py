@@ -27,6 +27,7 @@ from supcon_jax.run.plan import create_plan
 from supcon_jax.steps.state import TrainState
 from tests.config_files import load
 from tests.runs import (
+    RESNET,
     assert_trees_equal,
     first_batches,
     linear_config,
@@ -40,7 +41,7 @@ SPREAD = {"data.mean": (0.4, 0.5, 0.6), "data.std": (0.2, 0.3, 0.2)}
 @pytest.fixture(scope="module")
 def pretrained(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("pretrained")
-    pretrain.pretrain(pretrain_config(**{"knn.bank": 0}), workdir)
+    pretrain.pretrain(pretrain_config(**RESNET, **{"knn.bank": 0}), workdir)
     return workdir
 
 
@@ -66,7 +67,7 @@ def finetune_config(pretrained, **overrides):
     config.pretrained = str(pretrained)
     config.knn.bank = 0
     config.data.samples_per_class = 0
-    config.update_from_flattened_dict(overrides)
+    config.update_from_flattened_dict(RESNET | overrides)
     return config
 
 
@@ -133,6 +134,7 @@ def test_the_run_on_other_data_and_its_evaluation(tuned, tmp_path):
 def evaluation_config(config, workdir):
     """Of a run of fine-tuning, on its own data."""
     ours = shrink(evaluate_digits.get_config())
+    ours.update_from_flattened_dict(RESNET)
     ours.pretrained = str(workdir)
     ours.data = config.data
     return ours
@@ -182,7 +184,7 @@ def test_the_headline_is_the_metric_asked_for(tuned, messages):
 
 def test_a_frozen_probe_on_other_data(pretrained, other_data, tmp_path):
     """Another number of classes and another size; the scaling stays the encoder's."""
-    config = linear_config(pretrained, **other_data, total_steps=4)
+    config = linear_config(pretrained, **RESNET, **other_data, total_steps=4)
     final = linear_eval.linear_eval(config, tmp_path)
     assert final["eval/num_examples"] == 27
     assert 0 < final["eval/mean_class_accuracy"] <= 1

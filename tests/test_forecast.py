@@ -22,7 +22,7 @@ from supcon_jax.run.plan import create_plan
 from supcon_jax.tools import plan as tool
 from supcon_jax.tools.plan import as_text
 from tests.aot import compiled_for_tpu
-from tests.runs import pretrain_config
+from tests.runs import RESNET, pretrain_config
 
 # --- slices ---
 
@@ -138,7 +138,7 @@ def test_collectives_of_a_step_that_compiles_here():
     """Against what the step says it sends; loops of microbatches count each time."""
     counts = {}
     for microbatch in (0, 8):
-        config = pretrain_config(microbatch_size=microbatch)
+        config = pretrain_config(**RESNET, microbatch_size=microbatch)
         plan = create_plan(
             config, parallel.create_mesh(), num_classes=10, num_examples=1297
         )
@@ -459,7 +459,7 @@ def test_a_plan_for_a_tpu():
 import json
 from supcon_jax.planning import forecast
 from supcon_jax.planning.topologies import find_topology
-from tests.runs import pretrain_config
+from tests.runs import RESNET, pretrain_config
 
 sent = []
 def find(*arguments, real=forecast.find_collectives):

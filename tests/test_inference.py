@@ -18,7 +18,6 @@ from supcon_jax.pretrained import features
 from supcon_jax.tools import embed, predict
 from tests.runs import OneLayer, probe_config, untrained_run
 
-pytestmark = pytest.mark.usefixtures("one_layer")
 TEST = open_source("digits", "test")
 TRAIN = open_source("digits", "train")
 
@@ -32,7 +31,7 @@ def nearest_mean(x, labels, num_classes, **options):
 
 
 @pytest.fixture(scope="module")
-def run(one_layer, tmp_path_factory):
+def run(tmp_path_factory):
     """A linear evaluation, beside the run of its encoder."""
     folder = tmp_path_factory.mktemp("runs")
     untrained_run(folder / "pretrain", next_config="configs/linear_digits.py")

@@ -161,7 +161,7 @@ def test_other_architecture_is_refused_with_both_named(pretrained, tmp_path):
     config = linear_config(pretrained, **{"encoder.name": "resnet18"})
     with pytest.raises(ValueError) as refusal:
         linear_eval.linear_eval(config, tmp_path / "run")
-    assert "'resnet8'" in str(refusal.value) and "'resnet18'" in str(refusal.value)
+    assert "'one_layer'" in str(refusal.value) and "'resnet18'" in str(refusal.value)
     assert "--config.encoder.name" in str(refusal.value)
     assert not (tmp_path / "run").exists()
     config = linear_config(pretrained, **{"data.mean": (0.1, 0.5, 0.5)})

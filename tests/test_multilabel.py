@@ -238,7 +238,7 @@ def test_sets_of_one_image_can_be_held_out(tmp_path):
 
 
 @pytest.mark.slow
-def test_batches_hold_rows_of_weights(folder, one_layer):
+def test_batches_hold_rows_of_weights(folder):
     config = pretrain_config(**settings(folder))
     train, evaluation = open_sources(config)
     batch = next(build_train_batches(config, train, build_sampler(config, train)))
@@ -357,7 +357,7 @@ def test_binary_cross_entropy_counts_labelled_images():
 
 
 @pytest.fixture(scope="module")
-def runs(folder, one_layer, tmp_path_factory):
+def runs(folder, tmp_path_factory):
     """Pretraining, and a linear classifier on it; the final metrics of both."""
     root = tmp_path_factory.mktemp("runs")
     config = pretrain_config(**settings(folder), total_steps=4)
@@ -386,9 +386,7 @@ def test_a_linear_classifier_finds_several_classes(runs):
         load_model(str(root / "linear"), jax.make_mesh((1,), ("data",)))
 
 
-def test_the_folder_configs_go_on_from_each_other(
-    folder, one_layer, tmp_path, messages
-):
+def test_the_folder_configs_go_on_from_each_other(folder, tmp_path, messages):
     """The second command is the one that the first prints, but for what makes it quick."""
     quick = ["total_steps=2", "compilation_cache=False", "encoder.dtype=float32"]
     quick += ["encoder.name=one_layer", "data.image_size=8", f"data.root={folder}"]

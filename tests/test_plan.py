@@ -8,11 +8,10 @@ import pytest
 
 from configs import linear_digits, supcon_cifar10
 from supcon_jax import parallel
-from supcon_jax.models import ENCODERS
 from supcon_jax.run.opening import open_run
 from supcon_jax.run.plan import create_plan, init_encoder
 from tests.aot import compiled_for_tpu
-from tests.runs import build_one_layer, first_batches, linear_config, pretrain_config
+from tests.runs import first_batches, linear_config, pretrain_config
 
 IMAGES = {"num_classes": 10, "num_examples": 1297}
 
@@ -182,12 +181,9 @@ def test_what_cannot_be_computed_is_refused(changes, message):
 )
 def test_logit_adjustment_is_in_every_cross_entropy(config, metric, monkeypatch):
     """A classifier of zeros has logits of zero: what is left is tau log pi."""
-    monkeypatch.setitem(ENCODERS, "one_layer", build_one_layer)
     config = config.copy_and_resolve_references()
     config.update_from_flattened_dict(
         {
-            "encoder.name": "one_layer",
-            "encoder.width": 1.0,
             "classifier.init": "zeros",
             "classifier.logit_adjustment": 1.5,
             "compilation_cache": False,

@@ -27,8 +27,6 @@ from tests.runs import (
     untrained_run,
 )
 
-pytestmark = pytest.mark.usefixtures("one_layer")
-
 
 @pytest.fixture(scope="module", autouse=True)
 def two_values_of_l2():
@@ -40,7 +38,7 @@ def two_values_of_l2():
 
 
 @pytest.fixture(scope="module")
-def runs(one_layer, tmp_path_factory):
+def runs(tmp_path_factory):
     """A pretraining run and the probe on it."""
     folder = tmp_path_factory.mktemp("runs")
     untrained_run(folder / "pretrain")

@@ -5,21 +5,13 @@ import pytest
 from supcon_jax import pretrain
 from supcon_jax.checkpoint import restore_state
 from supcon_jax.config.check import check_config
-from supcon_jax.models import ENCODERS
 from supcon_jax.run import loop, profiling
 from supcon_jax.run.profiling import Window, parse_window
-from tests.runs import assert_trees_equal, build_one_layer, pretrain_config
+from tests.runs import assert_trees_equal, pretrain_config
 
 
 def config_with(**overrides):
-    return pretrain_config(
-        **{"encoder.name": "one_layer", "encoder.width": 1.0, "knn.bank": 0} | overrides
-    )
-
-
-@pytest.fixture(autouse=True)
-def one_layer(monkeypatch):
-    monkeypatch.setitem(ENCODERS, "one_layer", build_one_layer)
+    return pretrain_config(**{"knn.bank": 0} | overrides)
 
 
 def test_windows():

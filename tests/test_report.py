@@ -13,7 +13,7 @@ from supcon_jax.config.files import config_files
 from supcon_jax.config.loading import load_config
 from supcon_jax.run import report
 from supcon_jax.run.opening import open_run
-from tests.runs import pretrain_config
+from tests.runs import RESNET, pretrain_config
 
 
 def test_next_command(tmp_path, monkeypatch):
@@ -48,11 +48,11 @@ def test_the_next_command_carries_what_the_next_config_has_otherwise(tmp_path):
     ]
     following = load_config(changes["next_config"], [word[9:] for word in command[3:]])
     assert following.encoder.width == 0.5 and following.data.classes == (1, 7)
-    # What only measures reads the encoder as it was saved, and no training images.
+    # What only measures sees no training images.
     config = linear_digits.get_config()
     config.encoder.width, config.data.labelled_per_class = 0.5, 5
     assert report.next_command(config, tmp_path / "run").endswith(
-        f"--config.pretrained={path}"
+        f"--config.pretrained={path} --config.encoder.width=0.5"
     )
 
 
@@ -101,7 +101,7 @@ def test_start_says_what_is_about_to_run(tmp_path, caplog):
 
 def test_an_exclusion_that_matches_nothing_is_told(tmp_path, caplog):
     for exclude, told in ((("batch_norm",), False), (("layer_norm",), True)):
-        config = pretrain_config(**{"optimizer.exclude": exclude})
+        config = pretrain_config(**RESNET, **{"optimizer.exclude": exclude})
         run = open_run(config, tmp_path / exclude[0])
         caplog.clear()
         report.log_start(run, run.plan.init())

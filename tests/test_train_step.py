@@ -17,7 +17,7 @@ from supcon_jax.models import Classifier
 from supcon_jax.run.opening import open_run
 from supcon_jax.run.plan import create_plan
 from tests.aot import compiled_for_tpu
-from tests.runs import assert_trees_equal, first_batches, pretrain_config
+from tests.runs import RESNET, assert_trees_equal, first_batches, pretrain_config
 from tests.small_step import (
     BATCH,
     DECAY,
@@ -82,7 +82,7 @@ MOMENTUM = {
     ids=["supcon+probe", "simclr", "cross_entropy+mixup", "momentum"],
 )
 def test_eight_devices_equal_one(options, tmp_path):
-    config = pretrain_config(**options, **{"projection.batch_norm": True})
+    config = pretrain_config(**RESNET | options, **{"projection.batch_norm": True})
     config.projection.hidden_dims = (8,)
     # Views that are almost equal give a gradient of small differences: more rounding.
     config.augment.crop_area = (0.5, 1.0)

@@ -14,7 +14,7 @@ from supcon_jax.models.vit import TransformerBlock, resize_positions
 from supcon_jax.parallel import create_mesh
 from supcon_jax.run.builders import OWN_OPTIONS, build_encoder
 from supcon_jax.run.plan import create_plan
-from tests.runs import pretrain_config
+from tests.runs import RESNET, pretrain_config
 from tests.test_resnet import abstract_init, count
 
 # As timm counts them for 224 pixels, without the classifier.
@@ -79,7 +79,7 @@ def test_its_keys_are_those_of_the_config(two_blocks):
     assert shapes["params"]["positions_stem"].shape == (1, 4, 8)
     assert "token_stem" not in shapes["params"]
     for name, value in changed.items():
-        config = pretrain_config(**{f"encoder.{name}": value})
+        config = pretrain_config(**RESNET, **{f"encoder.{name}": value})
         with pytest.raises(
             ValueError, match=f"resnet8 has none .*--config.encoder.{name}"
         ):

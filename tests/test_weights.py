@@ -36,7 +36,13 @@ from supcon_jax.weights import (
     write_safetensors,
 )
 from tests.photos import photo
-from tests.runs import assert_trees_equal, linear_config, pretrain_config, save_made_up
+from tests.runs import (
+    RESNET,
+    assert_trees_equal,
+    linear_config,
+    pretrain_config,
+    save_made_up,
+)
 from tests.test_defaults import write_photos
 from tests.test_finetune import finetune_config
 from tests.torch_weights import (
@@ -472,7 +478,7 @@ def test_safetensors_are_those_of_the_package(tmp_path):
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
     """A small encoder as another program would have it: `(path, variables)`."""
-    config = pretrain_config(**{"encoder.convention": "torchvision"})
+    config = pretrain_config(**RESNET | {"encoder.convention": "torchvision"})
     encoder = create_encoder("resnet8", width=config.encoder.width, stem="cifar")
     named = ruled("resnet8", encoder, 8)
     params, batch_stats = from_state_dict("resnet8", named, shapes_of(encoder, 8))
@@ -485,7 +491,7 @@ def test_all_modes_start_from_a_file(weights, tmp_path, caplog):
     path, expected = weights
     start = {"encoder.init_from": path, "encoder_average.decay": 0.9}
     loaders = {
-        "pretrain": (pretrain_config(**start), load_weights),
+        "pretrain": (pretrain_config(**RESNET | start), load_weights),
         "finetune": (finetune_config("", **start), finetune.load_initial_encoder),
     }
     with caplog.at_level(logging.INFO, logger="supcon_jax"):
@@ -498,7 +504,7 @@ def test_all_modes_start_from_a_file(weights, tmp_path, caplog):
         assert read_facts(tmp_path / mode)["frozen"] == digest((run.initial_encoder,))
     count = len(jax.tree.leaves(expected))
     assert caplog.text.count(f"starts with {count} arrays of {path}") == 2
-    probe = linear_config("", **{"encoder.init_from": path})
+    probe = linear_config("", **RESNET | {"encoder.init_from": path})
     run = open_run(probe, tmp_path / "probe", load_frozen=lambda p: (load_weights(p),))
     assert_trees_equal(run.frozen[0], expected)
 
@@ -509,7 +515,7 @@ def test_a_run_that_goes_on_does_not_read_the_weights_again(weights, tmp_path):
     moved = tmp_path / "moved.safetensors"
     moved.write_bytes(open(path, "rb").read())
     config = pretrain_config(
-        **{"encoder.init_from": str(moved), "encoder_average.decay": 0.9}
+        **RESNET | {"encoder.init_from": str(moved), "encoder_average.decay": 0.9}
     )
     run = open_run(config, tmp_path / "run", load_initial=load_weights)
     noted = read_facts(tmp_path / "run")["frozen"]
@@ -534,7 +540,9 @@ def test_a_run_that_goes_on_does_not_read_the_weights_again(weights, tmp_path):
 @pytest.mark.slow
 def test_a_probe_of_weights_is_a_run_like_any_other(weights, tmp_path):
     path, expected = weights
-    config = linear_config("", **{"encoder.init_from": path, "probe.solver": "lbfgs"})
+    config = linear_config(
+        "", **RESNET | {"encoder.init_from": path, "probe.solver": "lbfgs"}
+    )
     config.total_steps = 0
     final = linear_eval.linear_eval(config, tmp_path / "probe")
     assert final["eval/top1"] > 0.5
@@ -548,14 +556,14 @@ def test_a_probe_of_weights_is_a_run_like_any_other(weights, tmp_path):
 
 def test_a_workdir_is_weights_too(weights, tmp_path):
     path, _ = weights
-    config = pretrain_config(**{"encoder.init_from": path})
+    config = pretrain_config(**RESNET | {"encoder.init_from": path})
     run = open_run(config, tmp_path / "first", load_initial=load_weights)
     checkpointer = Checkpointer(run.workdir)
     state, _ = restore_or_init(checkpointer, run.plan, run.initial_encoder)
     checkpointer.save(state, 12, {})
     checkpointer.close()
     leave(run.workdir)
-    second = pretrain_config(**{"encoder.init_from": str(tmp_path / "first")})
+    second = pretrain_config(**RESNET | {"encoder.init_from": str(tmp_path / "first")})
     pretrained.check_pretrained(second)
     run = open_run(second, tmp_path / "second", load_initial=load_weights)
     assert_trees_equal(run.initial_encoder, state.encoder_variables())
@@ -608,7 +616,7 @@ def test_what_cannot_start_is_refused_in_one_line(
     weights, changes, says, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(layouts, "ENCODERS", {"resnet8": ENCODERS["resnet8"]})
-    config = pretrain_config(**{"encoder.init_from": weights[0], **changes})
+    config = pretrain_config(**RESNET | {"encoder.init_from": weights[0], **changes})
     run = {"linear_eval": linear_eval.linear_eval, "evaluate": finetune.finetune}
     with pytest.raises(ValueError, match=says) as refused:
         run.get(config.mode, pretrain.pretrain)(config, tmp_path / "run")

@@ -302,10 +302,10 @@ def next_command(
 
 def _carried(config: ConfigDict, following: ConfigDict) -> dict[str, Any]:
     """Where the config that comes next has another encoder, or would see other images."""
-    trains = (
-        following.mode in TRAINING_MODES
-    )  # the others take the encoder as it is saved
-    keys = IMAGE_KEYS + (TRAINING_IMAGE_KEYS + ENCODER_KEYS if trains else ())
+    if config.mode not in TRAINING_MODES:  # what comes next is another experiment
+        return {}
+    trains = following.mode in TRAINING_MODES
+    keys = IMAGE_KEYS + (TRAINING_IMAGE_KEYS if trains else ()) + ENCODER_KEYS
     ours, theirs = (flatten(c.to_dict()) for c in (config, following))
     return {
         key: ours[key]
