@@ -14,8 +14,9 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from supcon_jax.data import tfds as tfds_module
+from supcon_jax.data import tensorflow_imports
 from supcon_jax.data.datasets import open_source
+from supcon_jax.data.prepared import prepared_versions
 from supcon_jax.data.records import RecordSource
 
 
@@ -331,7 +332,7 @@ def no_tensorflow(monkeypatch):
     def fail():
         raise AssertionError("TensorFlow was imported")
 
-    monkeypatch.setattr(tfds_module, "import_tensorflow", fail)
+    monkeypatch.setattr(tensorflow_imports, "import_tensorflow", fail)
 
 
 def test_tfds_refuses_a_missing_directory(no_tensorflow, tmp_path):
@@ -385,10 +386,10 @@ def prepare(directory, name):
 def test_the_newest_version_by_number_is_chosen(tmp_path, config):
     for version in ("9.0.0", "10.0.0", "3.10.9", "incomplete.11.0.0"):
         prepare(tmp_path, f"caltech/{config}{version}")
-    found = tfds_module._prepared_versions(str(tmp_path), "caltech")
+    found = prepared_versions(str(tmp_path), "caltech")
     assert list(found) == ["10.0.0", "9.0.0", "3.10.9"]
     assert found["10.0.0"] == str(tmp_path / "caltech" / config / "10.0.0")
-    assert tfds_module._prepared_versions(str(tmp_path), "other") == {}
+    assert prepared_versions(str(tmp_path), "other") == {}
 
 
 def test_another_version_is_refused_and_the_prepared_ones_named(tmp_path):
@@ -414,7 +415,7 @@ def test_tensorflow_is_quiet_unless_told_otherwise(monkeypatch, before, after):
     monkeypatch.setenv("TF_CPP_MIN_LOG_LEVEL", before or "")
     if before is None:
         monkeypatch.delenv("TF_CPP_MIN_LOG_LEVEL")
-    tfds_module.import_tensorflow()
+    tensorflow_imports.import_tensorflow()
     assert os.environ["TF_CPP_MIN_LOG_LEVEL"] == after
 
 
@@ -460,7 +461,7 @@ def tfds(tfds_dir, monkeypatch, tmp_path):
     """TFDS with a home folder that is empty."""
     del tfds_dir  # only where there are TFDS tests at all
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
-    return tfds_module._import_tensorflow_datasets()
+    return tensorflow_imports.import_tensorflow_datasets()
 
 
 def test_an_unknown_name_lists_the_nearest(tfds):

@@ -183,10 +183,10 @@ def test_no_module_parses_flags_or_loads_heavy_packages(name):
             {
                 *TENSORFLOW_MODULES,
                 "supcon_jax.data.records",
-                "supcon_jax.data.tfds",
+                "supcon_jax.data.tensorflow_imports",
             },
         ),
-        ("tensorflow_datasets", {"supcon_jax.data.tfds"}),
+        ("tensorflow_datasets", {"supcon_jax.data.tensorflow_imports"}),
         ("orbax", {"supcon_jax.checkpoint"}),
         ("tensorstore", {"supcon_jax.storage.files"}),
         ("gcsfs", {"supcon_jax.storage.epaths"}),

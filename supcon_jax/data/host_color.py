@@ -1,7 +1,7 @@
 """Colour jitter on the host, in TensorFlow: for views whose policy comes after it.
 
-The twin of color.py, which jitters inside the jitted step and has the formulas. TensorFlow
-is imported at the top, so nothing imports this module before host.py does.
+The twin of color.py, which jitters inside the jitted step. TensorFlow is imported at the
+top, so nothing imports this module before host.py does.
 """
 
 from __future__ import annotations
