@@ -419,7 +419,7 @@ def accuracy(output):
     import jax
     import jax.numpy as jnp
 
-    from supcon_jax.losses import streaming, supcon_loss
+    from supcon_jax.losses import supcon_loss, tiles
 
     def one_pass(x, y):
         x, y = x.astype(jnp.bfloat16), y.astype(jnp.bfloat16)
@@ -439,7 +439,7 @@ def accuracy(output):
             x = (centers[labels] + spread * noise).astype(np.float32)
         return x, labels
 
-    full = streaming.matmul
+    full = tiles.matmul
     lines = [
         "| embeddings | T | dense float32 | supcon_loss | class sums | one bfloat16 pass |",
         "|---|---|---|---|---|---|",
@@ -451,7 +451,7 @@ def accuracy(output):
                 exact = jax.grad(masks)(x.astype(np.float64), labels, temperature)
             errors = []
             for loss in (masks, ours, class_sums, "one pass"):
-                streaming.matmul = one_pass if loss == "one pass" else full
+                tiles.matmul = one_pass if loss == "one pass" else full
                 loss = ours if loss == "one pass" else loss
                 got = jax.grad(loss)(x, labels, temperature)
                 got, exact = np.asarray(got), np.asarray(exact)
@@ -460,7 +460,7 @@ def accuracy(output):
             cells = " | ".join(f"{error:.1e}" for error in errors)
             lines.append(f"| {name} | {temperature} | {cells} |")
             print(lines[-1], flush=True)
-    streaming.matmul = full
+    tiles.matmul = full
     _write(lines, output)
 
 
