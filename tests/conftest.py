@@ -54,6 +54,17 @@ def messages():
     logger.removeHandler(handler)
 
 
+@pytest.fixture
+def no_tensorflow(monkeypatch):
+    """Fails a test that imports TensorFlow."""
+    from supcon_jax.data import tensorflow_imports
+
+    def fail():
+        raise AssertionError("TensorFlow was imported")
+
+    monkeypatch.setattr(tensorflow_imports, "import_tensorflow", fail)
+
+
 @pytest.fixture(scope="session")
 def shared_dir() -> pathlib.Path:
     """Real data and golden values beside the checkout; skips where there are none."""

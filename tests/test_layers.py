@@ -78,7 +78,12 @@ HEAVY = {
 
 
 # They are TensorFlow from end to end; others import them inside functions alone.
-TENSORFLOW_MODULES = {"supcon_jax.data.autoaugment", "supcon_jax.data.host"}
+TENSORFLOW_MODULES = {
+    "supcon_jax.data.autoaugment",
+    "supcon_jax.data.host",
+    "supcon_jax.data.host_color",
+    "supcon_jax.data.host_operations",
+}
 
 
 def module_name(path):
@@ -176,13 +181,12 @@ def test_no_module_parses_flags_or_loads_heavy_packages(name):
         (
             "tensorflow",
             {
-                "supcon_jax.data.autoaugment",
-                "supcon_jax.data.host",
+                *TENSORFLOW_MODULES,
                 "supcon_jax.data.records",
-                "supcon_jax.data.tfds",
+                "supcon_jax.data.tensorflow_imports",
             },
         ),
-        ("tensorflow_datasets", {"supcon_jax.data.tfds"}),
+        ("tensorflow_datasets", {"supcon_jax.data.tensorflow_imports"}),
         ("orbax", {"supcon_jax.checkpoint"}),
         ("tensorstore", {"supcon_jax.storage.files"}),
         ("gcsfs", {"supcon_jax.storage.epaths"}),

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from supcon_jax.losses import streaming, supcon_loss
+from supcon_jax.losses import supcon_loss, tiles
 from tests.aot import compiled_for_tpu
 
 MIB = 2**20
@@ -116,7 +116,7 @@ def test_collapsed_gradient_shows_a_lower_precision(monkeypatch):
         x, y = x.astype(jnp.bfloat16), y.astype(jnp.bfloat16)
         return jnp.matmul(x, y, preferred_element_type=jnp.float32)
 
-    monkeypatch.setattr(streaming, "matmul", one_pass)
+    monkeypatch.setattr(tiles, "matmul", one_pass)
     assert collapsed_errors()[0] > 1e-2
 
 
@@ -193,7 +193,7 @@ def test_every_matrix_product_is_full_float32(options):
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_no_array_is_n_by_n(options, monkeypatch):
-    monkeypatch.setattr(streaming, "KEPT_BYTES", 0)
+    monkeypatch.setattr(tiles, "KEPT_BYTES", 0)
     x, labels = ordinary(256)
     loss = functools.partial(scalar_loss, labels=labels, block_size=32, **options)
     jaxpr = jax.make_jaxpr(jax.value_and_grad(loss))(x).jaxpr
@@ -217,7 +217,7 @@ def test_kept_tiles_have_a_limit():
     kept, recomputed = products_and_bytes(1024), products_and_bytes(4096)
     assert kept[0] == 2 + 3
     assert recomputed[0] == 3 + 4
-    assert 4 * MIB < kept[1] <= streaming.KEPT_BYTES
+    assert 4 * MIB < kept[1] <= tiles.KEPT_BYTES
     assert recomputed[1] <= 4 * MIB
 
 
@@ -228,7 +228,7 @@ def test_kept_and_recomputed_tiles_agree(options, monkeypatch):
     x, labels = ordinary(40, dimension=16)
     loss = functools.partial(scalar_loss, block_size=26, **options)
     kept = jax.jit(jax.value_and_grad(loss))(x, labels)
-    monkeypatch.setattr(streaming, "KEPT_BYTES", 0)
+    monkeypatch.setattr(tiles, "KEPT_BYTES", 0)
     recomputed = jax.jit(jax.value_and_grad(lambda *a: loss(*a)))(x, labels)
     for a, b in zip(kept, recomputed, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-8)

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
 
-from supcon_jax.losses import momentum_contrast_loss, streaming, supcon_loss
+from supcon_jax.losses import momentum_contrast_loss, supcon_loss, tiles
 from tests.test_losses import check_against_the_loop as check_against
 from tests.test_losses_scaling import (
     equations,
@@ -311,7 +311,7 @@ def test_backward_has_no_large_collective():
     ids=name_of,
 )
 def test_no_array_is_n_by_n_and_every_product_is_full_float32(options, monkeypatch):
-    monkeypatch.setattr(streaming, "KEPT_BYTES", 0)
+    monkeypatch.setattr(tiles, "KEPT_BYTES", 0)
     x, labels = example(num_images=256, classes=8)
     loss = functools.partial(scalar_loss, labels=labels, block_size=32, **options)
     traced = jax.make_jaxpr(jax.value_and_grad(loss))(x.astype(np.float32)).jaxpr

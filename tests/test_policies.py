@@ -63,18 +63,18 @@ def in_step(batch, rows, place=(0.0, 0.0)):
 
 
 @pytest.fixture(scope="module")
-def autoaugment():
+def host_operations():
     pytest.importorskip("tensorflow")
-    from supcon_jax.data import autoaugment
+    from supcon_jax.data import host_operations
 
-    return autoaugment
+    return host_operations
 
 
 SIZES = [(7, 10), (32, 32)]
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
-def test_every_operation_is_the_hosts_at_every_level(size, autoaugment):
+def test_every_operation_is_the_hosts_at_every_level(size, host_operations):
     """Of all that the policies can draw; not one pixel differs."""
     import tensorflow as tf
 
@@ -93,7 +93,7 @@ def test_every_operation_is_the_hosts_at_every_level(size, autoaugment):
                 continue
             value = tf.constant(sign * argument, tf.float32)
             shown = (shown + 1) % len(batch)
-            theirs = autoaugment.FUNCTIONS[name](tf.constant(batch[shown]), value)
+            theirs = host_operations.FUNCTIONS[name](tf.constant(batch[shown]), value)
             np.testing.assert_array_equal(outputs[shown], theirs, f"{name} {value}")
     np.testing.assert_array_equal(got[rows.index(policies.IDENTITY), 0], batch)
 
@@ -115,7 +115,7 @@ def test_signed_operations():
 
 def test_operations_equal_the_official_ones():
     """The golden outputs that the host is tested against, with its tolerances."""
-    from tests.test_autoaugment import SLACK, golden
+    from tests.test_host_operations import SLACK, golden
 
     for kind, count in (("pixels", 8), ("flat", 14)):
         batch, outputs = golden(kind)
@@ -179,15 +179,15 @@ def test_the_wide_space_is_its_authors():
     assert operations.WIDE_RULES.keys() == {n for n, _ in rows} - {"Identity"}
 
 
-def test_pillow_leaves_the_image_alone_at_its_highest_threshold(autoaugment):
+def test_pillow_leaves_the_image_alone_at_its_highest_threshold(host_operations):
     import tensorflow as tf
 
     batch = images(32, 32)
     image = batch[0]
-    np.testing.assert_array_equal(autoaugment.pillow_solarize(image, 256), image)
+    np.testing.assert_array_equal(host_operations.pillow_solarize(image, 256), image)
     got = in_step(batch, (("PillowSolarize", 256.0),))[0, 0]
     np.testing.assert_array_equal(got, batch)
-    opposite = autoaugment.solarize(tf.constant(image), 256)
+    opposite = host_operations.solarize(tf.constant(image), 256)
     np.testing.assert_array_equal(opposite, 255 - image)
 
 

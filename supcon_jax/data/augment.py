@@ -220,7 +220,7 @@ def augment_view(
             kind=options.jitter_kind,
         )
     if policy:
-        # 255.5 keeps every value that the jitter left alone, see autoaugment.apply_jitter.
+        # 255.5 keeps every value that the jitter left alone, see host_color.apply_jitter.
         levels = jnp.floor(255.5 * image)
         policy_key = jax.random.fold_in(key, POLICY_STREAM)
         image = apply_policy(policy_key, levels, options).astype(image.dtype) / 255.0

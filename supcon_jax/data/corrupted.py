@@ -23,8 +23,8 @@ from supcon_jax import storage
 from supcon_jax.data.arrays import to_rgb
 from supcon_jax.data.folders import open_classes
 from supcon_jax.data.names import pick_split
+from supcon_jax.data.prepared import prepared_configs
 from supcon_jax.data.sources import ArraySource, Source
-from supcon_jax.data.tfds import prepared_configs
 from supcon_jax.evaluation.corruption import CORRUPTIONS, SEVERITIES
 
 logger = logging.getLogger(__name__)

@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import tensorflow as tf
 
-from supcon_jax.data import autoaugment
+from supcon_jax.data import autoaugment, host_color
 from supcon_jax.data.blocks import BlockCache, read_examples
 from supcon_jax.data.sources import (
     PADDING,
@@ -363,7 +363,7 @@ def apply_policy(
     """The host's part after crop and flip: colour jitter, then the policy."""
     fold_in = tf.random.fold_in
     if augmentation.jitters:
-        view = autoaugment.color_jitter(
+        view = host_color.color_jitter(
             view,
             fold_in(seed, 0),
             strength=augmentation.jitter_strength,

@@ -257,7 +257,7 @@ def check_image_size(source: Source, image_size: int) -> None:
 
 def _import_host():
     """Imports host.py, with TensorFlow quiet and kept off the accelerators."""
-    from supcon_jax.data.tfds import import_tensorflow
+    from supcon_jax.data.tensorflow_imports import import_tensorflow
 
     import_tensorflow()
     from supcon_jax.data import host

@@ -132,7 +132,7 @@ def _table(name: str, argument: np.float32) -> np.ndarray:
     elif name == "Invert":
         level = 255 - level
     elif name in ("Solarize", "PillowSolarize"):
-        # The official threshold of 256 overflows to 0, see autoaugment.solarize.
+        # The official threshold of 256 overflows to 0, see host_operations.solarize.
         threshold = int(argument) % 256 if name == "Solarize" else int(argument)
         level = np.where(level >= threshold, 255 - level, level)
     elif name == "SolarizeAdd":
@@ -254,8 +254,8 @@ def _map_levels(image: jax.Array, kept: Parameters) -> jax.Array:
     least = jnp.take_along_axis(stretched, low[:, None], axis=1)
     stretched -= jnp.where((high > low)[:, None], least, 0.0)
     table = jnp.where(kept.kind == KINDS["AutoContrast"], _truncate(stretched), table)
-    # Equalize: see autoaugment.equalize. The division comes last, and others divide by 1,
-    # because a compiler repeats what is cheap for each pixel that looks it up.
+    # Equalize: see host_operations.equalize. The division comes last, and others divide
+    # by 1, because a compiler repeats what is cheap for each pixel that looks it up.
     counts = jnp.zeros((3, 256), jnp.int32).at[jnp.arange(3)[:, None], flat].add(1)
     last = jnp.take_along_axis(counts, high[:, None], axis=1)
     step = (count - last) // 255

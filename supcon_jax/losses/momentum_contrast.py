@@ -17,8 +17,8 @@ from supcon_jax.losses.options import (
     default_block_size,
 )
 from supcon_jax.losses.rows import Columns, rowwise_losses
-from supcon_jax.losses.streaming import Views
 from supcon_jax.losses.supcon import Diagnostics, l2_normalize, mean_over_anchors
+from supcon_jax.losses.tiles import Views
 
 # The group of a place in the queue that no key has taken yet.
 EMPTY = np.iinfo(np.int32).min

@@ -13,7 +13,7 @@ from jax import lax
 
 from supcon_jax.losses.diagnostics import AnchorStatistics
 from supcon_jax.losses.options import LossOptions, Temperature
-from supcon_jax.losses.streaming import Views, matmul
+from supcon_jax.losses.tiles import Views, matmul
 
 
 class Columns(NamedTuple):

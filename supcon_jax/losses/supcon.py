@@ -21,7 +21,8 @@ from supcon_jax.losses.options import (
     is_integer,
 )
 from supcon_jax.losses.rows import Columns, rowwise_losses
-from supcon_jax.losses.streaming import Plan, Views, gather, streaming_losses
+from supcon_jax.losses.streaming import streaming_losses
+from supcon_jax.losses.tiles import Plan, Views, gather
 
 # Below it exp(-2 / temperature), the smallest term of a sum shifted by the largest
 # possible logit, leaves the range of float32.

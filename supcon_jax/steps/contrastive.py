@@ -19,8 +19,8 @@ from jax.sharding import Mesh, PartitionSpec
 
 from supcon_jax import parallel
 from supcon_jax.losses.cross_entropy import cross_entropy_of_views
-from supcon_jax.losses.streaming import gather
 from supcon_jax.losses.supcon import l2_normalize
+from supcon_jax.losses.tiles import gather
 from supcon_jax.steps.momentum import (
     enqueue,
     init_momentum,
