@@ -29,9 +29,9 @@ from benchmarks.step_runs import (
     table,
     tell,
 )
-from supcon_jax import parallel
+from supcon_jax import builders, parallel
 from supcon_jax.planning.flops import count_flops, loss_flops
-from supcon_jax.run import builders, loop
+from supcon_jax.run import loop
 from supcon_jax.run.memory import StepMemory, device_memory, step_memory
 
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "collective-permute")

@@ -17,7 +17,6 @@ from ml_collections import ConfigDict
 from supcon_jax import storage
 from supcon_jax.checkpoint import digest
 from supcon_jax.config.check import check_config
-from supcon_jax.config.defaults import resolve
 from supcon_jax.data.identity import identify
 from supcon_jax.data.sources import Source
 from supcon_jax.evaluation import calibration
@@ -31,6 +30,7 @@ from supcon_jax.figures import plot_confusion, plot_reliability
 from supcon_jax.logs import add_log_file
 from supcon_jax.pretrained.model import TrainedModel, check_encoder_keys, load_model
 from supcon_jax.run.batches import create_predictor
+from supcon_jax.run.defaults import resolve
 from supcon_jax.run.opening import prepare
 from supcon_jax.run.report import report_result
 from supcon_jax.run.splits import open_eval_source

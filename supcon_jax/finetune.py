@@ -9,10 +9,11 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from supcon_jax.config.check import check_config
-from supcon_jax.config.defaults import resolve
+from supcon_jax.config.keys import RANDOM
 from supcon_jax.pretrain import build_evaluation
-from supcon_jax.pretrained.model import RANDOM, check_pretrained, load_encoder
+from supcon_jax.pretrained.model import check_pretrained, load_encoder
 from supcon_jax.run import loop
+from supcon_jax.run.defaults import resolve
 from supcon_jax.run.opening import open_run
 from supcon_jax.run.plan import Plan
 from supcon_jax.run.stop import StopRequests

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from supcon_jax import hosts, parallel, storage
 from supcon_jax.checkpoint import Checkpointer
 from supcon_jax.config.check import check_config
-from supcon_jax.config.defaults import resolve
+from supcon_jax.config.keys import RANDOM
 from supcon_jax.data.sources import Source
 from supcon_jax.evaluate import write_classes
 from supcon_jax.evaluation.classification import (
@@ -31,13 +31,9 @@ from supcon_jax.metrics import on_end
 from supcon_jax.models.heads import l2_normalize
 from supcon_jax.pretrained import features
 from supcon_jax.pretrained.features import Features
-from supcon_jax.pretrained.model import (
-    RANDOM,
-    check_pretrained,
-    load_encoder,
-    take_projection,
-)
+from supcon_jax.pretrained.model import check_pretrained, load_encoder, take_projection
 from supcon_jax.run import loop, report
+from supcon_jax.run.defaults import resolve
 from supcon_jax.run.loop import Evaluate, Metrics
 from supcon_jax.run.opening import Run, build_predictor, open_run
 from supcon_jax.run.splits import count_classes

@@ -15,11 +15,10 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from supcon_jax import parallel
+from supcon_jax import builders, parallel
 from supcon_jax.losses import momentum_contrast_loss, supcon_loss
 from supcon_jax.losses.cross_entropy import cross_entropy_of_views
 from supcon_jax.losses.options import default_block_size
-from supcon_jax.run import builders
 from supcon_jax.steps.contrastive import LossFunction
 
 

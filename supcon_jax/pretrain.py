@@ -10,7 +10,6 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from supcon_jax.config.check import check_config
-from supcon_jax.config.defaults import resolve
 from supcon_jax.data.selection import take_labelled, take_subset
 from supcon_jax.data.sources import has_labels
 from supcon_jax.evaluation.knn import knn_accuracy
@@ -22,6 +21,7 @@ from supcon_jax.pretrained.initial import load_weights
 from supcon_jax.pretrained.model import check_pretrained
 from supcon_jax.run import loop
 from supcon_jax.run.batches import build_train_batches
+from supcon_jax.run.defaults import resolve
 from supcon_jax.run.loop import Evaluate
 from supcon_jax.run.opening import Run, build_predictor, open_run
 from supcon_jax.run.stop import StopRequests

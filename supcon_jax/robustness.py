@@ -22,7 +22,6 @@ from ml_collections import ConfigDict
 from supcon_jax import hosts, storage
 from supcon_jax.checkpoint import digest
 from supcon_jax.config.check import check_config
-from supcon_jax.config.defaults import resolve
 from supcon_jax.data.corrupted import (
     check_whole,
     class_numbers,
@@ -49,6 +48,7 @@ from supcon_jax.figures import plot_robustness
 from supcon_jax.logs import add_log_file, format_duration, progress
 from supcon_jax.pretrained.model import TrainedModel
 from supcon_jax.run.batches import create_predictor
+from supcon_jax.run.defaults import resolve
 from supcon_jax.run.opening import prepare
 from supcon_jax.run.report import report_result
 from supcon_jax.run.stop import Stopped, StopRequests, restart_command

@@ -6,11 +6,10 @@ from PIL import Image
 
 from configs import common, evaluate_folder, linear_folder, supcon_folder
 from supcon_jax import evaluate, linear_eval, parallel, pretrain
-from supcon_jax.config import defaults
 from supcon_jax.config.check import check_config, open_keys
-from supcon_jax.config.defaults import resolve
-from supcon_jax.run import memory, splits
+from supcon_jax.run import defaults, memory, splits
 from supcon_jax.run import opening as run
+from supcon_jax.run.defaults import resolve
 from supcon_jax.run.report import log_data
 from supcon_jax.run.workdir import read_config
 from supcon_jax.tools.show_batch import draw

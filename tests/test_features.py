@@ -6,9 +6,8 @@ import jax
 import numpy as np
 import pytest
 
-from supcon_jax import parallel
+from supcon_jax import builders, parallel
 from supcon_jax.pretrained import features
-from supcon_jax.run import builders
 from supcon_jax.run.plan import create_plan, init_encoder
 from supcon_jax.run.splits import open_sources
 from tests.runs import probe_config

@@ -15,13 +15,13 @@ from sklearn.metrics import balanced_accuracy_score
 
 from configs import evaluate_digits, finetune_digits, transfer
 from supcon_jax import evaluate, finetune, linear_eval, parallel, pretrain
+from supcon_jax.builders import build_optimizer, finetune_rates
 from supcon_jax.checkpoint import Checkpointer, restore_encoder
 from supcon_jax.config.check import check_config
 from supcon_jax.evaluation.classification import classification_sums, summarize
 from supcon_jax.models import ResNet, WideResNet
 from supcon_jax.models.resnet import BasicBlock
 from supcon_jax.run import loop
-from supcon_jax.run.builders import build_optimizer, finetune_rates
 from supcon_jax.run.opening import open_run
 from supcon_jax.run.plan import create_plan
 from supcon_jax.steps.state import TrainState

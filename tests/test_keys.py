@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from supcon_jax import pretrain
+from supcon_jax import builders, pretrain
 from supcon_jax.config.check import check_config
 from supcon_jax.config.keys import KEYS
 from supcon_jax.evaluation.knn import knn_accuracy
-from supcon_jax.run import builders, splits
 from supcon_jax.run import opening as run_module
+from supcon_jax.run import splits
 from tests.config_files import load
 from tests.runs import first_batches
 

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from supcon_jax import builders
 from supcon_jax.data import augment, operations, pipeline, policies
 from supcon_jax.data.views import POLICIES, Augmentation
-from supcon_jax.run import builders
 from supcon_jax.run.opening import open_run
 from tests.photos import photo
 from tests.runs import first_batches, pretrain_config

@@ -8,12 +8,11 @@ import pytest
 import scipy.optimize
 
 from configs import evaluate_digits
-from supcon_jax import evaluate, linear_eval, parallel, pretrain
+from supcon_jax import builders, evaluate, linear_eval, parallel, pretrain
 from supcon_jax.checkpoint import Checkpointer, restore_state, saved_steps
 from supcon_jax.models import EncoderWithProjection
 from supcon_jax.pretrained import features
 from supcon_jax.pretrained import model as pretrained_model
-from supcon_jax.run import builders
 from supcon_jax.run.batches import create_predictor
 from supcon_jax.run.loop import restore_or_init
 from supcon_jax.run.opening import open_run

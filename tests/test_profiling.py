@@ -2,11 +2,11 @@
 
 import pytest
 
-from supcon_jax import pretrain
+from supcon_jax import pretrain, profiling
 from supcon_jax.checkpoint import restore_state
 from supcon_jax.config.check import check_config
-from supcon_jax.run import loop, profiling
-from supcon_jax.run.profiling import Window, parse_window
+from supcon_jax.profiling import Window, parse_window
+from supcon_jax.run import loop
 from tests.runs import assert_trees_equal, pretrain_config
 
 

@@ -11,9 +11,9 @@ import re
 import pytest
 
 from configs import common
+from supcon_jax.builders import scaled_learning_rate
 from supcon_jax.config.check import check_config, flatten
 from supcon_jax.config.keys import KEYS
-from supcon_jax.run.builders import scaled_learning_rate
 from tests.config_files import ALL, FILES, load, load_named, variants
 
 DOCS = pathlib.Path(__file__).resolve().parents[1] / "docs" / "recipes.md"

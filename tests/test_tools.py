@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from supcon_jax import builders
 from supcon_jax.config.check import check_config
-from supcon_jax.run import builders
 from supcon_jax.run.opening import open_run
 from supcon_jax.tools import show_batch
 from tests.runs import first_batches

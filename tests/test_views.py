@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from configs import common
+from supcon_jax import builders
 from supcon_jax.data import augment, views
 from supcon_jax.data.views import Augmentation
-from supcon_jax.run import builders
 from tests.test_augment import assert_uniform
 
 EVERYTHING = Augmentation(

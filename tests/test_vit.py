@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from supcon_jax import pretrain
+from supcon_jax.builders import OWN_OPTIONS, build_encoder
 from supcon_jax.config.keys import KEYS
 from supcon_jax.models import ENCODERS, VisionTransformer, create_encoder, part_of
 from supcon_jax.models.vit import TransformerBlock, resize_positions
 from supcon_jax.parallel import create_mesh
-from supcon_jax.run.builders import OWN_OPTIONS, build_encoder
 from supcon_jax.run.plan import create_plan
 from tests.runs import RESNET, pretrain_config
 from tests.test_resnet import abstract_init, count

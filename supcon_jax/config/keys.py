@@ -13,7 +13,7 @@ from supcon_jax.data.views import BLUR_BORDERS, JITTER_KINDS, POLICIES
 from supcon_jax.models import CONVENTIONS, ENCODERS, STEMS
 from supcon_jax.models.heads import CLASSIFIER_INITS
 from supcon_jax.objectives import OBJECTIVES
-from supcon_jax.run.profiling import parse_window
+from supcon_jax.profiling import parse_window
 from supcon_jax.writers import BACKENDS
 
 # Keys on which a pretraining run and the use of its encoder must agree.
@@ -47,6 +47,8 @@ TRAINING_IMAGE_KEYS = (
     "data.label_noise",
 )
 
+# What `pretrained` is for a new encoder, in place of a run's.
+RANDOM = "random"
 # What `eval/...` the result of a classifier is told by first.
 EVAL_METRICS = ("top1", "mean_class_accuracy")
 

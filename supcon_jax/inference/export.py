@@ -17,10 +17,10 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 
+from supcon_jax import builders
 from supcon_jax.data.images import central_crop
 from supcon_jax.inference.model import Model
 from supcon_jax.models import EncoderWithProjection
-from supcon_jax.run import builders
 from supcon_jax.weights import (
     from_state_dict,
     read_weights,

@@ -21,7 +21,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from supcon_jax import parallel, storage
+from supcon_jax import builders, parallel, storage
 from supcon_jax.config.check import config_of
 from supcon_jax.data.images import central_crop, decode
 from supcon_jax.data.sources import UNLABELLED, ArraySource
@@ -31,7 +31,6 @@ from supcon_jax.evaluation.predict import Predictor
 from supcon_jax.inference.reference import Reference, logits_of, open_reference
 from supcon_jax.pretrained.model import TrainedModel, find_used_run, no_classifier
 from supcon_jax.pretrained.model import load_model as load_trained
-from supcon_jax.run import builders
 from supcon_jax.run.opening import setup_compilation_cache
 from supcon_jax.run.workdir import read_config
 

@@ -20,6 +20,7 @@ from ml_collections import ConfigDict
 
 from supcon_jax import parallel, storage
 from supcon_jax.checkpoint import digest
+from supcon_jax.config.keys import RANDOM
 from supcon_jax.data.identity import identify
 from supcon_jax.data.selection import take_subset
 from supcon_jax.data.sources import Source, read_labels
@@ -27,7 +28,7 @@ from supcon_jax.evaluation import calibration
 from supcon_jax.evaluation.ood import default_neighbour, knn_scores
 from supcon_jax.pretrained import features
 from supcon_jax.pretrained.features import Features
-from supcon_jax.pretrained.model import RANDOM, TrainedModel
+from supcon_jax.pretrained.model import TrainedModel
 from supcon_jax.run.splits import open_sources
 from supcon_jax.run.workdir import read_facts, refuse_other_data
 

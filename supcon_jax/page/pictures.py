@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
-from supcon_jax import parallel, storage
+from supcon_jax import builders, parallel, storage
 from supcon_jax.checkpoint import digest, restore_encoder
 from supcon_jax.config.check import config_of
 from supcon_jax.config.keys import TRAINING_MODES
@@ -27,7 +27,6 @@ from supcon_jax.logs import progress
 from supcon_jax.losses import supcon_loss
 from supcon_jax.page.records import RunRecord
 from supcon_jax.pretrained.model import SavedEncoder, find_encoder
-from supcon_jax.run import builders
 from supcon_jax.run.splits import open_eval_source
 from supcon_jax.run.workdir import read_config, read_facts, refuse_other_data
 

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import jax
 from ml_collections import ConfigDict
 
-from supcon_jax import parallel
+from supcon_jax import builders, parallel
 from supcon_jax.config.keys import TRAINING_MODES
 from supcon_jax.data.datasets import SOURCES
 from supcon_jax.data.pipeline import on_host
@@ -37,7 +37,6 @@ from supcon_jax.planning.topologies import (
     create_abstract_mesh,
     known_topologies,
 )
-from supcon_jax.run import builders
 from supcon_jax.run.batches import build_train_batches
 from supcon_jax.run.memory import StepMemory, out_of_memory, step_memory
 from supcon_jax.run.plan import Plan, create_plan

@@ -23,7 +23,7 @@ from supcon_jax.checkpoint import (
 )
 from supcon_jax.config.check import config_of, flatten
 from supcon_jax.config.files import PROGRAM
-from supcon_jax.config.keys import ENCODER_KEYS
+from supcon_jax.config.keys import ENCODER_KEYS, RANDOM
 from supcon_jax.objectives import OBJECTIVES, has_projection
 from supcon_jax.pretrained.initial import encoder_shapes, fitted, load_weights
 from supcon_jax.run.plan import Plan, create_plan, init_encoder
@@ -32,7 +32,6 @@ from supcon_jax.steps.state import TrainState
 
 logger = logging.getLogger(__name__)
 PyTree = Any
-RANDOM = "random"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,13 +10,13 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from supcon_jax import builders
 from supcon_jax.data.lanes import Lanes, block_size
 from supcon_jax.data.pipeline import Batch, train_batches
 from supcon_jax.data.records import RecordSource
 from supcon_jax.data.sampler import Sampler, class_balanced, shuffled
 from supcon_jax.data.sources import Source, read_labels
 from supcon_jax.evaluation.predict import Predictor
-from supcon_jax.run import builders
 
 logger = logging.getLogger(__name__)
 

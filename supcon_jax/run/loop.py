@@ -21,13 +21,13 @@ from supcon_jax import hosts, parallel, storage
 from supcon_jax.checkpoint import Checkpointer, saved_steps
 from supcon_jax.logs import add_log_file, format_duration
 from supcon_jax.metrics import on_end
+from supcon_jax.profiling import parse_window, traced
 from supcon_jax.run import health, memory, report
 from supcon_jax.run.batches import build_train_batches
 from supcon_jax.run.goodput import Goodput
 from supcon_jax.run.health import Health
 from supcon_jax.run.opening import Run
 from supcon_jax.run.plan import Plan, Step
-from supcon_jax.run.profiling import parse_window, traced
 from supcon_jax.run.stop import Stopped, StopRequests, Unwritable, restart_command
 from supcon_jax.run.workdir import before_save, leave
 from supcon_jax.steps.state import TrainState

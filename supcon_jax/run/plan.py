@@ -18,12 +18,11 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from supcon_jax import parallel
+from supcon_jax import builders, parallel
 from supcon_jax.config.check import check_chosen, check_config
 from supcon_jax.data.augment import mix_examples, view_keys
 from supcon_jax.losses.cross_entropy import logit_adjustment
 from supcon_jax.objectives import OBJECTIVES
-from supcon_jax.run import builders
 from supcon_jax.steps import contrastive, linear
 from supcon_jax.steps.contrastive import Modules, Prepare, StepSpec
 from supcon_jax.steps.state import TrainState

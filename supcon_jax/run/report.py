@@ -16,12 +16,18 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from supcon_jax import optimizers, storage
+from supcon_jax.builders import (
+    finetune_rates,
+    num_microbatches,
+    scaled_learning_rate,
+)
 from supcon_jax.config.check import flatten, trains_classifier
 from supcon_jax.config.files import PROGRAM
 from supcon_jax.config.keys import (
     ENCODER_KEYS,
     IMAGE_KEYS,
     OPEN,
+    RANDOM,
     TRAINING_IMAGE_KEYS,
     TRAINING_MODES,
 )
@@ -31,12 +37,6 @@ from supcon_jax.data.sources import UNLABELLED, UNREAD, Source
 from supcon_jax.figures import plot_curves
 from supcon_jax.metrics import on_end
 from supcon_jax.objectives import OBJECTIVES
-from supcon_jax.pretrained.model import RANDOM
-from supcon_jax.run.builders import (
-    finetune_rates,
-    num_microbatches,
-    scaled_learning_rate,
-)
 from supcon_jax.run.opening import Run
 from supcon_jax.steps.state import TrainState
 

@@ -25,7 +25,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from supcon_jax import parallel, storage
+from supcon_jax import builders, parallel, storage
 from supcon_jax.checkpoint import digest, restore_state
 from supcon_jax.cli import one_line_errors
 from supcon_jax.config.check import config_of
@@ -48,7 +48,6 @@ from supcon_jax.pretrained.model import (
     load_model,
     warn_if_unfinished,
 )
-from supcon_jax.run import builders
 from supcon_jax.run.opening import setup_compilation_cache
 from supcon_jax.run.report import next_command
 from supcon_jax.run.splits import open_sources

@@ -25,7 +25,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from supcon_jax import parallel, storage
+from supcon_jax import builders, parallel, storage
 from supcon_jax.checkpoint import saved_steps
 from supcon_jax.cli import one_line_errors
 from supcon_jax.config.check import config_of
@@ -41,7 +41,6 @@ from supcon_jax.figures import plot_gradients
 from supcon_jax.logs import progress, setup_logging
 from supcon_jax.objectives import OBJECTIVES
 from supcon_jax.pretrained.model import load_state
-from supcon_jax.run import builders
 from supcon_jax.run.batches import build_sampler, build_train_batches
 from supcon_jax.run.opening import setup_compilation_cache
 from supcon_jax.run.plan import Plan, create_plan

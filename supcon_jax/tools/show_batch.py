@@ -17,13 +17,12 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from supcon_jax import parallel, storage
+from supcon_jax import builders, parallel, storage
 from supcon_jax.cli import one_line_errors
-from supcon_jax.config.defaults import resolve
 from supcon_jax.config.loading import load_config
 from supcon_jax.data.pipeline import eval_batches, on_host
-from supcon_jax.run import builders
 from supcon_jax.run.batches import build_sampler, build_train_batches
+from supcon_jax.run.defaults import resolve
 from supcon_jax.run.splits import open_sources
 from supcon_jax.tools.arguments import check_out, create_parser, parse
 

@@ -21,11 +21,10 @@ from ml_collections import ConfigDict
 from supcon_jax import parallel, storage
 from supcon_jax.checkpoint import saved_steps
 from supcon_jax.config.check import flatten, open_keys
-from supcon_jax.config.keys import IMAGE_FOLDERS, KEYS
+from supcon_jax.config.keys import IMAGE_FOLDERS, KEYS, RANDOM
 from supcon_jax.data.folders import find_eval_split
 from supcon_jax.data.images import read_size
 from supcon_jax.data.sources import READERS, FileSource, Source
-from supcon_jax.pretrained.model import RANDOM
 from supcon_jax.run import memory
 from supcon_jax.run.opening import agree_on_config, plan_for, setup_compilation_cache
 from supcon_jax.run.splits import open_sources
