@@ -37,4 +37,8 @@ def get_study(scale):
             "ood:embedding.ood/softmax_fpr95",
         ),
         "baseline": {"method": "cross-entropy"},
+        "reading": "Five digits are trained on, the five others are to be told from them. By the "
+        "distance to the nearest training images cross-entropy is ahead of SupCon by 1.5 points "
+        "of AUROC, and SimCLR far behind both. The other scores differ by less than their "
+        "deviation between the seeds.",
     }
