@@ -1,5 +1,7 @@
 """The notebook runs from top to bottom, and its outputs are those of this code."""
 
+import ast
+import importlib
 import json
 import pathlib
 
@@ -14,6 +16,18 @@ def test_it_is_committed_with_its_outputs():
     ]
     assert all(cell["execution_count"] for cell in cells)
     assert sum("image/png" in str(cell["outputs"]) for cell in cells) == 2
+
+
+def test_what_it_imports_is_there():
+    cells = json.loads(TOUR.read_text())["cells"]
+    code = "\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "code")
+    found = [n for n in ast.walk(ast.parse(code)) if isinstance(n, ast.ImportFrom)]
+    ours = [n for n in found if n.module.startswith("supcon_jax")]
+    assert ours
+    for node in ours:
+        module = importlib.import_module(node.module)
+        for alias in node.names:
+            assert hasattr(module, alias.name), (node.module, alias.name)
 
 
 @pytest.mark.slow
