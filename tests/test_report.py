@@ -7,7 +7,7 @@ import time
 import numpy as np
 import pytest
 
-from configs import digits, linear_digits
+from configs import digits, linear_digits, supcon_folder
 from supcon_jax import storage
 from supcon_jax.config.files import config_files
 from supcon_jax.config.loading import load_config
@@ -54,6 +54,15 @@ def test_the_next_command_carries_what_the_next_config_has_otherwise(tmp_path):
     assert report.next_command(config, tmp_path / "run").endswith(
         f"--config.pretrained={path} --config.encoder.width=0.5"
     )
+
+
+def test_what_a_folder_decides_is_not_carried(tmp_path):
+    """The next run has the images and the split of this one without being told."""
+    config = supcon_folder.get_config()
+    config.data.image_size = config.data.eval_resize = 64
+    config.data.eval_split, config.data.validation_fraction = "train", 0.2
+    command = report.next_command(config, tmp_path / "run")
+    assert command.endswith(storage.shown(tmp_path / "run"))
 
 
 @pytest.mark.parametrize("name", config_files())

@@ -26,6 +26,8 @@ ENCODER_KEYS = (
     "data.mean",
     "data.std",
 )
+# How images are held out of training, where a folder has no split to evaluate on.
+SPLIT_KEYS = ("data.validation_fraction", "data.split_seed")
 # Which images a run sees, and how large; then, which of the training images.
 IMAGE_KEYS = (
     "data.name",

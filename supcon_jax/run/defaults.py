@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 from supcon_jax import parallel, storage
 from supcon_jax.checkpoint import saved_steps
 from supcon_jax.config.check import flatten, open_keys
-from supcon_jax.config.keys import IMAGE_FOLDERS, KEYS, RANDOM
+from supcon_jax.config.keys import IMAGE_FOLDERS, KEYS, RANDOM, SPLIT_KEYS
 from supcon_jax.data.folders import find_eval_split
 from supcon_jax.data.images import read_size
 from supcon_jax.data.sources import READERS, FileSource, Source
@@ -45,7 +45,6 @@ IMAGES_SEEN = 100_000
 EPOCHS = (50, 200)
 # Keys of the images that an encoder's or a classifier's run has decided.
 OF_IMAGES = ("data.image_size", "data.eval_resize")
-OF_SPLIT = ("data.validation_fraction", "data.split_seed")
 
 
 def resolve(config: ConfigDict, workdir: str | pathlib.Path = "") -> ConfigDict:
@@ -90,7 +89,7 @@ def _take_from_begun_run(config: ConfigDict, workdir: str | pathlib.Path) -> Non
         return
     keys = open_keys(config)
     if "data.eval_split" in keys:
-        keys += _untouched(config, OF_SPLIT)
+        keys += _untouched(config, SPLIT_KEYS)
     _take(config, keys, theirs, f"the run in {workdir} began so")
 
 
@@ -105,7 +104,7 @@ def _take_from_pretrained(config: ConfigDict) -> None:
     places = (storage.absolute(root) for root in (config.data.root, data["root"]))
     same_folder = data["name"] in IMAGE_FOLDERS and len({*places}) == 1
     if config.data.eval_split == "auto" and same_folder:
-        keys += ["data.eval_split", *_untouched(config, OF_SPLIT)]
+        keys += ["data.eval_split", *_untouched(config, SPLIT_KEYS)]
     _take(config, keys, theirs, f"as in {used}")
 
 

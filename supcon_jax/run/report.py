@@ -21,13 +21,13 @@ from supcon_jax.builders import (
     num_microbatches,
     scaled_learning_rate,
 )
-from supcon_jax.config.check import flatten, trains_classifier
+from supcon_jax.config.check import flatten, open_keys, trains_classifier
 from supcon_jax.config.files import PROGRAM
 from supcon_jax.config.keys import (
     ENCODER_KEYS,
     IMAGE_KEYS,
-    OPEN,
     RANDOM,
+    SPLIT_KEYS,
     TRAINING_IMAGE_KEYS,
     TRAINING_MODES,
 )
@@ -307,8 +307,9 @@ def _carried(config: ConfigDict, following: ConfigDict) -> dict[str, Any]:
     trains = following.mode in TRAINING_MODES
     keys = IMAGE_KEYS + (TRAINING_IMAGE_KEYS if trains else ()) + ENCODER_KEYS
     ours, theirs = (flatten(c.to_dict()) for c in (config, following))
+    chosen = set(open_keys(following))  # by what the folder holds and this run had
+    if "data.eval_split" in chosen:
+        chosen.update(SPLIT_KEYS)
     return {
-        key: ours[key]
-        for key in keys
-        if theirs[key] != ours[key] and not (key in OPEN and theirs[key] == OPEN[key])
+        key: ours[key] for key in keys if theirs[key] != ours[key] and key not in chosen
     }
