@@ -28,4 +28,7 @@ def get_study(scale):
         "seeds": common.seeds(scale),
         "metrics": ("probe:eval/top1",),
         "baseline": {"linear stage": "solved"},
+        "reading": "The solution of the linear stage is the best of the four, by less than five "
+        "seeds can show against 20 and 80 epochs of RMSProp (the paper's optimizer). Five epochs "
+        "are too few steps on 200 images. So nothing is gained by tuning how long it is trained.",
     }
