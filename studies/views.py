@@ -23,4 +23,8 @@ def get_study(scale):
         "seeds": common.seeds(scale),
         "metrics": ("probe:eval/top1", "pretrain:knn/top1"),
         "baseline": {"views": "2"},
+        "reading": "With labels, more views of the same images change nothing that five seeds could "
+        "show. For the same number of views a step, which is what costs, other images are worth "
+        "more than other views: one view of 128 images is 1.8 points better than two of 64, four "
+        "of 32 are 2.6 worse. Without labels one view has no positives at all.",
     }
