@@ -24,7 +24,7 @@ def get_config(variant: str = ""):
 
 
 def sgd(config):
-    """Ours: as the digits' probe by SGD, for as many epochs as the encoder had."""
+    """Ours: the rate of the digits' probe, falling by a cosine over the encoder's epochs."""
     config.batch_size = 0
     config.epochs = 0.0
     config.log_every = 20

@@ -1,7 +1,7 @@
 """Supervised Contrastive Learning in JAX (Khosla et al., arXiv 2004.11362).
 
-    from supcon_jax import supcon_loss# for a training loop of your own
-    from supcon_jax import load_model# a finished run: .embed(images), .predict(images)
+    from supcon_jax import supcon_loss  # for a training loop of your own
+    from supcon_jax import load_model  # a finished run: .embed(images), .predict(images)
 
 Importing the package imports nothing else; the loss imports JAX alone: no TensorFlow, no
 flags, no files.

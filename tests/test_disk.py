@@ -24,13 +24,13 @@ def ends_with(job, *says):
 
 
 def goes_on(workdir, size=1, **changes):
-    """The last good checkpoint is whole; with room the same command ends."""
+    """The last good checkpoint is whole; with room the same command ends, at its last step."""
     step = saved_steps(workdir)[-1]
     restore_encoder(workdir, step=step)
     with main_job(size, workdir, **changes) as job:
         assert set(job.wait(400).values()) == {0}, job[0].err
         assert f"resumed at step {step}\n" in job[0].out
-    assert saved_steps(workdir)[-1] == changes["total_steps"]
+    return saved_steps(workdir)[-1]
 
 
 def test_a_save_that_finds_no_room(tmp_path):
@@ -50,7 +50,7 @@ def test_a_save_that_finds_no_room_can_be_made_later(tmp_path, size):
     faults = {rank: "full@^saving step 24$" for rank in range(size)}
     with Job(commands(size, flags(tmp_path, **changes), faults)) as job:
         ends_with(job, "a checkpoint cannot be written")
-    goes_on(tmp_path, size, **changes)
+    assert goes_on(tmp_path, size, **changes) == changes["total_steps"]
 
 
 @pytest.mark.slow
@@ -63,7 +63,7 @@ def test_a_line_of_metrics_that_finds_no_room(tmp_path, writers):
     fault = {0: "full@^step 21$"}
     with Job(commands(1, flags(tmp_path, **changes), fault)) as job:
         ends_with(job, "metrics.jsonl: File too large")
-    goes_on(tmp_path, **changes)
+    assert goes_on(tmp_path, **changes) == changes["total_steps"]
 
 
 @pytest.mark.slow
@@ -79,6 +79,6 @@ def test_a_small_disk_that_fills_up(tmp_path):
             ends_with(job, "cannot be written", "No space left on device", "is whole")
         larger = ["mount", "-o", "remount,size=40m", str(tmp_path)]
         subprocess.run(larger, check=True)
-        goes_on(tmp_path / "run", **changes)
+        assert goes_on(tmp_path / "run", **changes) == changes["total_steps"]
     finally:
         subprocess.run(["umount", str(tmp_path)], check=True)

@@ -247,6 +247,7 @@ def test_other_code_is_refused(tmp_path):
     ) as job:
         job.wait(60)
         one_end(job, 2, "process 1 .* the code=older where process 0 has jax")
+    assert not saved_steps(tmp_path / "run")  # it was refused before it computed
 
 
 @pytest.mark.slow
@@ -265,6 +266,7 @@ def test_other_data_are_refused(tmp_path):
     ) as job:
         job.wait(60)
         one_end(job, 2, "process 1 .* train=.*same data")
+    assert not saved_steps(tmp_path / "run")
 
 
 # --- A signal to one of them ---

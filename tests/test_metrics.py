@@ -125,6 +125,8 @@ def test_a_metric_added_later_may_be_the_best(monkeypatch, tmp_path):
         "embedding/rankme",
         METRICS["embedding/rankme"]._replace(is_best_by=True),
     )
+    both = {"embedding/rankme": 20.0, "knn/top1": 0.5}
+    assert metrics.best_metric(both) == "embedding/rankme"
     config = pretrain_config(eval_every=2, checkpoint_every=2, keep_checkpoints=1)
     pretrain.pretrain(config, tmp_path)
     ranks = {
