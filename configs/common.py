@@ -47,8 +47,8 @@ def get_config() -> ConfigDict:
     config.hosts.watchdog_minutes = 10.0  # without a step: ends, with stacks; 0: never
 
     config.data = ConfigDict()
-    # "digits" | "arrays" | "folder" | "multilabel" | "corrupted" | "synthetic" | a TFDS
-    # name, "cifar10:3.0.2", "a/config"
+    # "digits" | "two_digits" | "arrays" | "folder" | "multilabel" | "corrupted" |
+    # "synthetic" | a TFDS name, "cifar10:3.0.2", "a/config"
     config.data.name = "digits"
     config.data.dir = ""  # TFDS data directory; "": TFDS's default, downloading
     config.data.root = ""  # "arrays": path of the .npz file; others: of the folder

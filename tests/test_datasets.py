@@ -67,6 +67,26 @@ def test_digits_split_is_fixed(digits):
     ]
 
 
+def test_two_digits_are_a_hundred_classes_of_digits_side_by_side(digits):
+    splits = [open_source("two_digits", split) for split in ("train", "test")]
+    for source, halves, count in zip(splits, digits, (50, 10), strict=True):
+        assert source.images.shape == (100 * count, 16, 16, 3)
+        assert source.num_classes == 100 and source.class_names[7] == "07"
+        np.testing.assert_array_equal(np.bincount(source.labels), [count] * 100)
+        np.testing.assert_array_equal(source.images[:, ::2], source.images[:, 1::2])
+        # Each half is a digit of the same split, of the class that the number says.
+        known = {
+            (image.tobytes(), label)
+            for image, label in zip(halves.images, halves.labels, strict=True)
+        }
+        for image, label in zip(source.images[:, ::2], source.labels, strict=True):
+            assert (image[:, :8].tobytes(), label // 10) in known
+            assert (image[:, 8:].tobytes(), label % 10) in known
+    again = open_source("two_digits", "test")
+    np.testing.assert_array_equal(again.images, splits[1].images)
+    assert "train, test" in refusal("two_digits", "validation")
+
+
 def test_digits_refuses_other_splits():
     message = refusal("digits", "validation")
     assert "'validation'" in message and "train, test" in message

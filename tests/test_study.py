@@ -17,6 +17,7 @@ from supcon_jax.study import picture, results, runner
 from supcon_jax.study.costs import as_text, estimate
 from supcon_jax.study.definition import SCALES, create_study, load_study
 from supcon_jax.study.grid import cells, source_of, stage_config
+from supcon_jax.study.jobs import count_jobs, jobs
 from supcon_jax.tools import study as tool
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -274,7 +275,7 @@ def test_another_study_over_old_results_is_refused(fake, tmp_path):
 def test_a_job_that_another_runner_has_is_left_to_it(fake, tmp_path, monkeypatch):
     commands = fake()
     study = make(seeds=1)
-    first, second = runner.jobs(study, tmp_path)
+    first, second = jobs(study, tmp_path)
     first.folder(tmp_path).mkdir(parents=True)
     other = Lock(first.folder(tmp_path))
 
@@ -289,6 +290,95 @@ def test_a_job_that_another_runner_has_is_left_to_it(fake, tmp_path, monkeypatch
     assert runner.run_study(study, tmp_path)
     assert commands.stages() == [*STAGES]
     assert "50.00" in (tmp_path / "results.md").read_text()
+
+
+SHARED = {
+    "grid": {
+        "loss.temperature": (0.1, 0.5),
+        "probe": {
+            "fast": {"probe:optimizer.learning_rate": 0.5},
+            "slow": {"probe:optimizer.learning_rate": 0.1},
+        },
+    },
+    "seeds": 2,
+}
+
+
+def test_a_stage_that_cells_share_is_run_once(fake, tmp_path):
+    commands = fake()
+    study = make(**SHARED)
+    assert runner.run_study(study, tmp_path)
+    assert commands.stages().count("pretrain") == 2 * 2
+    assert commands.stages().count("probe") == 2 * 4
+    costs = estimate(study)
+    assert (costs["pretrain"].runs, costs["probe"].runs) == (4, 8)
+    for flags in commands.commands:
+        if flags["stage"] == "probe":  # of the same temperature and seed
+            source = pathlib.Path(flags["config.pretrained"])
+            cell, seed = pathlib.Path(flags["workdir"]).parts[-3:-1]
+            assert source.parts[-2] == seed and cell.startswith(source.parts[-3][:3])
+    # All cells have the metrics of the stage that only the first one ran.
+    slow = next(
+        job for job in jobs(study, tmp_path) if job.words == "0.5, slow, seed 1"
+    )
+    result = results.read(slow.folder(tmp_path))
+    assert "pretrain:eval/top1" in result["metrics"]
+    assert result["shared"] == {"pretrain": "runs/0.5_fast/seed1/pretrain"}
+    assert not (slow.folder(tmp_path) / "pretrain").exists()
+
+
+def test_only_what_is_equal_from_the_beginning_is_shared():
+    def pretrainings(**changes):
+        study = make(baseline={}, seeds=3, **changes)
+        return estimate(study)["pretrain"].runs
+
+    rates = {"probe:optimizer.learning_rate": (0.1, 0.5)}
+    assert pretrainings(grid=rates) == 3
+    assert pretrainings(grid=rates | {"optimizer.learning_rate": (0.1, 0.5)}) == 6
+    # Trials of the probe share theirs, which has not seen the held-out images.
+    assert pretrainings(grid={"all:encoder.width": (0.5, 1.0)}, tune=rates) == 2 + 6
+    tool = ("supcon_jax.tools.embeddings", "{pretrain}")
+    stages = {"pretrain": STAGES["pretrain"], "tool": tool, "probe": STAGES["probe"]}
+    changes = {"stages": stages, "metrics": ("probe:eval/top1",)}
+    assert pretrainings(grid=rates, **changes) == 3
+
+
+def test_a_job_waits_for_the_one_that_runs_its_stage(fake, tmp_path, monkeypatch):
+    commands = fake()
+    study = make(
+        **SHARED | {"grid": {"probe": SHARED["grid"]["probe"]}, "seeds": 1}, baseline={}
+    )
+    first, second = jobs(study, tmp_path)
+    first.folder(tmp_path).mkdir(parents=True)
+    other = Lock(first.folder(tmp_path))
+
+    def waits(seconds):
+        """The other one has not begun, is in the middle, is killed."""
+        assert commands.commands == []
+        if (first.folder(tmp_path) / "pretrain").exists():
+            other.release()
+        (first.folder(tmp_path) / "pretrain").mkdir(exist_ok=True)
+
+    monkeypatch.setattr(runner.time, "sleep", waits)
+    assert runner.run_study(study, tmp_path)
+    assert commands.stages() == ["pretrain", "probe", "evaluate", "probe", "evaluate"]
+
+
+def test_a_job_whose_shared_stage_failed_runs_its_own(fake, tmp_path):
+    def value(flags):
+        fails = "fast" in flags["workdir"] and flags["stage"] == "pretrain"
+        return "exit code 1: killed" if fails else 0.9
+
+    commands = fake(value)
+    study = make(
+        **SHARED | {"grid": {"probe": SHARED["grid"]["probe"]}, "seeds": 1}, baseline={}
+    )
+    assert not runner.run_study(study, tmp_path)
+    assert commands.stages() == ["pretrain", *STAGES]
+    # Tried again, the first one finds what the second one has.
+    again = fake()
+    assert runner.run_study(study, tmp_path)
+    assert again.stages() == ["probe", "evaluate"]
 
 
 def test_tuning_chooses_on_held_out_images_and_the_test_is_read_once(fake, tmp_path):
@@ -306,7 +396,7 @@ def test_tuning_chooses_on_held_out_images_and_the_test_is_read_once(fake, tmp_p
         tune_seeds=2,
         held_out=0.25,
     )
-    assert runner.count_jobs(study) == 2 * (3 * 2 + 3)
+    assert count_jobs(study) == 2 * (3 * 2 + 3)
     assert runner.run_study(study, tmp_path)
     held = [f for f in commands.commands if "config.data.validation_fraction" in f]
     final = [f for f in commands.commands if "config.data.validation_fraction" not in f]

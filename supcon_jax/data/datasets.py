@@ -32,6 +32,8 @@ logger = logging.getLogger(__name__)
 # Of "synthetic": as many images and classes as ImageNet has.
 SYNTHETIC_EXAMPLES = {"train": 1_281_167, "test": 1_000}
 SYNTHETIC_CLASSES = 1000
+# Of "two_digits": images of each of its hundred classes.
+TWO_DIGITS_EXAMPLES = {"train": 50, "test": 10}
 # (split, dir, root) -> one split; raises ValueError with the flag to change.
 Opener = Callable[[str, str, str], Source]
 
@@ -122,6 +124,23 @@ def _open_digits(split: str, dir: str, root: str) -> ArraySource:
     return ArraySource(images, digits.target[rows].astype(np.int32), num_classes=10)
 
 
+def _open_two_digits(split: str, dir: str, root: str) -> ArraySource:
+    """The numbers 00 to 99, 16x16: a hundred classes that need no download.
+
+    Two of "digits" side by side, each twice as high. 5,000 train, of the training digits,
+    and 1,000 test, of the test digits; which ones is drawn with the same seed always.
+    """
+    digits = _open_digits(split, dir, root)
+    rng = np.random.default_rng(0)
+    numbers = np.repeat(np.arange(100, dtype=np.int32), TWO_DIGITS_EXAMPLES[split])
+    halves = []
+    for sought in (numbers // 10, numbers % 10):
+        rows = [rng.choice(np.flatnonzero(digits.labels == digit)) for digit in sought]
+        halves.append(np.repeat(digits.images[rows], 2, axis=1))
+    names = tuple(f"{number:02d}" for number in range(100))
+    return ArraySource(np.concatenate(halves, axis=2), numbers, 100, names)
+
+
 def _open_synthetic(split: str, dir: str, root: str) -> SyntheticSource:
     del dir, root
     pick_split(split, list(SYNTHETIC_EXAMPLES))
@@ -132,6 +151,7 @@ def _open_synthetic(split: str, dir: str, root: str) -> SyntheticSource:
 # data.name -> what opens it. All other names are TFDS's.
 SOURCES: dict[str, Opener] = {
     "digits": _open_digits,
+    "two_digits": _open_two_digits,
     "arrays": open_arrays,
     "folder": open_folder,
     "multilabel": open_multilabel,

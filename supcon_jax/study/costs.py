@@ -21,8 +21,8 @@ from supcon_jax.planning.flops import count_flops
 from supcon_jax.planning.forecast import Data, look_at_data
 from supcon_jax.run.plan import create_plan
 from supcon_jax.study import results
-from supcon_jax.study.grid import Study, cells, is_tool, stage_config
-from supcon_jax.study.runner import count_jobs, jobs
+from supcon_jax.study.grid import Cell, Study, cells, is_tool, stage_config, stage_key
+from supcon_jax.study.jobs import count_jobs, jobs
 
 # Keys whose values change no operation of a step, only its numbers.
 _SCALARS = (
@@ -72,12 +72,16 @@ def estimate(
       flops: whether operations are counted, which traces each step that differs.
     """
     costs: dict[str, Cost] = {}
+    keys: set[str] = set()
     judged = study.metrics[0].partition(":")[0]
     for cell in cells(study):
         for trial in ("", *cell.trials):
-            times = study.tune_seeds if trial else len(study.seed_list)
+            seeds = study.seed_list[: study.tune_seeds] if trial else study.seed_list
             names = list(cell.stages)
             for stage in names[: names.index(judged) + 1] if trial else names:
+                times = _count_new(study, cell, stage, trial, seeds, keys)
+                if not times:
+                    continue
                 one = Cost(1, 0, 0, 0.0 if flops else None)
                 if not is_tool(cell.stages[stage]):
                     config = stage_config(study, cell, stage, trial=trial)
@@ -92,6 +96,23 @@ def estimate(
                     else before.flops + times * one.flops,
                 )
     return costs
+
+
+def _count_new(
+    study: Study,
+    cell: Cell,
+    stage: str,
+    trial: str,
+    seeds: Sequence[int],
+    keys: set[str],
+) -> int:
+    """Of how many seeds no job that was counted before has this stage; adds their keys."""
+    if cell.trials and not trial:
+        return len(seeds)  # which trial wins is not known
+    found = [stage_key(study, cell, stage, trial=trial, seed=seed) for seed in seeds]
+    new = [key for key in found if key is None or key not in keys]
+    keys.update(key for key in new if key is not None)
+    return len(new)
 
 
 def _of_config(config: ConfigDict, places: Sequence[str], *, flops: bool) -> Cost:

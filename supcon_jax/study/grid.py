@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-import pathlib
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -124,7 +124,7 @@ def stage_config(
     Raises:
       ValueError: a change that its config does not take; the cell and stage are named.
     """
-    found = stage_changes(study, cell, stage, trial=trial, seed=seed, folder="")
+    found = stage_changes(study, cell, stage, trial=trial, seed=seed)
     try:
         return _config(str(cell.stages[stage]), tuple(flags(found)))
     except ValueError as error:
@@ -133,22 +133,65 @@ def stage_config(
 
 
 def stage_changes(
-    study: Study, cell: Cell, stage: str, *, trial: str, seed: int, folder: str
+    study: Study,
+    cell: Cell,
+    stage: str,
+    *,
+    trial: str = "",
+    chosen: str = "",
+    seed: int = 0,
+    places: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """What a stage's config is changed by: the cell's, the trial's, its seed and source."""
+    """What a stage's config is changed by: the cell's, the trial's, its seed and source.
+
+    Args:
+      study, cell, stage: what.
+      trial: label of what is tried, on training images without the held-out ones.
+      chosen: label of the trial that won, of a cell that was tuned.
+      seed: of the stage.
+      places: stage -> its workdir, and "out"; None: their names, to check or to compare.
+    """
     changes = {"seed": seed, "writers": (), "next_config": ""}
     changes |= cell.changes[stage]
+    if label := trial or chosen:
+        changes |= cell.trials[label][stage]
     if trial:
-        changes |= cell.trials[trial][stage]
         changes["data.validation_fraction"] = study.held_out
+    places = {name: name for name in (*cell.stages, "out")} | dict(places or {})
     source = source_of(cell, stage)
     if source and "pretrained" not in changes:
-        changes["pretrained"] = str(pathlib.Path(folder, source))
-    # Without a folder the changes are checked, and run nothing.
-    out = str(pathlib.Path(folder).parents[2]) if folder else "out"
-    places = {"seed": seed, "out": out}
-    places |= {name: str(pathlib.Path(folder, name)) for name in cell.stages}
-    return {key: fill(value, places) for key, value in changes.items()}
+        changes["pretrained"] = places[source]
+    values = places | {"seed": seed}
+    return {key: fill(value, values) for key, value in changes.items()}
+
+
+def stage_key(
+    study: Study,
+    cell: Cell,
+    stage: str,
+    *,
+    trial: str = "",
+    chosen: str = "",
+    seed: int,
+) -> str | None:
+    """What a stage's result depends on: this stage and all before it, with their changes.
+
+    Stages with equal keys have equal results. None for a tool and what comes after it: a
+    tool may read anything.
+    """
+    names = list(cell.stages)
+    before = {name: cell.stages[name] for name in names[: names.index(stage) + 1]}
+    if any(is_tool(what) for what in before.values()):
+        return None
+    chain = [
+        (
+            name,
+            what,
+            stage_changes(study, cell, name, trial=trial, chosen=chosen, seed=seed),
+        )
+        for name, what in before.items()
+    ]
+    return json.dumps(chain, sort_keys=True)
 
 
 def fill(value: Any, places: Mapping[str, Any]) -> Any:

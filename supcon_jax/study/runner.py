@@ -4,6 +4,7 @@ A job is a cell with a seed (or one of its trials, where it is tuned). Its folde
 workdirs of its stages, their output, and result.json when it is done. A runner takes the
 next job whose folder nobody holds, so runners share a folder without knowing of each other;
 one that was killed leaves no lock behind, and its job goes on from its last checkpoint.
+A stage that several jobs have is run by the first of them, and the others wait for it.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from supcon_jax import storage
 from supcon_jax.logs import format_duration
@@ -30,40 +31,16 @@ from supcon_jax.study.grid import (
     TOOL_RESULTS,
     Cell,
     Study,
-    cells,
     fill,
     flags,
     is_tool,
     stage_changes,
 )
+from supcon_jax.study.jobs import Job, SharedStages, count_jobs, jobs
 
 logger = logging.getLogger(__name__)
 WAIT_S = 5.0  # between two looks at jobs that other runners have
 STOPPED_CODE = 85  # of a stage that was asked to stop, and can go on
-
-
-class Job(NamedTuple):
-    """A cell with a seed, or one of its trials with one.
-
-    Attributes:
-      cell: of the grid.
-      trial: label of what is tried; "": the cell itself.
-      seed: of every stage.
-    """
-
-    cell: Cell
-    trial: str
-    seed: int
-
-    def folder(self, out: pathlib.Path) -> pathlib.Path:
-        """Where it runs."""
-        return results.folder_of(self.cell, self.seed, out, self.trial)
-
-    @property
-    def words(self) -> str:
-        """The job in words."""
-        tried = f" [{self.trial}]" if self.trial else ""
-        return f"{self.cell.label}{tried}, seed {self.seed}"
 
 
 def run_study(study: Study, out: pathlib.Path, *, places: Sequence[str] = ()) -> bool:
@@ -86,10 +63,9 @@ def run_study(study: Study, out: pathlib.Path, *, places: Sequence[str] = ()) ->
     with StopRequests() as stop:
         _prepare(study, out, places, stop)
         told = False
-        while waiting := [
-            job for job in jobs(study, out) if not _is_over(job, out, since=began)
-        ]:
-            if _run_first_free(waiting, study, out, places, stop, began):
+        while waiting := _waiting(every := jobs(study, out), out, began):
+            free = SharedStages(study, every, out).free(waiting)
+            if _run_first_free(free, study, out, places, stop, began):
                 results.write(study, out)
                 told = False
                 continue
@@ -139,23 +115,6 @@ def _difference(theirs: dict[str, Any], ours: dict[str, Any]) -> str:
     return ""
 
 
-def jobs(study: Study, out: pathlib.Path) -> list[Job]:
-    """What there is to run: trials first, then the cells whose trials are over."""
-    found = []
-    for cell in cells(study):
-        trials = [
-            Job(cell, trial, seed)
-            for trial in cell.trials
-            for seed in study.seed_list[: study.tune_seeds]
-        ]
-        found += trials
-        if all(results.read(job.folder(out)) for job in trials):
-            if trials and not results.chosen(study, cell, out):
-                continue  # all failed; they are told of as they are
-            found += [Job(cell, "", seed) for seed in study.seed_list]
-    return found
-
-
 def _is_over(job: Job, out: pathlib.Path, *, since: float) -> bool:
     """Whether a job is done, or failed in this very call; older failures are tried again."""
     result = results.read(job.folder(out))
@@ -164,8 +123,12 @@ def _is_over(job: Job, out: pathlib.Path, *, since: float) -> bool:
     return not result.get("failed") or result["time"] >= since
 
 
+def _waiting(every: Sequence[Job], out: pathlib.Path, began: float) -> list[Job]:
+    return [job for job in every if not _is_over(job, out, since=began)]
+
+
 def _run_first_free(
-    waiting: Sequence[Job],
+    free: Sequence[Job],
     study: Study,
     out: pathlib.Path,
     places: Sequence[str],
@@ -173,7 +136,7 @@ def _run_first_free(
     began: float,
 ) -> bool:
     """Runs the first job that no other runner has; False where there is none."""
-    for job in waiting:
+    for job in free:
         folder = job.folder(out)
         folder.mkdir(parents=True, exist_ok=True)
         try:
@@ -198,17 +161,23 @@ def run_job(
 ) -> None:
     """Runs the stages of a job one after the other and writes its result."""
     folder = job.folder(out)
-    result: dict[str, Any] = {"metrics": {}, "seconds": {}, "time": 0.0}
+    result: dict[str, Any] = {"metrics": {}, "seconds": {}, "shared": {}, "time": 0.0}
     chosen = "" if job.trial else results.chosen(study, job.cell, out)
-    wanted = list(job.cell.stages)
-    if job.trial:  # nothing after the stage that is judged
-        wanted = wanted[: wanted.index(study.metrics[0].partition(":")[0]) + 1]
-    for stage in wanted:
+    shared = SharedStages(study, jobs(study, out), out)
+    workdirs: dict[str, pathlib.Path] = {}
+    for stage in job.stages(study):
         start = time.monotonic()
-        command = stage_command(job, study, stage, folder, places, chosen=chosen)
-        failure = _run(command, folder / f"{stage}.log", stop)
+        workdirs[stage] = shared.workdir(job, stage)
+        failure = ""
+        if workdirs[stage].parent == folder:
+            command = stage_command(
+                job, study, stage, workdirs, out, places, chosen=chosen
+            )
+            failure = _run(command, folder / f"{stage}.log", stop)
+        else:
+            result["shared"][stage] = str(workdirs[stage].relative_to(out))
         result["seconds"][stage] = round(time.monotonic() - start, 2)
-        found = None if failure else _stage_metrics(job.cell, stage, folder)
+        found = None if failure else _stage_metrics(job.cell, stage, workdirs)
         if failure or found is None:
             result["failed"] = f"{stage}: {failure or 'it wrote no final metrics'}"
             break
@@ -222,7 +191,8 @@ def stage_command(
     job: Job,
     study: Study,
     stage: str,
-    folder: pathlib.Path,
+    workdirs: Mapping[str, pathlib.Path],
+    out: pathlib.Path,
     places: Sequence[str],
     *,
     chosen: str = "",
@@ -231,23 +201,26 @@ def stage_command(
 
     Args:
       job, study, stage: what.
-      folder: of the job.
+      workdirs: of this stage and of those before.
+      out: the study's folder.
       places: `KEY=VALUE` changes for every config.
       chosen: label of the trial that won, for a cell that was tuned.
     """
     what = job.cell.stages[stage]
+    here = {name: str(workdir) for name, workdir in workdirs.items()} | {
+        "out": str(out)
+    }
     if is_tool(what):
-        here = {name: str(folder / name) for name in job.cell.stages}
-        here |= {"out": str(folder.parents[2]), "seed": str(job.seed)}
-        module, *arguments = (fill(word, here) for word in what)
+        module, *arguments = (
+            fill(word, here | {"seed": str(job.seed)}) for word in what
+        )
         return [sys.executable, "-m", module, *arguments, *_as_flags(places)]
     changes = stage_changes(
-        study, job.cell, stage, trial=job.trial, seed=job.seed, folder=str(folder)
+        *(study, job.cell, stage),
+        **{"trial": job.trial, "chosen": chosen, "seed": job.seed, "places": here},
     )
-    if chosen:
-        changes |= job.cell.trials[chosen][stage]
     command = [sys.executable, "-m", "supcon_jax", f"--config={what}"]
-    command.append(f"--workdir={folder / stage}")
+    command.append(f"--workdir={workdirs[stage]}")
     return [*command, *_as_flags(flags(changes)), *_as_flags(places)]
 
 
@@ -290,14 +263,14 @@ def _stopped() -> Stopped:
 
 
 def _stage_metrics(
-    cell: Cell, stage: str, folder: pathlib.Path
+    cell: Cell, stage: str, workdirs: Mapping[str, pathlib.Path]
 ) -> dict[str, float] | None:
     """The final numbers of a stage."""
     what = cell.stages[stage]
     if not is_tool(what):
-        found = finished_metrics(folder / stage)
+        found = finished_metrics(workdirs[stage])
         return found and results.numbers(found)
-    here = {name: str(folder / name) for name in cell.stages}
+    here = {name: str(workdir) for name, workdir in workdirs.items()}
     path = pathlib.Path(fill(TOOL_RESULTS[what[0]], here))
     return results.numbers(json.loads(path.read_text())) if path.exists() else None
 
@@ -342,7 +315,7 @@ def _report(job: Job, study: Study, out: pathlib.Path, result: dict[str, Any]) -
     left = total - len(over)
     eta = format_duration(left * sum(took) / len(took))
     times = ", ".join(
-        f"{stage} {format_duration(seconds)}"
+        f"{stage} {'shared' if stage in result['shared'] else format_duration(seconds)}"
         for stage, seconds in result["seconds"].items()
     )
     if failure := result.get("failed"):
@@ -350,12 +323,3 @@ def _report(job: Job, study: Study, out: pathlib.Path, result: dict[str, Any]) -
     else:
         what = f"{results.shown(study, job.cell, result)} ({times})"
     logger.info("[%d/%d] %s: %s  ETA %s", len(over), total, job.words, what, eta)
-
-
-def count_jobs(study: Study) -> int:
-    """How many jobs a study has, trials too."""
-    return sum(
-        len(cell.trials) * len(study.seed_list[: study.tune_seeds])
-        + len(study.seed_list)
-        for cell in cells(study)
-    )

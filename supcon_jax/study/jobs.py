@@ -1,0 +1,130 @@
+"""The jobs of a study, and the stages that several of them have in common."""
+
+from __future__ import annotations
+
+import pathlib
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from supcon_jax.run.workdir import finished_metrics
+from supcon_jax.study import results
+from supcon_jax.study.grid import Cell, Study, cells, stage_key
+
+
+class Job(NamedTuple):
+    """A cell with a seed, or one of its trials with one.
+
+    Attributes:
+      cell: of the grid.
+      trial: label of what is tried; "": the cell itself.
+      seed: of every stage.
+    """
+
+    cell: Cell
+    trial: str
+    seed: int
+
+    def folder(self, out: pathlib.Path) -> pathlib.Path:
+        """Where it runs."""
+        return results.folder_of(self.cell, self.seed, out, self.trial)
+
+    def stages(self, study: Study) -> list[str]:
+        """The names of its stages; of a trial none after the one that is judged."""
+        names = list(self.cell.stages)
+        judged = study.metrics[0].partition(":")[0]
+        return names[: names.index(judged) + 1] if self.trial else names
+
+    @property
+    def words(self) -> str:
+        """The job in words."""
+        tried = f" [{self.trial}]" if self.trial else ""
+        return f"{self.cell.label}{tried}, seed {self.seed}"
+
+
+def jobs(study: Study, out: pathlib.Path) -> list[Job]:
+    """What there is to run: trials first, then the cells whose trials are over."""
+    found = []
+    for cell in cells(study):
+        trials = [
+            Job(cell, trial, seed)
+            for trial in cell.trials
+            for seed in study.seed_list[: study.tune_seeds]
+        ]
+        found += trials
+        if all(results.read(job.folder(out)) for job in trials):
+            if trials and not results.chosen(study, cell, out):
+                continue  # all failed; they are told of as they are
+            found += [Job(cell, "", seed) for seed in study.seed_list]
+    return found
+
+
+def count_jobs(study: Study) -> int:
+    """How many jobs a study has, trials too."""
+    return sum(
+        len(cell.trials) * len(study.seed_list[: study.tune_seeds])
+        + len(study.seed_list)
+        for cell in cells(study)
+    )
+
+
+class SharedStages:
+    """Stages that several jobs have, all before them too: one job runs them for all.
+
+    An axis of the probe, for example, needs one pretraining for all of its labels.
+    """
+
+    def __init__(self, study: Study, every: Sequence[Job], out: pathlib.Path):
+        """Finds them.
+
+        Args:
+          study: see `grid.Study`.
+          every: its jobs.
+          out: its folder.
+        """
+        self._study, self._out = study, out
+        workdirs = defaultdict(list)
+        for job in every:
+            chosen = "" if job.trial else results.chosen(study, job.cell, out)
+            for stage in job.stages(study):
+                key = stage_key(
+                    *(study, job.cell, stage),
+                    **{"trial": job.trial, "chosen": chosen, "seed": job.seed},
+                )
+                if key is not None:
+                    workdirs[key].append(job.folder(out) / stage)
+        self._same = {
+            workdir: same
+            for same in workdirs.values()
+            if len(same) > 1
+            for workdir in same
+        }
+
+    def workdir(self, job: Job, stage: str) -> pathlib.Path:
+        """Where a job finds a stage: with another job that has finished it, or with itself.
+
+        What the job has begun itself it ends itself.
+        """
+        here = job.folder(self._out) / stage
+        if here.exists():
+            return here
+        return next(filter(_is_finished, self._same.get(here, ())), here)
+
+    def free(self, waiting: Sequence[Job]) -> list[Job]:
+        """The jobs that need no stage which an earlier one of them is about to run."""
+        found, awaited = [], set()
+        for job in waiting:
+            needed = {
+                self._same[here][0]
+                for stage in job.stages(self._study)
+                if (here := job.folder(self._out) / stage) in self._same
+                and not _is_finished(self.workdir(job, stage))
+            }
+            if not needed & awaited:
+                found.append(job)
+            awaited |= needed
+        return found
+
+
+def _is_finished(workdir: pathlib.Path) -> bool:
+    return finished_metrics(workdir) is not None
