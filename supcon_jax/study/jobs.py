@@ -88,8 +88,12 @@ class SharedStages:
             chosen = "" if job.trial else results.chosen(study, job.cell, out)
             for stage in job.stages(study):
                 key = stage_key(
-                    *(study, job.cell, stage),
-                    **{"trial": job.trial, "chosen": chosen, "seed": job.seed},
+                    study,
+                    job.cell,
+                    stage,
+                    trial=job.trial,
+                    chosen=chosen,
+                    seed=job.seed,
                 )
                 if key is not None:
                     workdirs[key].append(job.folder(out) / stage)
@@ -112,7 +116,8 @@ class SharedStages:
 
     def free(self, waiting: Sequence[Job]) -> list[Job]:
         """The jobs that need no stage which an earlier one of them is about to run."""
-        found, awaited = [], set()
+        found: list[Job] = []
+        awaited: set[pathlib.Path] = set()
         for job in waiting:
             needed = {
                 self._same[here][0]

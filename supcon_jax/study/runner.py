@@ -216,8 +216,13 @@ def stage_command(
         )
         return [sys.executable, "-m", module, *arguments, *_as_flags(places)]
     changes = stage_changes(
-        *(study, job.cell, stage),
-        **{"trial": job.trial, "chosen": chosen, "seed": job.seed, "places": here},
+        study,
+        job.cell,
+        stage,
+        trial=job.trial,
+        chosen=chosen,
+        seed=job.seed,
+        places=here,
     )
     command = [sys.executable, "-m", "supcon_jax", f"--config={what}"]
     command.append(f"--workdir={workdirs[stage]}")
