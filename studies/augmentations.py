@@ -56,7 +56,9 @@ def get_study(scale):
         shared = {
             "all:data.samples_per_class": 100,
             "all:data.split_seed": "{seed}",
-            "epochs": 60.0,
+            "batch_size": 64,
+            "total_steps": 470,
+            "knn.bank": 0,
             "eval_every": 0,
             "checkpoint_every": 0,
             "probe:epochs": 60.0,

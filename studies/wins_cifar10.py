@@ -5,7 +5,7 @@
         --config.data.dir=DIR
 
 studies/wins.py has the other regimes, on digits. Every method tries four settings in each
-regime: two learning rates, two values of what is its own. At small scale 200 images a class
+regime: two learning rates, two values of what is its own. At small scale 100 images a class
 of CIFAR-10 and the strided small encoder, 470 steps; at full scale all images and the
 recipes for one GPU.
 Hardware: 2 CPU cores. Time: an hour. Result: docs/studies.md.
@@ -19,10 +19,10 @@ STAGES = {
     "evaluate": "configs/evaluate_cifar10.py",
 }
 FEW_PHOTOS = {
-    "all:data.samples_per_class": 200,
+    "all:data.samples_per_class": 100,
     "evaluate:data.samples_per_class": 0,
     "all:data.split_seed": "{seed}",
-    "batch_size": 128,
+    "batch_size": 64,
     "total_steps": 470,
     "optimizer.warmup_epochs": 3.0,
     "knn.bank": 0,
