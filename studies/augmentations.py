@@ -51,7 +51,7 @@ def get_study(scale):
     if scale == "small":
         stages = {
             "pretrain": "configs/supcon_cifar10.py",
-            "probe": "configs/linear_cifar10.py",
+            "probe": "configs/linear_cifar10.py:sgd",
         }
         shared = {
             "all:data.samples_per_class": 100,
@@ -61,7 +61,9 @@ def get_study(scale):
             "knn.bank": 0,
             "eval_every": 0,
             "checkpoint_every": 0,
-            "probe:epochs": 60.0,
+            "probe:batch_size": 100,
+            "probe:epochs": 30.0,
+            "probe:optimizer.boundaries_epochs": (18.0, 22.5, 27.0),
         }
     paper = {
         ", ".join(pair): value

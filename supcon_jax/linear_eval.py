@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from supcon_jax import hosts, parallel, storage
 from supcon_jax.checkpoint import Checkpointer
 from supcon_jax.config.check import check_config
-from supcon_jax.config.keys import RANDOM
+from supcon_jax.config.keys import NOT_READ_BY_LBFGS, RANDOM
 from supcon_jax.data.sources import Source
 from supcon_jax.evaluate import write_classes
 from supcon_jax.evaluation.classification import (
@@ -105,8 +105,8 @@ def solve(run: Run, checkpointer: Checkpointer, stop: StopRequests) -> Metrics:
     config, plan = run.config, run.plan
     report.log_data(run)
     logger.info(
-        "probe.solver=lbfgs fits features of plain images: augment.*, optimizer.*, epochs "
-        "and data.views play no part"
+        "probe.solver=lbfgs fits features of plain images: %s play no part",
+        ", ".join(f"{key}*" if key.endswith(".") else key for key in NOT_READ_BY_LBFGS),
     )
     writer = MetricWriter(
         run.folder,

@@ -79,6 +79,8 @@ def test_every_study_is_right_at_both_scales(path, scale):
         ({"tune_seeds": 0}, "got tune_seeds=0"),
         ({"paper": {"values": {"0.3": 1.0}}}, "name '0.3', which is no cell; cells: 0.1; 0.5"),
         ({"paper": {"value": {}}}, "unknown key 'value' of paper"),
+        ({"shared": {"probe:optimizer.learning_rate": 0.1}}, "stage 'probe': got optimizer.learning_rate=0.1 with probe.solver=lbfgs"),
+        ({"tune": {"probe:augment.policy": ("rand_augment",)}}, "got augment.policy='rand_augment' with probe.solver=lbfgs"),
         ({"shared": {"evaluate": None}}, "has no stage 'evaluate', of which the first"),
     ],
 )  # fmt: skip
@@ -293,6 +295,7 @@ def test_a_job_that_another_runner_has_is_left_to_it(fake, tmp_path, monkeypatch
 
 
 SHARED = {
+    "stages": STAGES | {"probe": "configs/linear_digits.py:sgd"},
     "grid": {
         "loss.temperature": (0.1, 0.5),
         "probe": {
@@ -329,7 +332,7 @@ def test_a_stage_that_cells_share_is_run_once(fake, tmp_path):
 
 def test_only_what_is_equal_from_the_beginning_is_shared():
     def pretrainings(**changes):
-        study = make(baseline={}, seeds=3, **changes)
+        study = make(**{"stages": SHARED["stages"], "baseline": {}} | changes)
         return estimate(study)["pretrain"].runs
 
     rates = {"probe:optimizer.learning_rate": (0.1, 0.5)}
@@ -338,7 +341,8 @@ def test_only_what_is_equal_from_the_beginning_is_shared():
     # Trials of the probe share theirs, which has not seen the held-out images.
     assert pretrainings(grid={"all:encoder.width": (0.5, 1.0)}, tune=rates) == 2 + 6
     tool = ("supcon_jax.tools.embeddings", "{pretrain}")
-    stages = {"pretrain": STAGES["pretrain"], "tool": tool, "probe": STAGES["probe"]}
+    ordered = ("pretrain", "tool", "probe")
+    stages = {name: (SHARED["stages"] | {"tool": tool})[name] for name in ordered}
     changes = {"stages": stages, "metrics": ("probe:eval/top1",)}
     assert pretrainings(grid=rates, **changes) == 3
 

@@ -67,6 +67,8 @@ OPEN: dict[str, Any] = {
 
 # The others take a finished run.
 TRAINING_MODES = ("pretrain", "linear_eval", "finetune")
+# What begins so plays no part where the solution is fitted, probe.solver=lbfgs.
+NOT_READ_BY_LBFGS = ("augment.", "optimizer.", "epochs", "data.views")
 # Of a layer. Beyond it arrays have more elements than any device, and JAX, can count.
 WIDEST = 1_000_000
 

@@ -13,7 +13,10 @@ import runpy
 from collections.abc import Mapping
 from typing import Any
 
+from ml_collections import ConfigDict
+
 from supcon_jax.config.files import find_file, make_importable
+from supcon_jax.config.keys import NOT_READ_BY_LBFGS
 from supcon_jax.study.grid import (
     Cell,
     Stage,
@@ -135,7 +138,24 @@ def _check_cell(study: Study, cell: Cell) -> None:
     for trial in ("", *cell.trials):
         for name in cell.stages:
             if not is_tool(cell.stages[name]):
-                stage_config(study, cell, name, trial=trial)
+                config = stage_config(study, cell, name, trial=trial)
+                changed = cell.changes[name] | cell.trials.get(trial, {}).get(name, {})
+                _check_solved(cell, name, config, changed)
+
+
+def _check_solved(
+    cell: Cell, stage: str, config: ConfigDict, changes: Mapping[str, Any]
+) -> None:
+    """Refuses changes that a probe's solution does not depend on."""
+    if config.probe.solver != "lbfgs":
+        return
+    for key, value in changes.items():
+        if key.startswith(NOT_READ_BY_LBFGS):
+            raise ValueError(
+                f"cell {cell.label!r}, stage {stage!r}: got {key}={value!r} with "
+                "probe.solver=lbfgs, which fits features of plain images and does not read "
+                "it; allowed: with probe.solver=sgd, as in configs/linear_digits.py:sgd"
+            )
 
 
 def describe(study: Study) -> dict[str, Any]:
