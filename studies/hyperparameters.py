@@ -43,6 +43,7 @@ def get_study(scale):
         },
         "seeds": 3,
         "metrics": ("evaluate:eval/top1",),
+        "baseline": {"method": "cross-entropy"},
         "spread": "method",
         "paper": {"source": "Figure 4 (a): SupCon varies less than cross-entropy"},
     }

@@ -218,7 +218,7 @@ def test_the_table_has_means_deviations_and_paired_intervals(fake, tmp_path):
         f"| 0.5 | 93.20 ± 1.20 | 0.0340 ± 0.0060 | **+2.20 ± {half:.2f}** |  |" in table
     )
     assert "paper: Figure 4" in table
-    assert "| 0.5 | 1 | 93.20 | 0.00 | 93.20 | 93.20 |" in table
+    assert "| 0.5 | 1 | 93.20 | 0.00 | 93.20 | 93.20 |  |" in table
     rows = (tmp_path / "results.csv").read_text().splitlines()
     assert (
         rows[0]
@@ -226,6 +226,35 @@ def test_the_table_has_means_deviations_and_paired_intervals(fake, tmp_path):
     )
     assert len(rows) == 7 and rows[4].startswith("0.5,0,0.92,0.0")
     assert (tmp_path / "results.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_spreads_over_settings_are_compared_seed_by_seed(fake, tmp_path):
+    rates = {"0.1": 0.1, "0.3": 0.4, "1": 0.8}
+
+    def value(flags):
+        """One method hangs on its rate ten times as much as the other."""
+        seed, cell = int(flags["config.seed"]), pathlib.Path(flags["workdir"]).parts[-3]
+        method, rate = cell.split("_")
+        much = 0.1 + 0.02 * seed if method == "simclr" else 0.01
+        return 0.5 + much * rates[rate]
+
+    fake(value)
+    study = make(
+        grid={
+            "loss.name": ("supcon", "simclr"),
+            "optimizer.learning_rate": (0.1, 0.3, 1.0),
+        },
+        baseline={"loss.name": "supcon"},
+        spread="loss.name",
+    )
+    assert runner.run_study(study, tmp_path)
+    table = (tmp_path / "results.md").read_text()
+    each = [np.std([*rates.values()], ddof=1) * (0.09 + 0.02 * s) for s in range(3)]
+    low, high = stats.ttest_1samp(each, 0).confidence_interval(0.95)
+    told = f"**{100 * np.mean(each):+.2f} ± {50 * (high - low):.2f}**"
+    (row,) = re.findall(r"^\| simclr \| 3 \|.*$", table, re.M)
+    assert row.endswith(f"| {told} |")
+    assert "deviation against supcon's" in table
 
 
 def test_what_is_done_is_not_run_again(fake, tmp_path):

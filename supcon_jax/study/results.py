@@ -237,22 +237,42 @@ def as_markdown(study: Study, out: pathlib.Path) -> str:
 
 
 def _spread_table(study: Study, out: pathlib.Path) -> str:
-    """Over all settings of each label of the axis: mean, deviation, least and most."""
+    """Over all settings of each label of the axis: mean, deviation, least and most.
+
+    Where the study has a baseline on that axis, the deviations are compared with its, each
+    seed's with the same seed's.
+    """
     metric, axis = study.metrics[0], list(study.grid).index(study.spread)
-    means: dict[str, list[float]] = {}
+    by_label: dict[str, list[dict[int, float]]] = {}
     for cell in cells(study):
-        if values := values_of(study, cell, metric, out):
-            means.setdefault(cell.values[axis], []).append(
-                statistics.fmean(values.values())
-            )
-    what = ("settings", "mean", "deviation over settings", "least", "most")
-    header = [study.axes[axis], *(f"{_header(metric)}: {word}" for word in what[1:])]
-    lines = [_row([header[0], what[0], *header[1:]]), "|---" * 6 + "|"]
-    for label, found in means.items():
-        spread = statistics.stdev(found) if len(found) > 1 else 0.0
-        four = (statistics.fmean(found), spread, min(found), max(found))
-        texts = [_mean_text(metric, [number]) for number in four]
-        lines.append(_row([label, str(len(found)), *texts]))
+        values = values_of(study, cell, metric, out)
+        by_label.setdefault(cell.values[axis], []).append(values)
+    what = ["mean", "deviation over settings", "least", "most"]
+    header = [study.axes[axis], "settings", *(f"{_header(metric)}: {w}" for w in what)]
+    base = str(study.baseline.get(study.spread, ""))
+    if base:
+        header.append(f"deviation against {base}'s")
+    deviations = {
+        label: {
+            seed: statistics.stdev(settings[seed] for settings in found)
+            for seed in study.seed_list
+            if len(found) > 1 and all(seed in settings for settings in found)
+        }
+        for label, found in by_label.items()
+    }
+    lines = [_row(header), "|---" * len(header) + "|"]
+    for label, found in by_label.items():
+        means = [statistics.fmean(settings.values()) for settings in found if settings]
+        if not means:
+            continue
+        spread = statistics.stdev(means) if len(means) > 1 else 0.0
+        four = (statistics.fmean(means), spread, min(means), max(means))
+        row = [label, str(len(means)), *(_mean_text(metric, [each]) for each in four)]
+        if base:
+            ours, theirs = deviations[label], deviations.get(base, {})
+            both = {s: ours[s] - theirs[s] for s in ours if s in theirs}
+            row.append("" if label == base else _paired_text(metric, paired(both)))
+        lines.append(_row(row))
     return "\n".join(lines) + "\n"
 
 
@@ -278,11 +298,15 @@ def _mean_text(metric: str, values: list[float]) -> str:
 
 
 def _difference_text(study: Study, cell: Cell, out: pathlib.Path) -> str:
-    found = compare(study, cell, study.metrics[0], out)
+    metric = study.metrics[0]
+    return _paired_text(metric, compare(study, cell, metric, out))
+
+
+def _paired_text(metric: str, found: Difference | None) -> str:
+    """A difference with its interval, bold where that leaves out 0."""
     if found is None:
         return ""
-    share = is_share(_plain(study.metrics[0]))
-    factor, form = (100, "{:+.2f}") if share else (1, "{:+.4f}")
+    factor, form = (100, "{:+.2f}") if is_share(_plain(metric)) else (1, "{:+.4f}")
     text = form.format(factor * found.mean)
     if math.isfinite(found.half):
         text += " ± " + form.format(factor * found.half).lstrip("+")
