@@ -46,4 +46,11 @@ def get_study(scale):
         "baseline": {"method": "cross-entropy"},
         "spread": "method",
         "paper": {"source": "Figure 4 (a): SupCon varies less than cross-entropy"},
+        "reading": "The paper's trend holds: over the 18 settings SupCon's top-1 deviates by 5.9 "
+        "points and cross-entropy's by 12.3 (seed by seed 6.3 ± 2.1 less). All of it comes from "
+        "learning rates that are too small: at a fifth of the rate SupCon is ahead by 2 to 24 "
+        "points, at the rate and five times the rate by -3 to +3, and the best settings of both "
+        "reach 95.8 %. A part of this is the second stage: SupCon's classifier is solved on "
+        "whatever the encoder has learned, cross-entropy's has to be trained at the same small "
+        "rate. No rate here was too large for either.",
     }
