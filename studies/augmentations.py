@@ -62,8 +62,6 @@ def get_study(scale):
             "eval_every": 0,
             "checkpoint_every": 0,
             "probe:batch_size": 100,
-            "probe:epochs": 30.0,
-            "probe:optimizer.boundaries_epochs": (18.0, 22.5, 27.0),
         }
     paper = {
         ", ".join(pair): value
