@@ -10,21 +10,24 @@ from studies import common
 
 def get_study(scale):
     width = 128 if scale == "small" else 2048
+    heads = {
+        "none": {"projection.hidden_dims": (), "projection.output_dim": 0},
+        "linear": {"projection.hidden_dims": ()},
+        "MLP": {"projection.hidden_dims": (width,)},
+        "two hidden layers": {"projection.hidden_dims": (width, width)},
+    }
+    outputs = {"embedding": {}, "projection": {"probe:representation": "projection"}}
     return {
         "title": "Projection head, and the output that is used",
         "stages": common.stages(scale, evaluate=False),
         "shared": common.shared(scale, evaluate=False),
         "grid": {
-            "head": {
-                "none": {"projection.hidden_dims": (), "projection.output_dim": 0},
-                "linear": {"projection.hidden_dims": ()},
-                "MLP": {"projection.hidden_dims": (width,)},
-                "two hidden layers": {"projection.hidden_dims": (width, width)},
-            },
-            "output": {
-                "embedding": {},
-                "projection": {"probe:representation": "projection"},
-            },
+            "head and output": {
+                f"{head}, {output}": {**heads[head], **outputs[output]}
+                for head in heads
+                for output in outputs
+                if (head, output) != ("none", "projection")
+            }
         },
         "seeds": common.seeds(scale),
         "metrics": (
@@ -32,5 +35,5 @@ def get_study(scale):
             "pretrain:knn/top1",
             "pretrain:embedding/rankme",
         ),
-        "baseline": {"output": "embedding"},
+        "baseline": {"head and output": "MLP, embedding"},
     }

@@ -545,6 +545,26 @@ def test_names_and_numbers_are_drawn():
     assert picture.plot_study("Title", {"ours": []}, {}) is None
 
 
+def test_a_value_far_from_all_others_is_written_at_the_border():
+    from matplotlib.figure import Figure
+
+    places = ["few", "many"]
+    lines = [
+        picture.Line("a", places, [[94.0, 96.0], [91.0, 93.0]]),
+        picture.Line("b", places, [[93.0, 95.0], [26.0, 28.0]]),
+        picture.Line("c", places, [[96.0, 97.0], [90.0, 92.0]]),
+    ]
+    axis = Figure().subplots()
+    picture._leave_outliers_out(axis, lines, places, ["a", "b", "c"])
+    (text,) = axis.texts
+    assert text.get_text().endswith(" 27.0") and text.get_position() == (0.01, 1.0)
+    low, high = axis.get_xlim()
+    assert 28 < low < 90 and 97 < high < 99
+    axis = Figure().subplots()
+    picture._leave_outliers_out(axis, lines[::2], places, ["a", "c"])
+    assert not axis.texts
+
+
 TINY = """
 def get_study(scale):
     return {

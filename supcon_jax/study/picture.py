@@ -10,6 +10,9 @@ from typing import Any, NamedTuple
 
 from supcon_jax.figures import new_figure
 
+# See `_leave_outliers_out`.
+FAR = 3.0
+
 
 class Line(NamedTuple):
     """One line, or one set of points, of a study's picture.
@@ -52,15 +55,16 @@ def plot_study(
     for axis, (panel, panel_lines) in zip(axes, panels.items(), strict=True):
         for line in panel_lines:
             number = names.index(line.name)
-            shift = 0.8 / len(names) * (number - (len(names) - 1) / 2)
             where = (
                 [_number(place) for place in line.places]
                 if numeric
-                else [places.index(place) + shift for place in line.places]
+                else _rows(line, places, names)
             )
             drawn[line.name] = _plot_line(axis, line, where, f"C{number}", numeric)
         if any(line.halves for line in panel_lines):
             (axis.axhline if numeric else axis.axvline)(0, color="black", linewidth=0.8)
+        if not numeric:
+            _leave_outliers_out(axis, panel_lines, places, names)
         _name_axes(axis, places, labels["x"], labels[panel], numeric, axis is axes[0])
         axis.set_title(textwrap.fill(panel, 44), fontsize="medium")
         axis.grid(alpha=0.3)
@@ -75,6 +79,53 @@ def plot_study(
     content = io.BytesIO()
     figure.savefig(content, dpi=110, format="png")
     return content.getvalue()
+
+
+def _rows(line: Line, places: list[str], names: list[str]) -> list[float]:
+    """Where a line lies at each of its places: those of all names side by side."""
+    shift = 0.8 / len(names) * (names.index(line.name) - (len(names) - 1) / 2)
+    return [places.index(place) + shift for place in line.places]
+
+
+def _leave_outliers_out(
+    axis: Any, lines: Sequence[Line], places: list[str], names: list[str]
+) -> None:
+    """Values far from all others are written at the border, so that the others can be told apart.
+
+    Far is what is farther from the middle half than `FAR` times its width.
+    """
+    means = [statistics.fmean(values) for line in lines for values in line.values]
+    if len(means) < 4:
+        return
+    low, _, high = statistics.quantiles(means, n=4, method="inclusive")
+    least, most = low - FAR * (high - low), high + FAR * (high - low)
+    if least <= min(means) and max(means) <= most:
+        return
+    shown = []
+    for line in lines:
+        halves = line.halves or [0.0] * len(line.values)
+        for row, values, half in zip(
+            _rows(line, places, names), line.values, halves, strict=True
+        ):
+            mean = statistics.fmean(values)
+            if least <= mean <= most:
+                shown += [*values, mean - half, mean + half]
+                continue
+            left = mean < least
+            axis.text(
+                0.01 if left else 0.99,
+                row,
+                f"\N{LEFTWARDS ARROW} {mean:.1f}"
+                if left
+                else f"{mean:.1f} \N{RIGHTWARDS ARROW}",
+                color=f"C{names.index(line.name)}",
+                ha="left" if left else "right",
+                va="center",
+                fontsize="small",
+                transform=axis.get_yaxis_transform(),
+            )
+    margin = 0.05 * (max(shown) - min(shown))
+    axis.set_xlim(min(shown) - margin, max(shown) + margin)
 
 
 def _plot_line(
