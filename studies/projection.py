@@ -36,4 +36,10 @@ def get_study(scale):
             "pretrain:embedding/rankme",
         ),
         "baseline": {"head and output": "MLP, embedding"},
+        "reading": "No head, a linear one and an MLP give the same linear top-1 within what five "
+        "seeds can tell (+0.7 ± 1.2 and +0.2 ± 1.1 against the MLP), and it does not matter there "
+        "whether the classifier stands on the embedding or on the projection. So the paper's reason "
+        "for a head that is thrown away is not seen on 200 digits. Two hidden layers are too many "
+        "for 300 steps: some seeds leave the collapse level late, and for them the embedding is "
+        "worth 8.2 ± 6.7 points more than the projection, in the paper's direction.",
     }
