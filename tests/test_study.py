@@ -560,9 +560,11 @@ def test_a_value_far_from_all_others_is_written_at_the_border():
     assert text.get_text().endswith(" 27.0") and text.get_position() == (0.01, 1.0)
     low, high = axis.get_xlim()
     assert 28 < low < 90 and 97 < high < 99
-    axis = Figure().subplots()
-    picture._leave_outliers_out(axis, lines[::2], places, ["a", "c"])
-    assert not axis.texts
+    near = lines[1]._replace(values=[[93.0, 95.0], [86.0, 88.0]])
+    for others in (lines[::2], [lines[0], near, lines[2]]):
+        axis = Figure().subplots()
+        picture._leave_outliers_out(axis, others, places, ["a", "b", "c"])
+        assert not axis.texts
 
 
 TINY = """

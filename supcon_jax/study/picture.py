@@ -92,14 +92,16 @@ def _leave_outliers_out(
 ) -> None:
     """Values far from all others are written at the border, so that the others can be told apart.
 
-    Far is what is farther from the middle half than `FAR` times its width.
+    Far is what is farther from the middle half than `FAR` times its width, where without it
+    the axis would be `FAR` times as long.
     """
     means = [statistics.fmean(values) for line in lines for values in line.values]
     if len(means) < 4:
         return
     low, _, high = statistics.quantiles(means, n=4, method="inclusive")
     least, most = low - FAR * (high - low), high + FAR * (high - low)
-    if least <= min(means) and max(means) <= most:
+    near = [mean for mean in means if least <= mean <= most]
+    if max(means) - min(means) <= FAR * (max(near) - min(near)):
         return
     shown = []
     for line in lines:
