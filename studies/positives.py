@@ -37,6 +37,6 @@ def get_study(scale):
         },
         "reading": "The paper's trend (9 points from one positive to all of them) is not seen on 200 "
         "digits: 3 and 5 positives are the best, by 0.6 points (± 0.9 and ± 0.5) over one, and all "
-        "of them no better than one (-0.4 ± 1.3). Augmented views of a digit are much like others "
-        "of its class here, so one positive teaches nearly what all of them do.",
+        "of them no better than one (-0.4 ± 1.3). A likely reason: twenty "
+        "digits of a class are so alike that other views of one teach what the others do.",
     }
