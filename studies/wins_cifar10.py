@@ -32,7 +32,7 @@ FEW_PHOTOS = {
 def get_study(scale):
     variant = "" if scale == "small" else ":gpu"
     # LARS for SupCon, Nesterov's momentum for cross-entropy, as in their recipes.
-    rates, baseline_rates = ((1.0, 3.0), (0.1, 0.3))
+    rates, baseline_rates = ((2.0, 8.0), (0.1, 0.3))
     if scale == "full":
         rates, baseline_rates = ((0.25, 0.5), (0.4, 0.8))
 
