@@ -176,13 +176,13 @@ def stage_key(
 ) -> str | None:
     """What a stage's result depends on: this stage and all before it, with their changes.
 
-    Stages with equal keys have equal results. None for a tool and what comes after it: a
-    tool may read anything.
+    Stages with equal keys have equal results. None in a cell that has a tool, which may read
+    and write anything in the workdirs of its cell.
     """
+    if any(is_tool(what) for what in cell.stages.values()):
+        return None
     names = list(cell.stages)
     before = {name: cell.stages[name] for name in names[: names.index(stage) + 1]}
-    if any(is_tool(what) for what in before.values()):
-        return None
     chain = [
         (
             name,
