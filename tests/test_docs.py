@@ -230,7 +230,7 @@ NOT_RUN = {
     "python -m supcon_jax.tools.index --config=configs/supcon_r50.py "
     "--config.data.dir=DIR": "writes beside the data; run in test_index.py",
     "python -m supcon_jax.tools.study studies/temperature.py": (
-        "ten minutes; tests/test_study.py runs a shorter one"
+        "ten minutes; tests/test_study_runs.py runs a shorter one"
     ),
     "python -m supcon_jax.tools.study studies/temperature.py --scale=full "
     "--config.data.dir=DIR --dry_run": "needs ImageNet; tests/test_study.py checks it",
@@ -247,7 +247,7 @@ NOT_RUN = {
     ),
     "python main.py --config=configs/supcon_cifar10.py:pytorch": "downloads CIFAR-10",
     "python -m supcon_jax.tools.study studies/wins.py": (
-        "176 jobs; tests/test_study.py checks every study file and runs a small one"
+        "220 jobs; tests/test_study.py checks every study file, test_study_runs.py runs a small one"
     ),
     "python main.py --config=configs/supcon_folder.py:multilabel "
     "--config.data.root=DIR": "needs a labels.csv; tests/test_multilabel.py",
