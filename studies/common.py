@@ -55,6 +55,14 @@ def shared(scale, *, evaluate=True, **others):
     return found | others
 
 
+def tune_rate(scale):
+    """For each cell the better of two learning rates; the paper's own at full scale.
+
+    studies/wins.py shows that the best ones of both methods lie in this range.
+    """
+    return {"optimizer.learning_rate": (0.3, 1.0)} if scale == "small" else {}
+
+
 def seeds(scale):
     """Five where a run takes seconds, three where it takes days."""
     return 5 if scale == "small" else 3

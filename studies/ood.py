@@ -13,14 +13,14 @@ TOOL = ("supcon_jax.tools.embeddings", "{pretrain}", "--ood=other_classes")
 
 
 def get_study(scale):
-    stages = common.stages(scale, evaluate=False)
+    stages = common.stages(scale)
     stages["ood"] = (*TOOL, "--representation=embedding", "--classifier={probe}")
     alone = common.cross_entropy(scale, ood=(*TOOL, "--representation=embedding"))
     seen = tuple(range(5 if scale == "small" else 500))
     return {
         "title": "Detection of classes that were not trained on",
         "stages": stages,
-        "shared": common.shared(scale, evaluate=False) | {"all:data.classes": seen},
+        "shared": common.shared(scale) | {"all:data.classes": seen},
         "grid": {
             "method": {
                 "SupCon": {},
@@ -28,6 +28,8 @@ def get_study(scale):
                 "cross-entropy": alone,
             }
         },
+        "tune": common.tune_rate(scale),
+        "tune_by": "evaluate:eval/top1",
         "seeds": common.seeds(scale),
         "metrics": (
             "ood:embedding.ood/knn_auroc",

@@ -12,11 +12,11 @@ from studies import common
 
 
 def get_study(scale):
-    stages = common.stages(scale, evaluate=False)
+    stages = common.stages(scale)
     stages["robustness"] = (
         f"configs/robustness_{'digits' if scale == 'small' else 'r50'}.py"
     )
-    shared = common.shared(scale, evaluate=False)
+    shared = common.shared(scale)
     shared["robustness:robustness.data"] = "{out}/corrupted"
     if scale == "small":
         shared["robustness:data.samples_per_class"] = 0
@@ -33,6 +33,8 @@ def get_study(scale):
                 "cross-entropy": common.cross_entropy(scale),
             }
         },
+        "tune": common.tune_rate(scale),
+        "tune_by": "evaluate:eval/top1",
         "seeds": common.seeds(scale),
         "metrics": (
             "robustness:robustness/top1",

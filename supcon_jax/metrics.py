@@ -175,6 +175,15 @@ def is_share(name: str) -> bool:
     return name in METRICS and METRICS[name].is_share
 
 
+def is_accuracy(name: str) -> bool:
+    """Whether a metric is a share of evaluated images that are right: larger is better."""
+    return (
+        name in METRICS
+        and METRICS[name].panel == "accuracy"
+        and not name.startswith("train/")
+    )
+
+
 def is_result(name: str) -> bool:
     """Whether a field of a line of metrics.jsonl is something that the run found."""
     return name not in LINE_FIELDS and (name not in METRICS or METRICS[name].is_result)

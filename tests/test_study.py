@@ -21,6 +21,15 @@ STUDIES = sorted(
     if path.name != "common.py"
 )
 
+TUNED = {
+    "tune": {"optimizer.learning_rate": (0.3, 1.0)},
+    "stages": STAGES
+    | {
+        "corrupted": "configs/robustness_digits.py",
+        "tool": ("supcon_jax.tools.embeddings", "{pretrain}"),
+    },
+}
+
 # Definition
 
 
@@ -57,6 +66,12 @@ def test_every_study_is_right_at_both_scales(path, scale):
         ({"paper": {"value": {}}}, "unknown key 'value' of paper"),
         ({"shared": {"probe:optimizer.learning_rate": 0.1}}, "stage 'probe': got optimizer.learning_rate=0.1 with probe.solver=lbfgs"),
         ({"tune": {"probe:augment.policy": ("rand_augment",)}}, "got augment.policy='rand_augment' with probe.solver=lbfgs"),
+        ({"tune_by": "eval/top1"}, "got the metric 'eval/top1'; allowed: STAGE:METRIC"),
+        ({**TUNED, "tune_by": "corrupted:robustness/top1"}, "cell '0.1' is tuned by 'corrupted:robustness/top1'; allowed for tune_by"),
+        ({**TUNED, "metrics": ("tool:embedding.ood/knn_auroc",)}, "is tuned by 'tool:embedding.ood/knn_auroc'; allowed"),
+        ({**TUNED, "tune_by": "pretrain:train/top1"}, "is tuned by 'pretrain:train/top1'; allowed"),
+        ({**TUNED, "tune_by": "evaluate:eval/ece"}, "is tuned by 'evaluate:eval/ece'; allowed"),
+        ({**TUNED, "shared": {"probe": None}, "tune_by": "probe:eval/top1"}, "is tuned by 'probe:eval/top1'; allowed"),
         ({"shared": {"evaluate": None}}, "has no stage 'evaluate', of which the first"),
     ],
 )  # fmt: skip

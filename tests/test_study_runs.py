@@ -331,6 +331,31 @@ def test_tuning_chooses_on_held_out_images_and_the_test_is_read_once(fake, tmp_p
     )
 
 
+def test_tuning_by_a_stage_before_the_one_that_is_reported(fake, tmp_path, caplog):
+    """The corrupted test images are not even read by trials."""
+
+    def value(flags):
+        fast = "tune-0.3" in flags["workdir"]
+        return {"evaluate": 0.6 + 0.2 * fast, "corrupted": 0.4}.get(flags["stage"], 0.5)
+
+    commands = fake(value)
+    study = make(
+        stages=STAGES | {"corrupted": "configs/robustness_digits.py"},
+        metrics=("corrupted:eval/top1",),
+        grid={"loss.temperature": (0.1, 0.5)},
+        tune={"optimizer.learning_rate": (0.1, 0.3)},
+        tune_by="evaluate:eval/top1",
+        seeds=1,
+    )
+    with caplog.at_level("INFO"):
+        assert runner.run_study(study, tmp_path)
+    assert "0.1 [0.3], seed 0: top-1 80.00%" in caplog.text
+    held = [f for f in commands.commands if "config.data.validation_fraction" in f]
+    assert {f["stage"] for f in held} == {*STAGES}
+    table = (tmp_path / "results.md").read_text()
+    assert "| 0.3 (of 2) |" in table and "chosen by top-1 on 20 %" in table
+
+
 TINY = """
 def get_study(scale):
     return {

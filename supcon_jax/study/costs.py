@@ -21,7 +21,15 @@ from supcon_jax.planning.flops import count_flops
 from supcon_jax.planning.forecast import Data, look_at_data
 from supcon_jax.run.plan import create_plan
 from supcon_jax.study import results
-from supcon_jax.study.grid import Cell, Study, cells, is_tool, stage_config, stage_key
+from supcon_jax.study.grid import (
+    Cell,
+    Study,
+    cells,
+    is_tool,
+    stage_config,
+    stage_key,
+    stages_of,
+)
 from supcon_jax.study.jobs import count_jobs, jobs
 
 # Keys whose values change no operation of a step, only its numbers.
@@ -73,12 +81,10 @@ def estimate(
     """
     costs: dict[str, Cost] = {}
     keys: set[str] = set()
-    judged = study.metrics[0].partition(":")[0]
     for cell in cells(study):
         for trial in ("", *cell.trials):
             seeds = study.seed_list[: study.tune_seeds] if trial else study.seed_list
-            names = list(cell.stages)
-            for stage in names[: names.index(judged) + 1] if trial else names:
+            for stage in stages_of(study, cell, trial=trial):
                 times = _count_new(study, cell, stage, trial, seeds, keys)
                 if not times:
                     continue

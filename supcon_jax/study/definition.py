@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 
 from supcon_jax.config.files import find_file, make_importable
 from supcon_jax.config.keys import NOT_READ_BY_LBFGS
+from supcon_jax.metrics import is_accuracy
 from supcon_jax.study.grid import (
     Cell,
     Stage,
@@ -24,6 +25,7 @@ from supcon_jax.study.grid import (
     cells,
     flags,
     is_tool,
+    mode_of,
     reference,
     stage_config,
 )
@@ -95,7 +97,7 @@ def _check_fields(study: Study) -> None:
         raise ValueError(f"got held_out={study.held_out}; allowed: between 0 and 1")
     if study.tune_seeds < 1:
         raise ValueError(f"got tune_seeds={study.tune_seeds}; allowed: 1 or more")
-    for metric in study.metrics:
+    for metric in (*study.metrics, study.judge):
         if metric.partition(":")[0] not in study.stages:
             raise ValueError(
                 f"got the metric {metric!r}; allowed: STAGE:METRIC with a stage of "
@@ -130,17 +132,36 @@ def _check_fields(study: Study) -> None:
 
 def _check_cell(study: Study, cell: Cell) -> None:
     """Applies all changes of a cell to its configs."""
-    judged = study.metrics[0].partition(":")[0]
-    if judged not in cell.stages:
+    drawn = study.metrics[0].partition(":")[0]
+    if drawn not in cell.stages:
         raise ValueError(
-            f"cell {cell.label!r} has no stage {judged!r}, of which the first metric is"
+            f"cell {cell.label!r} has no stage {drawn!r}, of which the first metric is"
         )
+    if cell.trials:
+        _check_judge(study, cell)
     for trial in ("", *cell.trials):
         for name in cell.stages:
             if not is_tool(cell.stages[name]):
                 config = stage_config(study, cell, name, trial=trial)
                 changed = cell.changes[name] | cell.trials.get(trial, {}).get(name, {})
                 _check_solved(cell, name, config, changed)
+
+
+def _check_judge(study: Study, cell: Cell) -> None:
+    """Refuses to choose by other images than held-out training images, or by no accuracy."""
+    stage, _, metric = study.judge.partition(":")
+    what = cell.stages.get(stage)
+    if (
+        what is None
+        or is_tool(what)
+        or mode_of(str(what)) == "robustness"
+        or not is_accuracy(metric)
+    ):
+        raise ValueError(
+            f"cell {cell.label!r} is tuned by {study.judge!r}; allowed for tune_by: an "
+            "accuracy on the held-out training images, as evaluate:eval/top1 or "
+            "pretrain:knn/top1, of a config of the cell that is not robustness"
+        )
 
 
 def _check_solved(
@@ -175,7 +196,7 @@ def describe(study: Study) -> dict[str, Any]:
         "prepare": [" ".join(command) for command in study.prepare],
         "held_out": study.held_out,
         "tune_seeds": study.tune_seeds,
-        "tuned_by": study.metrics[0],
+        "tuned_by": study.judge,
         "cells": described,
     }
 

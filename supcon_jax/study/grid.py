@@ -34,7 +34,7 @@ class Study:
       stages: name -> config or tool, in order. The first one is trained from nothing; the
         others get the workdir of an earlier one as `pretrained`.
       metrics: "stage:metric" each, as metrics.jsonl names it; the first is the one that is
-        drawn, compared with the paper's, and by which tuning chooses.
+        drawn, and compared with the paper's.
       grid: axis -> values. An axis that is a "[stage:]key" takes a sequence of its values;
         any other takes label -> changes. The cells are all combinations.
       seeds: how many (0, 1, ...), or which.
@@ -42,6 +42,7 @@ class Study:
       baseline: axis -> label; each cell is compared with the one that has these.
       tune: axis -> values, as `grid`: for each cell the combination that does best on
         training images that were held out. A cell's changes may have a "tune" of their own.
+      tune_by: "stage:metric" by which it does best; "": the first of `metrics`.
       tune_seeds: how many seeds each combination is tried with.
       held_out: share of the training images that chooses.
       prepare: tools that run once before the cells, for what cells share.
@@ -62,6 +63,7 @@ class Study:
     shared: Changes = dataclasses.field(default_factory=dict)
     baseline: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     tune: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    tune_by: str = ""
     tune_seeds: int = 1
     held_out: float = 0.2
     prepare: Sequence[Sequence[str]] = ()
@@ -78,6 +80,11 @@ class Study:
             if isinstance(self.seeds, int)
             else [int(seed) for seed in self.seeds]
         )
+
+    @property
+    def judge(self) -> str:
+        """The metric by which tuning chooses."""
+        return self.tune_by or self.metrics[0]
 
     @property
     def axes(self) -> list[str]:
@@ -130,6 +137,12 @@ def stage_config(
     except ValueError as error:
         where = f"cell {cell.label!r}" + (f", trial {trial!r}" if trial else "")
         raise ValueError(f"{where}, stage {stage!r}: {error}") from None
+
+
+def stages_of(study: Study, cell: Cell, *, trial: str) -> list[str]:
+    """The stages of a cell; those of a trial end with the one that is judged."""
+    names = list(cell.stages)
+    return names[: names.index(study.judge.partition(":")[0]) + 1] if trial else names
 
 
 def stage_changes(

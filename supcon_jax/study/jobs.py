@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from supcon_jax.run.workdir import finished_metrics
 from supcon_jax.study import results
-from supcon_jax.study.grid import Cell, Study, cells, stage_key
+from supcon_jax.study.grid import Cell, Study, cells, stage_key, stages_of
 
 
 class Job(NamedTuple):
@@ -30,10 +30,8 @@ class Job(NamedTuple):
         return results.folder_of(self.cell, self.seed, out, self.trial)
 
     def stages(self, study: Study) -> list[str]:
-        """The names of its stages; of a trial none after the one that is judged."""
-        names = list(self.cell.stages)
-        judged = study.metrics[0].partition(":")[0]
-        return names[: names.index(judged) + 1] if self.trial else names
+        """The names of its stages."""
+        return stages_of(study, self.cell, trial=self.trial)
 
     @property
     def words(self) -> str:

@@ -86,10 +86,10 @@ def values_of(
 
 
 def chosen(study: Study, cell: Cell, out: pathlib.Path) -> str:
-    """The trial with the best mean of the first metric on held-out images; "" without one."""
+    """The trial with the best mean of `tune_by` on held-out images; "" without one."""
     tried = {}
     for trial in cell.trials:
-        found = values_of(study, cell, study.metrics[0], out, trial=trial)
+        found = values_of(study, cell, study.judge, out, trial=trial)
         if found:
             tried[trial] = statistics.fmean(found.values())
     return max(tried, key=lambda trial: tried[trial], default="")
@@ -135,9 +135,9 @@ def failures(study: Study, out: pathlib.Path) -> list[str]:
 
 
 def shown(study: Study, cell: Cell, result: Result) -> str:
-    """The study's metrics of one job, for a line of the log."""
+    """The study's metrics of one job, for a line of the log; of a trial what it is judged by."""
     texts = []
-    for metric in study.metrics:
+    for metric in dict.fromkeys((study.judge, *study.metrics)):
         if metric in result["metrics"]:
             label, value = _label_and_value(metric, result["metrics"][metric])
             texts.append(f"{label} {value}")
@@ -222,7 +222,8 @@ def as_markdown(study: Study, out: pathlib.Path) -> str:
         )
     if tuned:
         notes.append(
-            f"chosen on {100 * study.held_out:.0f} % of the training images, held out, with "
+            f"chosen by {_label_and_value(study.judge, 0.0)[0]} on "
+            f"{100 * study.held_out:.0f} % of the training images, held out, with "
             f"{study.tune_seeds} seed(s) each"
         )
     if source := study.paper.get("source"):
