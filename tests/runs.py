@@ -58,8 +58,10 @@ class OneLayer(nn.Module):
 
     @nn.compact
     def __call__(self, images, *, train):
-        x = nn.Dense(16)(images.reshape(len(images), -1))
-        x = nn.BatchNorm(use_running_average=not train, axis_name=self.axis_name)(x)
+        x = nn.Dense(16, use_bias=False)(images.reshape(len(images), -1))
+        x = nn.BatchNorm(
+            use_running_average=not train, axis_name=self.axis_name, name="batch_norm"
+        )(x)
         return nn.relu(x)
 
 

@@ -16,12 +16,12 @@ from supcon_jax.evaluation.knn import knn_accuracy
 from supcon_jax.run import opening as run_module
 from supcon_jax.run import splits
 from tests.config_files import load
-from tests.runs import first_batches
+from tests.runs import RESNET, first_batches
 
 CROSS_ENTROPY = {"loss.name": "cross_entropy"}
 MOMENTUM = {"loss.contrast_mode": "one", "momentum_encoder.decay": 0.9}
 COSINE = {"optimizer.schedule": "cosine"}
-FINETUNE = CROSS_ENTROPY | {"mode": "finetune", "pretrained": "random"}
+FINETUNE = RESNET | CROSS_ENTROPY | {"mode": "finetune", "pretrained": "random"}
 
 
 # What a run is made of, as text: any key that changes the computation shows here.
@@ -30,7 +30,8 @@ def tiny(**overrides):
     config.update_from_flattened_dict(
         {
             "batch_size": 16,
-            "encoder.width": 0.25,
+            "encoder.name": "one_layer",
+            "encoder.width": 1.0,
             "projection.hidden_dims": (8,),
             "optimizer.warmup_epochs": 0.1,
             "compilation_cache": False,
@@ -84,15 +85,15 @@ IN_STEP = {
     "augment.extra": (("cutout",), {}),
     "augment.mixup_alpha": (0.2, CROSS_ENTROPY),
     "augment.cutmix_alpha": (1.0, CROSS_ENTROPY),
-    "encoder.name": ("resnet18", {}),
-    "encoder.width": (0.5, {}),
-    "encoder.stem": ("imagenet", {}),
-    "encoder.dtype": ("bfloat16", {}),
-    "encoder.normalize_embedding": (True, {}),
-    "encoder.batch_norm_devices": (2, {}),
-    "encoder.batch_norm_momentum": (0.99, {}),
-    "encoder.convention": ("torchvision", {"encoder.stem": "imagenet"}),
-    "encoder.remat": (True, {}),
+    "encoder.name": ("resnet18", RESNET),
+    "encoder.width": (0.5, RESNET),
+    "encoder.stem": ("imagenet", RESNET),
+    "encoder.dtype": ("bfloat16", RESNET),
+    "encoder.normalize_embedding": (True, RESNET),
+    "encoder.batch_norm_devices": (2, RESNET),
+    "encoder.batch_norm_momentum": (0.99, RESNET),
+    "encoder.convention": ("torchvision", RESNET | {"encoder.stem": "imagenet"}),
+    "encoder.remat": (True, RESNET),
     "projection.hidden_dims": ((9,), {}),
     "projection.output_dim": (5, {}),
     "projection.batch_norm": (True, {}),

@@ -74,7 +74,7 @@ MOMENTUM = {
 @pytest.mark.parametrize(
     "options",
     [
-        {"loss.name": "supcon", "probe.learning_rate": 0.1},
+        RESNET | {"loss.name": "supcon", "probe.learning_rate": 0.1},
         {"loss.name": "simclr"},
         {"loss.name": "cross_entropy", "augment.mixup_alpha": 0.5},
         MOMENTUM | {"loss.temperature": 1.0},
@@ -82,7 +82,7 @@ MOMENTUM = {
     ids=["supcon+probe", "simclr", "cross_entropy+mixup", "momentum"],
 )
 def test_eight_devices_equal_one(options, tmp_path):
-    config = pretrain_config(**RESNET | options, **{"projection.batch_norm": True})
+    config = pretrain_config(**options, **{"projection.batch_norm": True})
     config.projection.hidden_dims = (8,)
     # Views that are almost equal give a gradient of small differences: more rounding.
     config.augment.crop_area = (0.5, 1.0)
