@@ -120,7 +120,9 @@ class Checkpointer:
         """
         best = best_metric(metrics)
         known = None if best is None else {best: metrics[best]}
-        trees = _split(state)
+        # As arrays of the host, which Orbax writes as they are. A device's array it cuts
+        # into a piece for each device, and compiles a program for each piece.
+        trees = jax.tree.map(_on_host, _split(state))
         items: dict[str, Any] = {n: ocp.args.StandardSave(t) for n, t in trees.items()}
         record = {"digests": _digests(trees), "health": health or {}}
         if told:
@@ -233,13 +235,18 @@ def digest(tree: PyTree) -> str:
     return f"sha256:{sha.hexdigest()}"
 
 
+def _on_host(leaf: Any) -> np.ndarray:
+    """A leaf that is on every device alike, as the host's array."""
+    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+        leaf = leaf.addressable_data(0)
+    return np.asarray(leaf)
+
+
 def _digests(trees: dict[str, PyTree]) -> dict[str, str]:
     """SHA-256 of every array: of its type, its shape and its bytes, by its name."""
     found = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(trees):
-        if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
-            leaf = leaf.addressable_data(0)  # each device holds all of it
-        array = np.ascontiguousarray(leaf)
+        array = np.ascontiguousarray(_on_host(leaf))
         sha = hashlib.sha256(f"{array.dtype} {array.shape}".encode())
         sha.update(array.data)
         name = jax.tree_util.keystr(path, simple=True, separator="/")

@@ -73,6 +73,21 @@ def test_what_is_saved_is_restored(workdir, states, messages):
     assert messages == [] and not (workdir / "damaged_checkpoints").exists()
 
 
+def test_a_save_of_eight_devices_compiles_nothing(states, tmp_path, caplog):
+    """Training waits for it, and so does a machine that was given 30 s to end."""
+    # A size that Orbax could cut into a piece for each device.
+    state = states[1].replace(momentum={"keys": np.ones((64, 8), np.float32)})
+    mesh = parallel.create_mesh(jax.devices())
+    checkpointer = Checkpointer(tmp_path)
+    on_devices = jax.device_put(state, parallel.replicated(mesh))
+    with jax.log_compiles():
+        checkpointer.save(on_devices, 1, {})
+        checkpointer.close()
+    assert "Compiling" not in caplog.text
+    restored, _ = restore(tmp_path, {1: state})
+    assert_trees_equal(jax.device_get(restored), state)
+
+
 def test_nothing_saved(tmp_path, states):
     assert restore(tmp_path, states) is None
 

@@ -176,6 +176,7 @@ RUN = {
     "python -m benchmarks.chaos --faults=preempt,rot --trials=24": "--trials=0",
     "python -m benchmarks.chaos --faults=damage --trials=230": "--trials=1",
     "python -m benchmarks.safety --rounds 60": "--rounds 1 --encoder resnet8",
+    "python -m benchmarks.safety --devices=8 --rounds=3": "--encoder resnet8",
     "python -m benchmarks.loss": "--sizes 64 --rounds 1",
     "python -m benchmarks.loss --accuracy": "--sizes 64",
     "python -m benchmarks.loss --options --sizes 512,2048 --no-memory": (
