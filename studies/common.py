@@ -22,6 +22,10 @@ _CROSS_ENTROPY = {
     "small": {"pretrain": "configs/cross_entropy_digits.py", "probe": None},
     "full": {"pretrain": "configs/cross_entropy_r50.py", "probe": None},
 }
+# Peak learning rates at 256 images, ours; studies/wins.py shows that the best of all methods
+# are among them.
+_RATES = {"small": (0.3, 1.0), "full": (0.2, 0.4)}
+_BASELINE_RATES = {"small": (0.3, 1.0), "full": (0.05, 0.1)}
 _FEW_DIGITS = {
     "batch_size": 64,
     "total_steps": 300,
@@ -56,11 +60,32 @@ def shared(scale, *, evaluate=True, **others):
 
 
 def tune_rate(scale):
-    """For each cell the better of two learning rates; the paper's own at full scale.
+    """For each cell the better of two learning rates; the paper's own at full scale."""
+    return {"optimizer.learning_rate": _RATES["small"]} if scale == "small" else {}
 
-    studies/wins.py shows that the best ones of both methods lie in this range.
+
+def tuned_methods(scale):
+    """Methods with six settings each: two learning rates, three values of what is their own.
+
+    Both are the losses beside each other, whose classifier is trained on the way.
     """
-    return {"optimizer.learning_rate": (0.3, 1.0)} if scale == "small" else {}
+
+    def tune(key, *values, rates=_RATES[scale]):
+        return {"tune": {"optimizer.learning_rate": rates, key: values}}
+
+    smoothing = tune(
+        "loss.label_smoothing", 0.0, 0.1, 0.2, rates=_BASELINE_RATES[scale]
+    )
+    unit_length = {"all:encoder.normalize_embedding": True}
+    return {
+        "cross-entropy": cross_entropy(scale, **smoothing),
+        "cross-entropy, unit length": cross_entropy(scale, **smoothing, **unit_length),
+        "SupCon": tune("loss.temperature", 0.05, 0.1, 0.3),
+        "SupCon and cross-entropy": {
+            "probe": None,
+            **tune("loss.cross_entropy_weight", 0.1, 0.3, 1.0),
+        },
+    }
 
 
 def seeds(scale):

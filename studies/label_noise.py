@@ -34,7 +34,6 @@ def get_study(scale):
                 for share in (0.0, 0.2, 0.4, 0.6)
             },
         },
-        "tune": common.tune_rate(scale),
         "seeds": common.seeds(scale),
         "metrics": ("evaluate:eval/top1", "evaluate:eval/ece"),
         "baseline": {"method": "cross-entropy"},

@@ -25,7 +25,6 @@ def get_study(scale):
                 for count in counts
             },
         },
-        "tune": common.tune_rate(scale),
         "seeds": common.seeds(scale),
         "metrics": ("evaluate:eval/top1", "evaluate:eval/ece"),
         "baseline": {"method": "cross-entropy"},

@@ -20,21 +20,24 @@ def get_study(scale):
     shared["robustness:robustness.data"] = "{out}/corrupted"
     if scale == "small":
         shared["robustness:data.samples_per_class"] = 0
+    methods = {
+        "SupCon": {},
+        "SimCLR": {"loss.name": "simclr"},
+        "cross-entropy": common.cross_entropy(scale),
+    }
+    if scale == "small":  # at full scale the paper's recipes, as they are
+        tuned = common.tuned_methods(scale)
+        methods["SimCLR"] |= {"tune": tuned["SupCon"]["tune"]}
+        methods |= tuned
     tool = ("supcon_jax.tools.corrupt", "--config=configs/digits.py")
     return {
         "title": "Robustness and calibration under corruption",
         "stages": stages,
         "shared": shared,
         "prepare": ((*tool, "--out={out}/corrupted"),) if scale == "small" else (),
-        "grid": {
-            "method": {
-                "SupCon": {},
-                "SimCLR": {"loss.name": "simclr"},
-                "cross-entropy": common.cross_entropy(scale),
-            }
-        },
-        "tune": common.tune_rate(scale),
+        "grid": {"method": methods},
         "tune_by": "evaluate:eval/top1",
+        "tune_seeds": 2,
         "seeds": common.seeds(scale),
         "metrics": (
             "robustness:robustness/top1",

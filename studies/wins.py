@@ -28,21 +28,9 @@ are gone. A rate of 3.0 would not go on so: cross-entropy with 20 images a class
 it (three seeds) and at 96.5 with 1.0. Digits of 8 x 8 pixels and a small network: the signs,
 not the sizes, are what may carry over.
 """
-FAST, SLOW = 1.0, 0.3  # peak learning rates at 256 images, ours
 
 
 def get_study(scale):
-    rates = (SLOW, FAST) if scale == "small" else (0.2, 0.4)
-    baseline_rates = rates if scale == "small" else (0.05, 0.1)
-
-    def tuned(key, values, rates=rates):
-        return {"tune": {"optimizer.learning_rate": rates, key: values}}
-
-    joint = {
-        "probe": None,  # it trains a classifier on the way
-        **tuned("loss.cross_entropy_weight", (0.1, 0.3, 1.0)),
-    }
-    smoothing = tuned("loss.label_smoothing", (0.0, 0.1, 0.2), baseline_rates)
     few, fewest = (20, 5) if scale == "small" else (128, 13)
 
     def of_each_class(count):
@@ -83,16 +71,10 @@ def get_study(scale):
         "shared": common.shared(scale),
         "grid": {
             "regime": regimes,
-            "method": {
-                "cross-entropy": common.cross_entropy(scale, **smoothing),
-                "cross-entropy, unit length": common.cross_entropy(
-                    scale, **smoothing, **{"all:encoder.normalize_embedding": True}
-                ),
-                "SupCon": tuned("loss.temperature", (0.05, 0.1, 0.3)),
-                "SupCon and cross-entropy": joint,
-            },
+            "method": common.tuned_methods(scale),
         },
         "seeds": common.seeds(scale),
+        "tune_seeds": 2 if scale == "small" else 1,
         "metrics": ("evaluate:eval/top1", "evaluate:eval/ece", "evaluate:eval/loss"),
         "baseline": {"method": "cross-entropy"},
         "along": "regime",
