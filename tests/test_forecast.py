@@ -365,6 +365,8 @@ def test_data_are_opened_and_the_host_is_measured(monkeypatch):
 def test_data_that_are_not_here():
     config = pretrain_config(**{"data.name": "imagenet2012"})
     assert forecast.look_at_data(config, measure=True)[:2] == (1_281_167, 1000)
+    config.data.samples_per_class = 13
+    assert forecast.look_at_data(config, measure=True)[:2] == (13_000, 1000)
     config.data.fake = True
     assert forecast.look_at_data(config, measure=False).opened
     config.data.fake = False

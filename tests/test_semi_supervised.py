@@ -24,7 +24,7 @@ from supcon_jax.losses import supcon_loss
 from supcon_jax.losses.cross_entropy import cross_entropy_of_views
 from supcon_jax.run import splits
 from supcon_jax.run.opening import open_run
-from supcon_jax.run.splits import open_sources
+from supcon_jax.run.splits import count_training, open_sources
 from tests.runs import first_batches, pretrain_config
 
 FIVE = {"data.labelled_per_class": 5}
@@ -177,6 +177,32 @@ def test_a_classifier_is_trained_on_the_labelled_images_alone(changes, hidden, c
     np.testing.assert_array_equal(train.labels, same.labels)
     left = 1297 - same.num_examples
     assert f"left out: {left:,} of 1,297 training images" in caplog.text
+
+
+CLASSIFIER = {"loss.name": "cross_entropy"}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"data.classes": (1, 7)},
+        {"data.fraction": 0.5, "data.validation_fraction": 0.2},
+        {"data.samples_per_class": 7},
+        FIVE,
+        FIVE | CLASSIFIER,
+        TENTH | CLASSIFIER,
+        {"mode": "linear_eval", "data.samples_per_class": 20} | TENTH,
+    ],
+    ids=str,
+)
+def test_data_that_are_not_opened_are_counted_as_a_run_chooses_them(changes):
+    """Costs of studies and plans for data that are elsewhere."""
+    config = pretrain_config(**changes, batch_size=1)
+    train, _ = open_sources(config)
+    count, classes = count_training(config, 1297, 10)
+    assert classes == train.num_classes
+    assert count == pytest.approx(train.num_examples, rel=0.03)
 
 
 def test_a_classifier_beside_the_loss_counts_labelled_images_alone(tmp_path):

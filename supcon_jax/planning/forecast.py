@@ -40,7 +40,7 @@ from supcon_jax.planning.topologies import (
 from supcon_jax.run.batches import build_train_batches
 from supcon_jax.run.memory import StepMemory, out_of_memory, step_memory
 from supcon_jax.run.plan import Plan, create_plan
-from supcon_jax.run.splits import open_sources
+from supcon_jax.run.splits import count_training, open_sources
 
 # Training images, classes, mean bytes of an encoded image and whether they are held in
 # memory, where the data are not here.
@@ -178,7 +178,9 @@ def look_at_data(config: ConfigDict, *, measure: bool) -> Data:
             f"how large {name!r} is, is not known without opening it; set "
             "--config.data.dir"
         )
-    return Data(*KNOWN_DATA[name])
+    known = Data(*KNOWN_DATA[name])
+    examples, classes = count_training(config, known.num_examples, known.num_classes)
+    return known._replace(num_examples=examples, num_classes=classes)
 
 
 def _measured_rate(config: ConfigDict, train: Any) -> float:

@@ -87,11 +87,7 @@ def leave_out_unlabelled(config: ConfigDict, train: Source) -> Source:
     A classifier learns nothing from an image without a label, so it need not be read,
     and epochs count the others. Where none has a label, `check_labels` says so.
     """
-    baseline = (
-        config.mode == "pretrain" and not OBJECTIVES[config.loss.name].contrastive
-    )
-    of_classifier = baseline or config.mode in ("linear_eval", "finetune")
-    if not of_classifier or not has_labels(train):
+    if not _trains_classifier(config) or not has_labels(train):
         return train
     labelled = selection.take_labelled(train)
     if left := train.num_examples - labelled.num_examples:
@@ -101,6 +97,32 @@ def leave_out_unlabelled(config: ConfigDict, train: Source) -> Source:
             f"{train.num_examples:,}",
         )
     return labelled
+
+
+def _trains_classifier(config: ConfigDict) -> bool:
+    if config.mode == "pretrain":
+        return not OBJECTIVES[config.loss.name].contrastive
+    return config.mode in ("linear_eval", "finetune")
+
+
+def count_training(
+    config: ConfigDict, num_examples: int, num_classes: int
+) -> tuple[int, int]:
+    """How many images and classes a run trains on, of a split that is not opened.
+
+    What `open_sources` would choose, where the classes are of equal size.
+    """
+    data = config.data
+    classes = len(data.classes) or num_classes
+    count = num_examples * classes / num_classes
+    count *= (1 - data.validation_fraction) * data.fraction
+    if data.samples_per_class:
+        count = min(count, data.samples_per_class * classes)
+    if _trains_classifier(config):
+        if data.labelled_per_class:
+            count = min(count, data.labelled_per_class * classes)
+        count *= data.labelled_fraction
+    return round(count), classes
 
 
 def open_eval_source(config: ConfigDict) -> Source:

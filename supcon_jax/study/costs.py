@@ -134,7 +134,8 @@ def _of_text(config_text: str, flops: bool) -> Cost:
     none = 0.0 if flops else None
     if config.mode not in TRAINING_MODES:
         return Cost(1, 0, 0, none)
-    data = _look_at_data(json.dumps(config.data.to_dict()))
+    chosen_by = {"mode": config.mode, "loss": {"name": config.loss.name}}
+    data = _look_at_data(json.dumps({**chosen_by, "data": config.data.to_dict()}))
     if config.probe.solver == "lbfgs":
         return Cost(1, 0, data.num_examples, none)
     plan = create_plan(
@@ -154,8 +155,8 @@ def _of_text(config_text: str, flops: bool) -> Cost:
 
 
 @functools.lru_cache(maxsize=64)
-def _look_at_data(data_text: str) -> Data:
-    config = config_of({"data": json.loads(data_text)})
+def _look_at_data(config_text: str) -> Data:
+    config = config_of(json.loads(config_text))
     config.batch_size = 1  # any data are enough to be looked at
     return look_at_data(config, measure=False)
 
