@@ -74,7 +74,7 @@ def save_table(encoder: str, *, rounds: int) -> str:
     config = build_config(argparse.Namespace(**SIZES, encoder=encoder), "SupCon")
     plan = plan_of(config)
     everywhere = parallel.replicated(plan.mesh)
-    state = jax.jit(plan.init, out_shardings=everywhere)()
+    state = jax.block_until_ready(jax.jit(plan.init, out_shardings=everywhere)())
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
     header = [
         "arrays that Orbax gets",
@@ -88,7 +88,7 @@ def save_table(encoder: str, *, rounds: int) -> str:
     rows = [
         ["the host's, as a run does", f"{size / 1e6:.0f}", *times_of(state, rounds)]
     ]
-    with mock.patch.object(checkpoint, "_on_host", lambda leaf: leaf):
+    with mock.patch.object(checkpoint, "_on_host", lambda tree: tree):
         rows.append(["the devices'", f"{size / 1e6:.0f}", *times_of(state, rounds)])
     return table(header, rows)
 

@@ -122,7 +122,7 @@ class Checkpointer:
         known = None if best is None else {best: metrics[best]}
         # As arrays of the host, which Orbax writes as they are. A device's array it cuts
         # into a piece for each device, and compiles a program for each piece.
-        trees = jax.tree.map(_on_host, _split(state))
+        trees = _on_host(_split(state))
         items: dict[str, Any] = {n: ocp.args.StandardSave(t) for n, t in trees.items()}
         record = {"digests": _digests(trees), "health": health or {}}
         if told:
@@ -235,18 +235,22 @@ def digest(tree: PyTree) -> str:
     return f"sha256:{sha.hexdigest()}"
 
 
-def _on_host(leaf: Any) -> np.ndarray:
-    """A leaf that is on every device alike, as the host's array."""
-    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
-        leaf = leaf.addressable_data(0)
-    return np.asarray(leaf)
+def _on_host(tree: PyTree) -> PyTree:
+    """Arrays that are on every device alike, as the host's; all are fetched at once."""
+
+    def one(leaf: Any) -> Any:
+        if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+            return leaf.addressable_data(0)
+        return leaf
+
+    return jax.device_get(jax.tree.map(one, tree))
 
 
 def _digests(trees: dict[str, PyTree]) -> dict[str, str]:
     """SHA-256 of every array: of its type, its shape and its bytes, by its name."""
     found = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(trees):
-        array = np.ascontiguousarray(_on_host(leaf))
+    for path, leaf in jax.tree_util.tree_leaves_with_path(_on_host(trees)):
+        array = np.ascontiguousarray(leaf)
         sha = hashlib.sha256(f"{array.dtype} {array.shape}".encode())
         sha.update(array.data)
         name = jax.tree_util.keystr(path, simple=True, separator="/")
