@@ -356,6 +356,37 @@ def test_tuning_by_a_stage_before_the_one_that_is_reported(fake, tmp_path, caplo
     assert "| 0.3 (of 2) |" in table and "chosen by top-1 on 20 %" in table
 
 
+def test_a_failed_trial_that_wins_when_tried_again_is_what_the_cell_runs_with(
+    fake, tmp_path
+):
+    """What ran with the former choice is neither shown as the new one's nor gone on with."""
+    broken = True
+
+    def value(flags):
+        fast = flags.get("config.optimizer.learning_rate") == "0.3"
+        if broken and "tune-0.3" in flags["workdir"]:
+            return "exit code 1: no memory"
+        return 0.8 if fast else 0.6
+
+    commands = fake(value)
+    study = make(
+        stages={"pretrain": "configs/cross_entropy_digits.py"},
+        metrics=("pretrain:eval/top1",),
+        grid={"loss.label_smoothing": (0.1,)},
+        baseline={},
+        tune={"optimizer.learning_rate": (0.1, 0.3)},
+        seeds=2,
+    )
+    assert not runner.run_study(study, tmp_path)
+    assert "| 0.1 | 60.00 ± 0.00 | 0.1 (of 2) |" in results.as_markdown(study, tmp_path)
+    broken = False
+    commands.commands.clear()
+    assert runner.run_study(study, tmp_path)
+    assert "| 0.1 | 80.00 ± 0.00 | 0.3 (of 2) |" in results.as_markdown(study, tmp_path)
+    again = [pathlib.Path(f["workdir"]).parts[-3] for f in commands.commands]
+    assert again == ["0.1-tune-0.3", "0.1-chosen-0.3", "0.1-chosen-0.3"]
+
+
 TINY = """
 def get_study(scale):
     return {

@@ -19,15 +19,19 @@ class Job(NamedTuple):
       cell: of the grid.
       trial: label of what is tried; "": the cell itself.
       seed: of every stage.
+      chosen: label of the trial that won, of a tuned cell.
     """
 
     cell: Cell
     trial: str
     seed: int
+    chosen: str = ""
 
     def folder(self, out: pathlib.Path) -> pathlib.Path:
         """Where it runs."""
-        return results.folder_of(self.cell, self.seed, out, self.trial)
+        return results.folder_of(
+            self.cell, self.seed, out, trial=self.trial, chosen=self.chosen
+        )
 
     def stages(self, study: Study) -> list[str]:
         """The names of its stages."""
@@ -51,9 +55,10 @@ def jobs(study: Study, out: pathlib.Path) -> list[Job]:
         ]
         found += trials
         if all(results.read(job.folder(out)) for job in trials):
-            if trials and not results.chosen(study, cell, out):
+            best = results.chosen(study, cell, out)
+            if trials and not best:
                 continue  # all failed; they are told of as they are
-            found += [Job(cell, "", seed) for seed in study.seed_list]
+            found += [Job(cell, "", seed, best) for seed in study.seed_list]
     return found
 
 
@@ -83,14 +88,13 @@ class SharedStages:
         self._study, self._out = study, out
         workdirs = defaultdict(list)
         for job in every:
-            chosen = "" if job.trial else results.chosen(study, job.cell, out)
             for stage in job.stages(study):
                 key = stage_key(
                     study,
                     job.cell,
                     stage,
                     trial=job.trial,
-                    chosen=chosen,
+                    chosen=job.chosen,
                     seed=job.seed,
                 )
                 if key is not None:

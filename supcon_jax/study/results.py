@@ -66,10 +66,16 @@ def numbers(found: Mapping[str, Any]) -> dict[str, float]:
 
 
 def folder_of(
-    cell: Cell, seed: int, out: pathlib.Path, trial: str = ""
+    cell: Cell, seed: int, out: pathlib.Path, *, trial: str = "", chosen: str = ""
 ) -> pathlib.Path:
-    """Where a job of a cell runs."""
-    name = f"{cell.folder}-tune-{slug(trial)}" if trial else cell.folder
+    """Where a job of a cell runs.
+
+    A tuned cell runs in a folder of what was chosen: should a trial that failed be tried
+    again, and win, what ran with the former choice is not taken for it.
+    """
+    name = cell.folder
+    if trial or chosen:
+        name += f"-tune-{slug(trial)}" if trial else f"-chosen-{slug(chosen)}"
     return out / "runs" / name / f"seed{seed}"
 
 
@@ -78,8 +84,9 @@ def values_of(
 ) -> dict[int, float]:
     """seed -> value of a metric, of the seeds that are done and did not fail."""
     found = {}
+    best = "" if trial else chosen(study, cell, out)
     for seed in study.seed_list:
-        result = read(folder_of(cell, seed, out, trial))
+        result = read(folder_of(cell, seed, out, trial=trial, chosen=best))
         if result and not result.get("failed") and metric in result["metrics"]:
             found[seed] = float(result["metrics"][metric])
     return found
@@ -123,9 +130,13 @@ def failures(study: Study, out: pathlib.Path) -> list[str]:
     """A line for each job that failed."""
     found = []
     for cell in cells(study):
+        best = chosen(study, cell, out)
         for trial in ("", *cell.trials):
             for seed in study.seed_list:
-                result = read(folder_of(cell, seed, out, trial))
+                folder = folder_of(
+                    cell, seed, out, trial=trial, chosen="" if trial else best
+                )
+                result = read(folder)
                 if result and result.get("failed"):
                     tried = f" [{trial}]" if trial else ""
                     found.append(
@@ -175,8 +186,9 @@ def as_csv(study: Study, out: pathlib.Path) -> str:
     table = csv.writer(text, lineterminator="\n")
     table.writerow([*study.axes, "seed", *study.metrics, "chosen", "seconds", "failed"])
     for cell in cells(study):
+        best = chosen(study, cell, out)
         for seed in study.seed_list:
-            result = read(folder_of(cell, seed, out))
+            result = read(folder_of(cell, seed, out, chosen=best))
             if result is None:
                 continue
             found = [result["metrics"].get(metric, "") for metric in study.metrics]

@@ -162,7 +162,6 @@ def run_job(
     """Runs the stages of a job one after the other and writes its result."""
     folder = job.folder(out)
     result: dict[str, Any] = {"metrics": {}, "seconds": {}, "shared": {}, "time": 0.0}
-    chosen = "" if job.trial else results.chosen(study, job.cell, out)
     shared = SharedStages(study, jobs(study, out), out)
     workdirs: dict[str, pathlib.Path] = {}
     for stage in job.stages(study):
@@ -170,9 +169,7 @@ def run_job(
         workdirs[stage] = shared.workdir(job, stage)
         failure = ""
         if workdirs[stage].parent == folder:
-            command = stage_command(
-                job, study, stage, workdirs, out, places, chosen=chosen
-            )
+            command = stage_command(job, study, stage, workdirs, out, places)
             failure = _run(command, folder / f"{stage}.log", stop)
         else:
             result["shared"][stage] = str(workdirs[stage].relative_to(out))
@@ -182,7 +179,7 @@ def run_job(
             result["failed"] = f"{stage}: {failure or 'it wrote no final metrics'}"
             break
         result["metrics"] |= {f"{stage}:{name}": value for name, value in found.items()}
-    result |= {"chosen": chosen, "time": time.time()}
+    result |= {"chosen": job.chosen, "time": time.time()}
     storage.write(folder / "result.json", (json.dumps(result) + "\n").encode())
     _report(job, study, out, result)
 
@@ -194,8 +191,6 @@ def stage_command(
     workdirs: Mapping[str, pathlib.Path],
     out: pathlib.Path,
     places: Sequence[str],
-    *,
-    chosen: str = "",
 ) -> list[str]:
     """The command line of a stage.
 
@@ -204,7 +199,6 @@ def stage_command(
       workdirs: of this stage and of those before.
       out: the study's folder.
       places: `KEY=VALUE` changes for every config.
-      chosen: label of the trial that won, for a cell that was tuned.
     """
     what = job.cell.stages[stage]
     here = {name: str(workdir) for name, workdir in workdirs.items()} | {
@@ -220,7 +214,7 @@ def stage_command(
         job.cell,
         stage,
         trial=job.trial,
-        chosen=chosen,
+        chosen=job.chosen,
         seed=job.seed,
         places=here,
     )
