@@ -34,7 +34,6 @@ def get_study(scale):
                 "SimCLR, all images": {**hidden, "loss.name": "simclr"},
             }
         },
-        "tune": common.tune_rate(scale),
         "seeds": common.seeds(scale),
         "metrics": ("evaluate:eval/top1",),
         "baseline": {"pretraining": "SupCon, labelled images alone"},
