@@ -37,7 +37,6 @@ def get_study(scale):
         "prepare": ((*tool, "--out={out}/corrupted"),) if scale == "small" else (),
         "grid": {"method": methods},
         "tune_by": "evaluate:eval/top1",
-        "tune_seeds": 2,
         "seeds": common.seeds(scale),
         "metrics": (
             "robustness:robustness/top1",

@@ -74,7 +74,7 @@ def get_study(scale):
             "method": common.tuned_methods(scale),
         },
         "seeds": common.seeds(scale),
-        "tune_seeds": 2 if scale == "small" else 1,
+        "tune_seeds": 0 if scale == "small" else 1,
         "metrics": ("evaluate:eval/top1", "evaluate:eval/ece", "evaluate:eval/loss"),
         "baseline": {"method": "cross-entropy"},
         "along": "regime",

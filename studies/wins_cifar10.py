@@ -81,6 +81,7 @@ def get_study(scale):
             },
         },
         "seeds": 3,
+        "tune_seeds": 1,
         "metrics": ("evaluate:eval/top1", "evaluate:eval/ece", "evaluate:eval/loss"),
         "baseline": {"method": "cross-entropy"},
         "along": "augmentation",

@@ -61,7 +61,7 @@ def test_every_study_is_right_at_both_scales(path, scale):
         ({"held_out": 1.5}, "got held_out=1.5"),
         ({"spread": "epochs"}, "got spread='epochs'; allowed: an axis of the grid"),
         ({"along": "epochs"}, "got along='epochs'; allowed: an axis of the grid"),
-        ({"tune_seeds": 0}, "got tune_seeds=0"),
+        ({"tune_seeds": 4}, r"got tune_seeds=4; allowed: 0 \(each seed chooses for itself\) to 3"),
         ({"paper": {"values": {"0.3": 1.0}}}, "name '0.3', which is no cell; cells: 0.1; 0.5"),
         ({"paper": {"value": {}}}, "unknown key 'value' of paper"),
         ({"shared": {"probe:optimizer.learning_rate": 0.1}}, "stage 'probe': got optimizer.learning_rate=0.1 with probe.solver=lbfgs"),

@@ -257,7 +257,9 @@ def test_only_what_is_equal_from_the_beginning_is_shared():
     assert pretrainings(grid=rates) == 3
     assert pretrainings(grid=rates | {"optimizer.learning_rate": (0.1, 0.5)}) == 6
     # Trials of the probe share theirs, which has not seen the held-out images.
-    assert pretrainings(grid={"all:encoder.width": (0.5, 1.0)}, tune=rates) == 2 + 6
+    tuned = {"grid": {"all:encoder.width": (0.5, 1.0)}, "tune": rates}
+    assert pretrainings(**tuned, tune_seeds=1) == 2 + 6
+    assert pretrainings(**tuned) == 6 + 6
     tool = ("supcon_jax.tools.embeddings", "{pretrain}")
     ordered = ("pretrain", "tool", "probe")
     stages = {name: (SHARED["stages"] | {"tool": tool})[name] for name in ordered}
@@ -331,6 +333,41 @@ def test_tuning_chooses_on_held_out_images_and_the_test_is_read_once(fake, tmp_p
     )
 
 
+def test_each_seed_chooses_for_itself(fake, tmp_path):
+    """So the spread of the results holds what the choice adds to it."""
+
+    def value(flags):
+        rate = float(flags["config.optimizer.learning_rate"])
+        return 0.9 if (rate == 0.3) == (flags["config.seed"] != "0") else 0.8
+
+    commands = fake(value)
+    study = make(
+        stages={"pretrain": "configs/cross_entropy_digits.py"},
+        metrics=("pretrain:eval/top1",),
+        grid={"loss.label_smoothing": (0.1,)},
+        baseline={},
+        tune={"optimizer.learning_rate": (0.1, 0.3)},
+    )
+    assert count_jobs(study) == 3 * (2 + 1)
+    assert runner.run_study(study, tmp_path)
+    final = {
+        f["config.seed"]: f["config.optimizer.learning_rate"]
+        for f in commands.commands
+        if "config.data.validation_fraction" not in f
+    }
+    assert final == {"0": "0.1", "1": "0.3", "2": "0.3"}
+    table = (tmp_path / "results.md").read_text()
+    assert "| 0.1 | 90.00 ± 0.00 | 0.3: 2; 0.1: 1 (of 2) |" in table
+    assert "by each seed for itself, so that intervals include the choice" in table
+    assert [
+        row.split(",")[3] for row in results.as_csv(study, tmp_path).split()[1:]
+    ] == [
+        "0.1",
+        "0.3",
+        "0.3",
+    ]
+
+
 def test_tuning_by_a_stage_before_the_one_that_is_reported(fake, tmp_path, caplog):
     """The corrupted test images are not even read by trials."""
 
@@ -375,6 +412,7 @@ def test_a_failed_trial_that_wins_when_tried_again_is_what_the_cell_runs_with(
         grid={"loss.label_smoothing": (0.1,)},
         baseline={},
         tune={"optimizer.learning_rate": (0.1, 0.3)},
+        tune_seeds=1,
         seeds=2,
     )
     assert not runner.run_study(study, tmp_path)

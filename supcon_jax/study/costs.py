@@ -83,7 +83,7 @@ def estimate(
     keys: set[str] = set()
     for cell in cells(study):
         for trial in ("", *cell.trials):
-            seeds = study.seed_list[: study.tune_seeds] if trial else study.seed_list
+            seeds = study.trial_seeds if trial else study.seed_list
             for stage in stages_of(study, cell, trial=trial):
                 times = _count_new(study, cell, stage, trial, seeds, keys)
                 if not times:

@@ -95,8 +95,11 @@ def _check_fields(study: Study) -> None:
         raise ValueError(f"got seeds={study.seeds!r}; allowed: 1 or more, each once")
     if not 0 < study.held_out < 1:
         raise ValueError(f"got held_out={study.held_out}; allowed: between 0 and 1")
-    if study.tune_seeds < 1:
-        raise ValueError(f"got tune_seeds={study.tune_seeds}; allowed: 1 or more")
+    if not 0 <= study.tune_seeds <= len(study.seed_list):
+        raise ValueError(
+            f"got tune_seeds={study.tune_seeds}; allowed: 0 (each seed chooses for itself) "
+            f"to {len(study.seed_list)}, the seeds"
+        )
     for metric in (*study.metrics, study.judge):
         if metric.partition(":")[0] not in study.stages:
             raise ValueError(

@@ -43,7 +43,8 @@ class Study:
       tune: axis -> values, as `grid`: for each cell the combination that does best on
         training images that were held out. A cell's changes may have a "tune" of their own.
       tune_by: "stage:metric" by which it does best; "": the first of `metrics`.
-      tune_seeds: how many seeds each combination is tried with.
+      tune_seeds: 0: each seed tries all combinations and takes its own best, so that intervals
+        over the seeds include the choice; n: the first n try them for all seeds, by their mean.
       held_out: share of the training images that chooses.
       prepare: tools that run once before the cells, for what cells share.
       along: the axis that runs along the picture; "": the last one.
@@ -64,7 +65,7 @@ class Study:
     baseline: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     tune: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     tune_by: str = ""
-    tune_seeds: int = 1
+    tune_seeds: int = 0
     held_out: float = 0.2
     prepare: Sequence[Sequence[str]] = ()
     along: str = ""
@@ -80,6 +81,15 @@ class Study:
             if isinstance(self.seeds, int)
             else [int(seed) for seed in self.seeds]
         )
+
+    def choosers(self, seed: int) -> list[int]:
+        """The seeds that choose for a seed."""
+        return self.seed_list[: self.tune_seeds] if self.tune_seeds else [seed]
+
+    @property
+    def trial_seeds(self) -> list[int]:
+        """The seeds with which combinations are tried."""
+        return self.seed_list[: self.tune_seeds or None]
 
     @property
     def judge(self) -> str:

@@ -50,23 +50,24 @@ def jobs(study: Study, out: pathlib.Path) -> list[Job]:
     for cell in cells(study):
         trials = [
             Job(cell, trial, seed)
+            for seed in study.trial_seeds
             for trial in cell.trials
-            for seed in study.seed_list[: study.tune_seeds]
         ]
         found += trials
-        if all(results.read(job.folder(out)) for job in trials):
-            best = results.chosen(study, cell, out)
-            if trials and not best:
-                continue  # all failed; they are told of as they are
-            found += [Job(cell, "", seed, best) for seed in study.seed_list]
+        over = {job.seed: False for job in trials if not results.read(job.folder(out))}
+        for seed in study.seed_list:
+            if all(over.get(chooser, True) for chooser in study.choosers(seed)):
+                best = results.chosen(study, cell, out, seed)
+                # Without one all trials failed, which are told of as they are.
+                if best or not trials:
+                    found.append(Job(cell, "", seed, best))
     return found
 
 
 def count_jobs(study: Study) -> int:
     """How many jobs a study has, trials too."""
     return sum(
-        len(cell.trials) * len(study.seed_list[: study.tune_seeds])
-        + len(study.seed_list)
+        len(cell.trials) * len(study.trial_seeds) + len(study.seed_list)
         for cell in cells(study)
     )
 

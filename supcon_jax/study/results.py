@@ -13,6 +13,7 @@ import json
 import math
 import pathlib
 import statistics
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -84,22 +85,34 @@ def values_of(
 ) -> dict[int, float]:
     """seed -> value of a metric, of the seeds that are done and did not fail."""
     found = {}
-    best = "" if trial else chosen(study, cell, out)
     for seed in study.seed_list:
+        best = "" if trial else chosen(study, cell, out, seed)
         result = read(folder_of(cell, seed, out, trial=trial, chosen=best))
         if result and not result.get("failed") and metric in result["metrics"]:
             found[seed] = float(result["metrics"][metric])
     return found
 
 
-def chosen(study: Study, cell: Cell, out: pathlib.Path) -> str:
+def chosen(study: Study, cell: Cell, out: pathlib.Path, seed: int) -> str:
     """The trial with the best mean of `tune_by` on held-out images; "" without one."""
     tried = {}
     for trial in cell.trials:
         found = values_of(study, cell, study.judge, out, trial=trial)
-        if found:
-            tried[trial] = statistics.fmean(found.values())
+        mine = [found[s] for s in study.choosers(seed) if s in found]
+        if mine:
+            tried[trial] = statistics.fmean(mine)
     return max(tried, key=lambda trial: tried[trial], default="")
+
+
+def _choices_text(study: Study, cell: Cell, out: pathlib.Path) -> str:
+    """What was chosen, of how many, and by how many seeds where they differ."""
+    best = [chosen(study, cell, out, seed) for seed in study.seed_list]
+    counts = Counter(filter(None, best)).most_common()
+    if not counts:
+        return ""
+    several = "; ".join(f"{label}: {count}" for label, count in counts)
+    text = counts[0][0] if len(counts) == 1 else several
+    return f"{text} (of {len(cell.trials)})"
 
 
 def compare(
@@ -130,12 +143,10 @@ def failures(study: Study, out: pathlib.Path) -> list[str]:
     """A line for each job that failed."""
     found = []
     for cell in cells(study):
-        best = chosen(study, cell, out)
         for trial in ("", *cell.trials):
             for seed in study.seed_list:
-                folder = folder_of(
-                    cell, seed, out, trial=trial, chosen="" if trial else best
-                )
+                best = "" if trial else chosen(study, cell, out, seed)
+                folder = folder_of(cell, seed, out, trial=trial, chosen=best)
                 result = read(folder)
                 if result and result.get("failed"):
                     tried = f" [{trial}]" if trial else ""
@@ -186,8 +197,8 @@ def as_csv(study: Study, out: pathlib.Path) -> str:
     table = csv.writer(text, lineterminator="\n")
     table.writerow([*study.axes, "seed", *study.metrics, "chosen", "seconds", "failed"])
     for cell in cells(study):
-        best = chosen(study, cell, out)
         for seed in study.seed_list:
+            best = chosen(study, cell, out, seed)
             result = read(folder_of(cell, seed, out, chosen=best))
             if result is None:
                 continue
@@ -206,7 +217,7 @@ def as_markdown(study: Study, out: pathlib.Path) -> str:
     paper = study.paper.get("values", {})
     header = [*study.axes, *(_header(metric) for metric in study.metrics)]
     header += [f"against {_baseline_name(study)}"] if compared else []
-    header += ["chosen"] if tuned else []
+    header += ["chosen" if study.tune_seeds else "chosen: seeds"] if tuned else []
     header += [f"paper: {study.paper.get('unit', 'top-1 (%)')}"] if paper else []
     lines = [_row(header), "|---" * len(header) + "|"]
     for cell in grid:
@@ -218,9 +229,7 @@ def as_markdown(study: Study, out: pathlib.Path) -> str:
         if compared:
             row.append(_difference_text(study, cell, out))
         if tuned:
-            count = len(cell.trials)
-            best = chosen(study, cell, out)
-            row.append(f"{best} (of {count})" if best else "")
+            row.append(_choices_text(study, cell, out))
         if paper:
             row.append(str(paper.get(cell.label, "")))
         lines.append(_row(row))
@@ -235,8 +244,12 @@ def as_markdown(study: Study, out: pathlib.Path) -> str:
     if tuned:
         notes.append(
             f"chosen by {_label_and_value(study.judge, 0.0)[0]} on "
-            f"{100 * study.held_out:.0f} % of the training images, held out, with "
-            f"{study.tune_seeds} seed(s) each"
+            f"{100 * study.held_out:.0f} % of the training images, held out, "
+            + (
+                f"with {study.tune_seeds} seed(s) for all"
+                if study.tune_seeds
+                else "by each seed for itself, so that intervals include the choice"
+            )
         )
     if source := study.paper.get("source"):
         notes.append(f"paper: {source}")
