@@ -360,7 +360,7 @@ def test_each_seed_chooses_for_itself(fake, tmp_path):
     assert "| 0.1 | 90.00 ± 0.00 | 0.3: 2; 0.1: 1 (of 2) |" in table
     assert "by each seed for itself, so that intervals include the choice" in table
     assert [
-        row.split(",")[3] for row in results.as_csv(study, tmp_path).split()[1:]
+        row.split(",")[3] for row in results.as_csv(study, tmp_path).splitlines()[1:]
     ] == [
         "0.1",
         "0.3",
