@@ -263,8 +263,7 @@ def test_of_an_animation_the_first_frame_alone_is_read(kind, tmp_path):
     """Memory does not grow with the number of frames or pages."""
     rng = np.random.default_rng(0)
     noise = [
-        Image.fromarray(rng.integers(0, 256, (200, 200, 3), np.uint8))
-        for _ in range(40)
+        Image.fromarray(rng.integers(0, 256, (300, 300), np.uint8)) for _ in range(40)
     ]
     path = tmp_path / f"long.{kind}"
     noise[0].save(path, kind, save_all=True, append_images=noise[1:], **STRIPS[kind])
