@@ -453,6 +453,23 @@ def test_diagnostics_change_neither_value_nor_gradient():
     np.testing.assert_array_equal(plain[1], gradient)
 
 
+def test_outside_of_jit_it_is_compiled_once_for_each_choice(caplog):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(5, 2, 3)).astype(np.float32)
+    choices = [
+        {},
+        {"temperature": 0.5},
+        {"positives_cap": 2},
+        {"with_diagnostics": True},
+    ]
+    first = [supcon_loss(x, [0, 1, 0, 1, 2], **options) for options in choices]
+    with jax.log_compiles():
+        again = [supcon_loss(x, np.array([3, 4, 3, 4, 5]), **o) for o in choices]
+    assert "Compiling" not in caplog.text
+    jax.tree.map(np.testing.assert_array_equal, again, first)
+    assert first[0] != first[1]
+
+
 def test_docstring_example_runs():
     finder = doctest.DocTestFinder(recurse=False)
     (found,) = finder.find(supcon.supcon_loss, "supcon_loss", globs={})

@@ -1,5 +1,6 @@
 """The Supervised Contrastive loss: its options, checks and reduction."""
 
+import functools
 from typing import Literal, NamedTuple, overload
 
 import jax
@@ -237,7 +238,12 @@ def supcon_loss(
     )
     mesh = jax.typeof(checked_projections).sharding.mesh
     if not mesh.explicit_axes:
-        return _compute(options, inputs)
+        traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(inputs))
+        if traced or axis_name is not None:
+            return _compute(options, inputs)
+        # Outside of any transformation a loop over tiles would be compiled at each call.
+        number = float(inputs.temperature)
+        return _compiled(options, inputs.all_labelled, number, inputs)
 
     # On a mesh with explicit axes too, the compiler places the collectives. A number
     # stays a number: what is known of it chooses the path.
@@ -300,6 +306,15 @@ def _compute(
     return loss, summarize(
         statistics, counted, temperature=temperature, options=options
     )
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _compiled(
+    options: LossOptions, all_labelled: bool, temperature: float, inputs: _Inputs
+) -> jax.Array | tuple[jax.Array, Diagnostics]:
+    """`_compute`, with what chooses its path as constants."""
+    static = inputs._replace(all_labelled=all_labelled, temperature=temperature)
+    return _compute(options, static)
 
 
 def mean_over_anchors(
