@@ -10,6 +10,16 @@ from supcon_jax.study.jobs import count_jobs
 from tests.small_study import STAGES, imitate_stages, make
 
 
+# Of cross-entropy, which has one stage.
+TWO_RATES = {
+    "stages": {"pretrain": "configs/cross_entropy_digits.py"},
+    "metrics": ("pretrain:eval/top1",),
+    "grid": {"loss.label_smoothing": (0.1,)},
+    "baseline": {},
+    "tune": {"optimizer.learning_rate": (0.1, 0.3)},
+}
+
+
 @pytest.fixture
 def fake(monkeypatch):
     return functools.partial(imitate_stages, monkeypatch)
@@ -50,13 +60,7 @@ def test_each_seed_chooses_for_itself(fake, tmp_path):
         return 0.9 if (rate == 0.3) == (flags["config.seed"] != "0") else 0.8
 
     commands = fake(value)
-    study = make(
-        stages={"pretrain": "configs/cross_entropy_digits.py"},
-        metrics=("pretrain:eval/top1",),
-        grid={"loss.label_smoothing": (0.1,)},
-        baseline={},
-        tune={"optimizer.learning_rate": (0.1, 0.3)},
-    )
+    study = make(**TWO_RATES)
     assert count_jobs(study) == 3 * (2 + 1)
     assert runner.run_study(study, tmp_path)
     final = {
@@ -115,15 +119,7 @@ def test_a_failed_trial_that_wins_when_tried_again_is_what_the_cell_runs_with(
         return 0.8 if fast else 0.6
 
     commands = fake(value)
-    study = make(
-        stages={"pretrain": "configs/cross_entropy_digits.py"},
-        metrics=("pretrain:eval/top1",),
-        grid={"loss.label_smoothing": (0.1,)},
-        baseline={},
-        tune={"optimizer.learning_rate": (0.1, 0.3)},
-        tune_seeds=1,
-        seeds=2,
-    )
+    study = make(**TWO_RATES, tune_seeds=1, seeds=2)
     assert not runner.run_study(study, tmp_path)
     assert "| 0.1 | 60.00 ± 0.00 | 0.1 (of 2) |" in results.as_markdown(study, tmp_path)
     broken = False
