@@ -9,7 +9,6 @@ from supcon_jax.study import results, runner
 from supcon_jax.study.jobs import count_jobs
 from tests.small_study import STAGES, imitate_stages, make
 
-
 # Of cross-entropy, which has one stage.
 TWO_RATES = {
     "stages": {"pretrain": "configs/cross_entropy_digits.py"},
