@@ -53,11 +53,25 @@ def streaming_losses(
     return _losses(plan, *views, lax.stop_gradient(temperature))
 
 
+def _compiled_once(function):
+    """Outside of jit a loop over tiles would be compiled at each call."""
+    compiled = jax.jit(function, static_argnums=0)
+
+    @functools.wraps(function)
+    def call(plan, *arrays):
+        traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(arrays))
+        alone = not traced and plan.options.axis_name is None
+        return (compiled if alone else function)(plan, *arrays)
+
+    return call
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _losses(plan, embedding, group, position, labels, temperature):
     return _forward(plan, embedding, group, position, labels, temperature)[0]
 
 
+@_compiled_once
 def _forward(plan, embedding, group, position, labels, temperature):
     rows = Views(embedding, group, position, labels)
     columns = tiles.for_columns(rows, plan)
@@ -122,6 +136,7 @@ def _forward(plan, embedding, group, position, labels, temperature):
     return (losses, has_positive, statistics), residuals
 
 
+@_compiled_once
 def _backward(plan, residuals, cotangents):
     rows, columns, scales, row_tops, kept = residuals
     weights = tuple(cotangents[0] * scale for scale in scales)
