@@ -31,5 +31,5 @@ def get_study(scale):
         "reading": "With one setting for each (a rate of 0.1), SupCon is ahead by 1.6 points with 50 images "
         "a class and by 1.2 with 100, and cannot be told from cross-entropy with 5 to 20; its ECE is the "
         "larger with few images and the smaller with many. Where both "
-        "were tuned (studies/wins.py), cross-entropy is ahead with 20.",
+        "were tuned (studies/wins.py), neither is surely ahead with 20.",
     }
