@@ -20,7 +20,8 @@ from unittest import mock
 import jax
 
 from benchmarks.step_runs import Method, build_config, describe_machine, plan_of, table
-from supcon_jax import checkpoint, parallel
+from supcon_jax import parallel
+from supcon_jax.checkpoint import manager
 from supcon_jax.steps import contrastive
 from supcon_jax.steps.state import TrainState
 
@@ -88,7 +89,7 @@ def save_table(encoder: str, *, rounds: int) -> str:
     rows = [
         ["the host's, as a run does", f"{size / 1e6:.0f}", *times_of(state, rounds)]
     ]
-    with mock.patch.object(checkpoint, "_on_host", lambda tree: tree):
+    with mock.patch.object(manager, "on_host", lambda tree: tree):
         rows.append(["the devices'", f"{size / 1e6:.0f}", *times_of(state, rounds)])
     return table(header, rows)
 
@@ -98,7 +99,7 @@ def times_of(state: TrainState, rounds: int) -> list[str]:
     digests: list[float] = []
     blocked: list[float] = []
     whole: list[float] = []
-    original = checkpoint._digests
+    original = manager.digests
 
     def timed(trees):
         start = time.perf_counter()
@@ -108,9 +109,9 @@ def times_of(state: TrainState, rounds: int) -> list[str]:
 
     with (
         tempfile.TemporaryDirectory() as folder,
-        mock.patch.object(checkpoint, "_digests", timed),
+        mock.patch.object(manager, "digests", timed),
     ):
-        checkpointer = checkpoint.Checkpointer(folder)
+        checkpointer = manager.Checkpointer(folder)
         for step in range(1, rounds + 2):
             start = time.perf_counter()
             checkpointer.save(state, step, {})
