@@ -131,7 +131,7 @@ class Job:
                 "JAX_NUM_CPU_DEVICES": str(devices),
                 # Twins that write one file at once would meet half of one.
                 "JAX_COMPILATION_CACHE_DIR": f"{cache}/{worker}_of_{size}_{rank}",
-                "XLA_FLAGS": "--xla_backend_optimization_level=0",
+                "XLA_FLAGS": os.environ.get("XLA_FLAGS", ""),
                 "SUPCON_JOIN_TIMEOUT_S": "60",
             }
             if size > 1:

@@ -400,12 +400,24 @@ def test_encoder_average_against_a_loop(decay):
         expected = jax.tree.map(lambda a, x, d=d: d * a + (1 - d) * x, expected, raw)
         assert_close(state.encoder_average, expected)
     assert set(state.encoder_average) == {"params", "batch_stats"}
-    # It follows the training and takes no part in it.
-    plain, step = tiny_step(2)
-    step = jax.jit(step)
-    for _ in range(4):
-        plain, _ = step(plain, BATCH)
-    assert_trees_equal(plain.params, state.params)
+
+
+def test_the_average_takes_no_part_in_the_training():
+    ends = []
+    for decay in (0.1, 0.999, 0.0):
+        state, step = tiny_step(2, average=decay)
+        step = jax.jit(step)
+        for _ in range(4):
+            state, _ = step(state, BATCH)
+        ends.append(state)
+    followed_closely, followed_slowly, alone = ends
+    assert_trees_equal(followed_closely.params, followed_slowly.params)
+    assert_trees_equal(followed_closely.batch_stats, followed_slowly.batch_stats)
+    # Without an average it is another program, which rounds otherwise.
+    assert_close(followed_closely.params, alone.params)
+    assert not np.array_equal(
+        *(jax.tree.leaves(s.encoder_average["params"])[0] for s in ends[:2])
+    )
 
 
 def test_cross_entropy_over_devices():
