@@ -19,8 +19,8 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault(
     "XLA_FLAGS",
     "--xla_backend_optimization_level=0"
-    + " --xla_cpu_use_fusion_emitters=false"  # jaxlib 0.11 does not know it
-    * importlib.metadata.version("jaxlib").startswith("0.10."),
+    if importlib.metadata.version("jaxlib") >= "0.11"  # which does not know the other
+    else "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false",
 )
 
 import jax
