@@ -43,6 +43,19 @@ def test_stages_run_in_order_with_the_seed_and_the_workdir_before(fake, tmp_path
     assert {flags["config.data.dir"] for flags in commands.commands} == {"there"}
 
 
+def test_the_eta_counts_the_other_runners(monkeypatch):
+    """Three runners since t = 100, one of them in a job that had begun before."""
+    monkeypatch.setattr(time, "time", lambda: 200.0)
+    over = [
+        {"time": 190.0, "seconds": {"pretrain": 70.0, "probe": 20.0}},
+        {"time": 200.0, "seconds": {"pretrain": 100.0}},
+        {"time": 195.0, "seconds": {"pretrain": 400.0}},
+        {"time": 50.0, "seconds": {"pretrain": 30.0}},  # another day
+    ]
+    assert runner.busy_runners(over, 100.0) == pytest.approx(0.9 + 1.0 + 0.95)
+    assert runner.busy_runners([], 100.0) == 1.0
+
+
 def test_the_table_has_means_deviations_and_paired_intervals(fake, tmp_path):
     fake()
     study = make(

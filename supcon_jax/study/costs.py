@@ -194,5 +194,5 @@ def as_text(study: Study, costs: dict[str, Cost], out: pathlib.Path) -> str:
     if over:
         each = statistics.fmean(sum(r["seconds"].values()) for r in over)
         left = (count_jobs(study) - len(over)) * each
-        told += f", {format_duration(each)} each: about {format_duration(left)} for the rest"
+        told += f", {format_duration(each)} each: about {format_duration(left)} for the rest with one runner"
     return "\n".join([*lines, told])

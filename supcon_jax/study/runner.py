@@ -14,6 +14,7 @@ import logging
 import os
 import pathlib
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -145,7 +146,7 @@ def _run_first_free(
             continue
         try:
             if not _is_over(job, out, since=began):
-                run_job(job, study, out, places, stop)
+                run_job(job, study, out, places, stop, began=began)
         finally:
             lock.release()
         return True
@@ -158,6 +159,8 @@ def run_job(
     out: pathlib.Path,
     places: Sequence[str],
     stop: StopRequests,
+    *,
+    began: float,
 ) -> None:
     """Runs the stages of a job one after the other and writes its result."""
     folder = job.folder(out)
@@ -181,7 +184,7 @@ def run_job(
         result["metrics"] |= {f"{stage}:{name}": value for name, value in found.items()}
     result |= {"chosen": job.chosen, "time": time.time()}
     storage.write(folder / "result.json", (json.dumps(result) + "\n").encode())
-    _report(job, study, out, result)
+    _report(job, study, out, result, began)
 
 
 def stage_command(
@@ -305,14 +308,15 @@ def _prepare(
         lock.release()
 
 
-def _report(job: Job, study: Study, out: pathlib.Path, result: dict[str, Any]) -> None:
+def _report(
+    job: Job, study: Study, out: pathlib.Path, result: dict[str, Any], began: float
+) -> None:
     """One line about a job that is over, with how long the rest will take."""
     known = [results.read(j.folder(out)) for j in jobs(study, out)]
     over = [found for found in known if found is not None]
     total = count_jobs(study)
-    took = [sum(found["seconds"].values()) for found in over]
-    left = total - len(over)
-    eta = format_duration(left * sum(took) / len(took))
+    each = statistics.fmean(sum(found["seconds"].values()) for found in over)
+    eta = format_duration((total - len(over)) * each / busy_runners(over, began))
     times = ", ".join(
         f"{stage} {'shared' if stage in result['shared'] else format_duration(seconds)}"
         for stage, seconds in result["seconds"].items()
@@ -322,3 +326,21 @@ def _report(job: Job, study: Study, out: pathlib.Path, result: dict[str, Any]) -
     else:
         what = f"{results.shown(study, job.cell, result)} ({times})"
     logger.info("[%d/%d] %s: %s  ETA %s", len(over), total, job.words, what, eta)
+
+
+def busy_runners(over: Sequence[Mapping[str, Any]], began: float) -> float:
+    """How many runners have worked in a folder, on average, by the jobs that are over.
+
+    Args:
+      over: results of jobs, of all runners.
+      began: when to count from, in seconds of `time.time()`.
+
+    Returns:
+      1.0 at least: the runner that asks.
+    """
+    now = time.time()
+    spent = 0.0
+    for result in over:
+        start = result["time"] - sum(result["seconds"].values())
+        spent += max(min(result["time"], now) - max(start, began), 0.0)
+    return max(spent / max(now - began, 1e-9), 1.0)
