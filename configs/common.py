@@ -229,11 +229,10 @@ AUGMENTATIONS = {
 }
 
 
-def set_augmentation(config, name: str, *, strength: float = 1.0, blur: bool = True):
-    """Sets one of the paper's augmentations, or TrivialAugment, after crop and flip.
+def augmentation(name: str, *, strength: float = 1.0, blur: bool = True) -> dict:
+    """The keys of one of the paper's augmentations, or TrivialAugment, after crop and flip.
 
     Args:
-      config: the config to change.
       name: a key of `AUGMENTATIONS`.
       strength: of the colour jitter; 1 for ImageNet, 0.5 for CIFAR.
       blur: whether views are blurred where the augmentation has it; not on CIFAR.
@@ -242,11 +241,19 @@ def set_augmentation(config, name: str, *, strength: float = 1.0, blur: bool = T
     preprocessing.py.
     """
     jitter, policy, grayscale, blurred = choose(name, AUGMENTATIONS)
-    config.augment.jitter_probability = jitter
-    config.augment.jitter_strength = strength if jitter else 0.0
-    config.augment.policy = policy
-    config.augment.grayscale_probability = grayscale
-    config.augment.blur_probability = blurred if blur else 0.0
+    return {
+        "augment.jitter_probability": jitter,
+        "augment.jitter_strength": strength if jitter else 0.0,
+        "augment.policy": policy,
+        "augment.grayscale_probability": grayscale,
+        "augment.blur_probability": blurred if blur else 0.0,
+    }
+
+
+def set_augmentation(config, name: str, *, strength: float = 1.0, blur: bool = True):
+    """Sets one of the paper's augmentations; see `augmentation`."""
+    changes = augmentation(name, strength=strength, blur=blur)
+    config.update_from_flattened_dict(changes)
 
 
 def set_imagenet(config, encoder: str, augmentation: str, *, batch_size: int):

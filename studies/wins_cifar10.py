@@ -46,13 +46,8 @@ def get_study(scale):
         return {"tune": {"optimizer.learning_rate": rates, key: values}}
 
     def augmented(name, *extra):
-        jitter, policy, grayscale, _ = recipes.AUGMENTATIONS[name]
-        return {
-            "augment.jitter_probability": jitter,
-            "augment.policy": policy,
-            "augment.grayscale_probability": grayscale,
-            "augment.extra": extra,
-        }
+        changes = recipes.augmentation(name, strength=0.5, blur=False)
+        return changes | {"augment.extra": extra}
 
     return {
         "title": "SupCon and cross-entropy on photos",
@@ -85,5 +80,5 @@ def get_study(scale):
         "metrics": ("evaluate:eval/top1", "evaluate:eval/ece", "evaluate:eval/loss"),
         "baseline": {"method": "cross-entropy"},
         "along": "augmentation",
-        "reading": READING if scale == "small" else "",
+        "reading": READING,
     }

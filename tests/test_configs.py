@@ -128,6 +128,8 @@ def test_refused_values(key, value):
         (MOMENTUM | {"loss.name": "cross_entropy"}, "loss.name='cross_entropy'"),
         (MOMENTUM | {"loss.positives_cap": 2}, "loss.positives_cap=2"),
         ({"projection.output_dim": 0}, "hidden_dims=.2048,.; allowed: no hidden"),
+        ({"augment.jitter_strength": 0.0}, "jitters nothing; allowed: both above 0"),
+        ({"augment.jitter_probability": 0.0}, "jitters nothing; allowed: both above 0"),
         (
             {
                 "projection.output_dim": 0,

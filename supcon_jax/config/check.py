@@ -69,6 +69,7 @@ def check_config(config: ConfigDict) -> None:
             f"got data.eval_resize={config.data.eval_resize}; allowed: at least "
             f"data.image_size, {config.data.image_size} (--config.data.eval_resize)"
         )
+    _check_jitter(config)
     _check_lanes(config)
     _check_hidden_labels(config)
     _check_momentum(config)
@@ -181,6 +182,17 @@ def _check_finetune(config: ConfigDict) -> None:
             raise ValueError(
                 f"got {name}={value} with mode={config.mode}; allowed: with mode=finetune "
                 f"(--config.{name}={KEYS[name].default})"
+            )
+
+
+def _check_jitter(config: ConfigDict) -> None:
+    keys = ("jitter_strength", "jitter_probability")
+    for key, other in (keys, keys[::-1]):
+        if config.augment[key] and not config.augment[other]:
+            raise ValueError(
+                f"got augment.{key}={config.augment[key]} with augment.{other}=0, which "
+                f"jitters nothing; allowed: both above 0, or both 0 "
+                f"(--config.augment.{other})"
             )
 
 

@@ -49,10 +49,12 @@ def load_study(path: str, scale: str = "small") -> Study:
     if scale not in SCALES:
         raise ValueError(f"got --scale={scale}; allowed: {', '.join(SCALES)}")
     make_importable()
-    try:
-        fields = runpy.run_path(str(file))["get_study"](scale)
-    except KeyError:
-        raise ValueError(f"{path} has no get_study(scale)") from None
+    get_study = runpy.run_path(str(file)).get("get_study")
+    if get_study is None:
+        raise ValueError(f"{path} has no get_study(scale)")
+    fields = dict(get_study(scale))
+    if scale != "small":  # it reads the table of the small one
+        fields.pop("reading", None)
     try:
         return create_study(fields)
     except ValueError as error:

@@ -50,7 +50,7 @@ class Study:
       along: the axis that runs along the picture; "": the last one.
       spread: an axis; for each of its labels the spread over all other settings is told.
       paper: {"source": where, "values": label of a cell -> number, "unit": of them}.
-      reading: what the table says, in sentences for the documents.
+      reading: what the small table says, in sentences for the documents.
 
     In values and tool arguments "{seed}" is the seed, "{out}" the study's folder, and
     "{pretrain}" the workdir of the stage of that name.
