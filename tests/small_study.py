@@ -26,13 +26,16 @@ def make(**changes):
 
 
 class Fake:
-    """In the place of a stage's process: `value(flags)` is its accuracy, or its failure."""
+    """In the place of a stage's process.
+
+    `value(flags)` is its accuracy, or its failure, or {"value": accuracy, other fields}.
+    """
 
     def __init__(self, value):
         self.value = value
         self.commands = []
 
-    def __call__(self, command, log, stop):
+    def __call__(self, command, log, stop, lock):
         flags = dict(w[2:].split("=", 1) for w in command if w.startswith("--"))
         flags["stage"] = pathlib.Path(flags["workdir"]).name
         self.commands.append(flags)
@@ -41,12 +44,14 @@ class Fake:
             return value
         folder = pathlib.Path(flags["workdir"])
         folder.mkdir(parents=True, exist_ok=True)
+        more = value if isinstance(value, dict) else {"value": value}
+        value = more.pop("value")
         line = {
             "step": 1,
             "eval/top1": value,
             "eval/ece": 0.5 - value / 2,
             "final": True,
-        }
+        } | more
         (folder / "metrics.jsonl").write_text(json.dumps(line) + "\n")
         return ""
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from supcon_jax.study import picture, results
+from supcon_jax.study import picture, results, tables
 from supcon_jax.study.costs import as_text, estimate
 from supcon_jax.study.definition import SCALES, create_study, load_study
 from supcon_jax.study.grid import cells, source_of, stage_config
@@ -58,6 +58,23 @@ def test_every_study_is_right_at_both_scales(path, scale):
         ({"metrics": ("eval/top1",)}, "allowed: STAGE:METRIC"),
         ({"seeds": 0}, "got seeds=0; allowed: 1 or more"),
         ({"seeds": (1, 1)}, "each once"),
+        ({"seeds": "35"}, "got seeds='35'; allowed: how many, or a list of numbers"),
+        ({"seeds": 2.5}, "got seeds=2.5; allowed"),
+        ({"seeds": (-1,)}, "allowed: how many, or a list of numbers from 0 on"),
+        ({"held_out": "0.2"}, "got held_out='0.2'; allowed: a number"),
+        ({"tune_seeds": 0.5}, "got tune_seeds=0.5; allowed: a number of seeds"),
+        ({"metrics": "evaluate:eval/top1"}, "got metrics='evaluate:eval/top1'; allowed: a list of texts"),
+        ({"grid": [("a", 1)]}, "got grid=.*; allowed: a dictionary"),
+        ({"grid": {"method": {"a": 1}}, "baseline": {}}, "'a' of axis 'method' is 1; allowed: changes"),
+        ({"baseline": "0.1"}, "got baseline='0.1'; allowed: a dictionary"),
+        ({"reading": None}, "got reading=None; allowed: a text"),
+        ({"paper": {"values": {"0.1": "78 %"}}}, "got paper=.*; allowed: .*number"),
+        ({"stages": STAGES | {"tool": ("supcon_jax.tools.gradients", "{pretrain}")}}, "has the tool 'supcon_jax.tools.gradients'; allowed: supcon_jax.tools.embeddings"),
+        ({"stages": STAGES | {"tool": ("supcon_jax.tools.embeddings", "{prob}")}}, r"gives \{prob\} to supcon_jax.tools.embeddings; allowed: evaluate, out, pretrain"),
+        ({"tune": {"optimizer.learning_rate": (0.1, 0.1)}}, "two settings of tune are called '0.1'"),
+        ({"tune": {"method": {"a, b": {"epochs": 1.0}, "a (b)": {"epochs": 2.0}}}}, "two settings of tune are called 'a .b.'"),
+        ({"tune": {"evaluate:seed": (10, 20)}, "tune_by": "probe:eval/top1"}, "'10' or '20', changes no stage up to 'probe'"),
+        ({**TUNED, "shared": {"data.split_seed": "{seed}"}}, r"'pretrain' and 'probe' have data.split_seed=2 and 0, .*allowed: one for all \(all:data.split_seed\)"),
         ({"held_out": 1.5}, "got held_out=1.5"),
         ({"spread": "epochs"}, "got spread='epochs'; allowed: an axis of the grid"),
         ({"along": "epochs"}, "got along='epochs'; allowed: an axis of the grid"),
@@ -152,6 +169,14 @@ def test_costs_are_counted_by_hand():
     assert "2 cells x 3 seeds" in told and "0 of 6 jobs are done" in told
 
 
+BROKEN = {
+    "SYNTAX": "def get_study(scale):\n    return {\n",
+    "KEY": "def get_study(scale):\n    a = {}\n    return a['b']\n",
+    "NOTHING": "def get_study(scale):\n    {}\n",
+    "ARGUMENT": "def get_study():\n    return {}\n",
+}
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
@@ -159,11 +184,20 @@ def test_costs_are_counted_by_hand():
         (["studies/temperature.py", "--scale=large"], "allowed: small, full"),
         (["studies/temperature.py", "--config.epochs=3"], "got --config.epochs=3; allowed"),
         (["studies/common.py"], "studies/common.py has no get_study"),
+        (["SYNTAX"], "line 2: SyntaxError: "),
+        (["KEY"], "line 3: KeyError: 'b'"),
+        (["NOTHING"], "get_study('small') returned None"),
+        (["ARGUMENT"], "TypeError: get_study() takes 0 positional arguments"),
         (["studies/temperature.py", "--out=gs://bucket/there"], "a folder on a disk"),
     ],
 )  # fmt: skip
-def test_the_command_line_refuses_in_one_line(arguments, told, monkeypatch, capsys):
+def test_the_command_line_refuses_in_one_line(
+    arguments, told, monkeypatch, capsys, tmp_path
+):
     monkeypatch.chdir(ROOT)
+    if text := BROKEN.get(arguments[0]):
+        arguments = [str(tmp_path / "broken.py")]
+        (tmp_path / "broken.py").write_text(text)
     with pytest.raises(SystemExit) as ended:
         tool.main(arguments)
     assert ended.value.code == 2
@@ -197,14 +231,14 @@ def test_the_picture_has_differences_with_their_intervals(monkeypatch, tmp_path)
         ("0.2", "b"): 0.3,
     }
     monkeypatch.setattr(
-        results,
-        "values_of",
-        lambda study, cell, metric, out: {
+        results.Results,
+        "values",
+        lambda self, cell, metric: {
             seed: values[cell.values] + sign * (cell.values[0] == "0.2")
             for seed, sign in enumerate((-0.1, 0.0, 0.1))
         },
     )
-    panels, labels = results._panels(study, tmp_path)
+    panels, labels = tables.panels(results.Results(study, tmp_path))
     assert [line.name for line in panels["measured here"]] == ["a", "b"]
     assert labels["x"] == "temperature"
     first, second = panels["against 0.1"]

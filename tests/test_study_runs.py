@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 import pathlib
 import re
 import signal
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from supcon_jax.run.stop import StopRequests
 from supcon_jax.storage.lock import Lock
 from supcon_jax.study import results, runner
 from supcon_jax.study.costs import estimate
@@ -143,10 +145,11 @@ def test_a_failed_job_is_told_the_others_go_on_and_it_is_tried_again(
     with pytest.raises(SystemExit) as ended:
         tool.main([str(tmp_path / "one.py"), f"--out={tmp_path / 'out'}"])
     assert ended.value.code == 1
-    assert "2 jobs failed" in capsys.readouterr().err
+    assert "2 failed, 0.1, seed 1: probe: exit code 1" in capsys.readouterr().err
     table = (tmp_path / "out" / "results.md").read_text()
     assert "- 0.5, seed 1: probe: exit code 1: the disk is full" in table
-    assert "| 0.1 | 91.00 ± 1.41 |" in table  # of seeds 0 and 2
+    assert "| 0.1 | 91.00 ± 1.41 (n=2) |" in table  # of seeds 0 and 2
+    assert re.search(r"\| \+2.20 ± 2.54 \(n=2\) \|$", table, re.M)
     again = fake()
     tool.main([str(tmp_path / "one.py"), f"--out={tmp_path / 'out'}"])
     assert {flags["config.seed"] for flags in again.commands} == {"1"}
@@ -165,10 +168,195 @@ def test_another_study_over_old_results_is_refused(fake, tmp_path):
     runner.run_study(make(title="Another title", reading="So it is."), tmp_path)
 
 
+CONFIG = """
+from configs import digits
+
+def get_config():
+    config = digits.get_config()
+    config.optimizer.learning_rate = {rate}
+    config.log_every = {log_every}
+    return config
+"""
+
+
+def test_a_base_config_that_was_edited_is_refused_over_old_results(fake, tmp_path):
+    commands = fake()
+    file = tmp_path / "mine.py"
+
+    def study(rate, log_every=10, **changes):
+        file.write_text(CONFIG.format(rate=rate, log_every=log_every))
+        return make(stages=STAGES | {"pretrain": str(file)}, **changes)
+
+    runner.run_study(study(0.1, seeds=1), tmp_path / "out")
+    with pytest.raises(
+        ValueError, match="learning_rate in .*mine.py was 0.1 and is 0.9"
+    ):
+        runner.run_study(study(0.9, seeds=2), tmp_path / "out")
+    commands.commands.clear()
+    # What changes no result may change.
+    runner.run_study(study(0.1, log_every=20, seeds=2), tmp_path / "out")
+    assert {flags["config.seed"] for flags in commands.commands} == {"1"}
+
+
+def test_another_study_in_the_folder_is_refused(fake, tmp_path):
+    fake()
+    runner.run_study(make(), tmp_path)
+    other = make(grid={"epochs": (2.0, 3.0)}, baseline={})
+    with pytest.raises(
+        ValueError, match="its cells are 0.1; 0.5, of which this one has"
+    ):
+        runner.run_study(other, tmp_path)
+    # Of a study that tunes nothing, how it would be tuned is nothing that results hang on.
+    runner.run_study(make(held_out=0.3, metrics=("evaluate:eval/ece",)), tmp_path)
+
+
+def test_a_cell_of_another_name_and_the_same_folder_is_the_same_cell(fake, tmp_path):
+    commands = fake()
+
+    def study(label, epochs):
+        return make(grid={"method": {label: {"epochs": epochs}}}, baseline={})
+
+    runner.run_study(study("SupCon, long", 2.0), tmp_path)
+    with pytest.raises(
+        ValueError, match="cell 'SupCon, long', 'pretrain', was .*epochs=2"
+    ):
+        runner.run_study(study("SupCon (long)", 20.0), tmp_path)
+    commands.commands.clear()
+    runner.run_study(study("SupCon (long)", 2.0), tmp_path)
+    assert commands.commands == []
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_value_that_is_no_number_is_shown_and_the_others_go_on(fake, tmp_path, value):
+    def diverges(flags):
+        first = flags["config.seed"] == "0" and "0.5" in flags["workdir"]
+        return value if first else by_temperature(flags)
+
+    fake(diverges)
+    runner.run_study(make(spread="loss.temperature"), tmp_path)
+    table = (tmp_path / "results.md").read_text()
+    assert re.search(r"^\| 0.1 \| 91.00 ± 1.00 \|", table, re.M)
+    assert re.search(rf"^\| 0.5 \| {value} \| -?{value} \|  \|$", table, re.M)
+    assert (tmp_path / "results.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_metric_that_no_run_wrote_is_a_failure(fake, tmp_path):
+    commands = fake()
+    assert not runner.run_study(make(metrics=("evaluate:eval/topp1",)), tmp_path / "a")
+    table = (tmp_path / "a" / "results.md").read_text()
+    assert "0.1, seed 0: evaluate: it wrote no eval/topp1" in table
+    assert "it wrote eval/ece, eval/top1" in table
+    metrics = ("evaluate:eval/top1", "evaluate:eval/topp5")
+    assert not runner.run_study(make(metrics=metrics), tmp_path / "b")
+    table = (tmp_path / "b" / "results.md").read_text()
+    assert "- the metric 'evaluate:eval/topp5' was written by no run" in table
+    # Trials that nothing judges choose nothing.
+    commands.commands.clear()
+    tuned = {"tune": {"epochs": (1.0, 2.0)}, "tune_by": "pretrain:knn/top1"}
+    assert not runner.run_study(make(**tuned, seeds=1), tmp_path / "c")
+    assert commands.stages() == ["pretrain"] * 4
+    table = (tmp_path / "c" / "results.md").read_text()
+    assert "0.1 [1], seed 0: pretrain: it wrote no knn/top1" in table
+
+
+def test_a_job_that_read_other_images_is_told(fake, tmp_path):
+    """A second machine whose copy of the data is not whole."""
+    examples = {"0": 100, "1": 100, "2": 90}
+
+    def value(flags):
+        folder = pathlib.Path(flags["workdir"])
+        folder.mkdir(parents=True, exist_ok=True)
+        config = {
+            "mode": flags["stage"],
+            "data": {"name": "digits", "dir": folder.name},
+        }
+        (folder / "config.json").write_text(json.dumps(config))
+        run = {"data": {"train": {"digest": examples[flags["config.seed"]]}}}
+        (folder / "run.json").write_text(json.dumps(run))
+        return 0.9
+
+    fake(value)
+    assert not runner.run_study(make(grid={"loss.temperature": (0.1,)}), tmp_path)
+    failed = results.Results(
+        make(grid={"loss.temperature": (0.1,)}), tmp_path
+    ).failures()
+    assert failed == [
+        "0.1, seed 2: its images are not those of '0.1, seed 0', which has the same "
+        "config; is --config.data.dir, or --config.data.root, that of the other runners, "
+        "and whole?"
+    ]
+
+
+CHILD = """
+import pathlib, sys, time
+print("error: of the second" if pathlib.Path("lived").exists() else "error: of the first")
+pathlib.Path("lived").touch()
+time.sleep(60)
+"""
+
+
+def test_a_stage_outlives_its_runner_and_keeps_the_job(tmp_path):
+    """Killed without a word, the runner leaves its stage behind; nobody starts it again."""
+    script = f"""
+import pathlib, subprocess, sys
+from supcon_jax.run.stop import StopRequests
+from supcon_jax.storage.lock import Lock
+from supcon_jax.study import runner
+lock = Lock(".")
+with StopRequests() as stop:
+    command = [sys.executable, "-c", {CHILD!r}]
+    print(runner._run(command, pathlib.Path("stage.log"), stop, lock))
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", script],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+    while not (tmp_path / "lived").exists():
+        time.sleep(0.1)
+    (child,) = map(
+        int,
+        pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        .read_text()
+        .split(),
+    )
+    process.kill()
+    process.wait()
+    with pytest.raises(ValueError, match="in use by another run"):
+        Lock(tmp_path)
+    os.kill(child, signal.SIGKILL)
+    while pathlib.Path(f"/proc/{child}").exists():
+        time.sleep(0.1)
+    # What the second attempt died of is told, not what stands in the log from the first.
+    lock = Lock(tmp_path)
+    with StopRequests() as stop:
+        command = [
+            sys.executable,
+            "-uc",
+            "import os; print('bye'); os.kill(os.getpid(), 9)",
+        ]
+        told = runner._run(command, tmp_path / "stage.log", stop, lock)
+    assert told == "killed by SIGKILL: bye"
+    lock.release()
+
+
+def test_a_job_that_was_resumed_took_as_long_as_all_its_attempts(fake, tmp_path):
+    fake()
+    study = make(seeds=1, grid={"loss.temperature": (0.1,)})
+
+    def value(flags):
+        return {"wall_s": 100.0, "value": 0.9}
+
+    fake(value)
+    runner.run_study(study, tmp_path)
+    row = (tmp_path / "results.csv").read_text().splitlines()[1]
+    assert float(row.split(",")[-2]) == pytest.approx(300.0, abs=1.0)
+
+
 def test_a_job_that_another_runner_has_is_left_to_it(fake, tmp_path, monkeypatch):
     commands = fake()
     study = make(seeds=1)
-    first, second = jobs(study, tmp_path)
+    first, second = jobs(results.Results(study, tmp_path))
     first.folder(tmp_path).mkdir(parents=True)
     other = Lock(first.folder(tmp_path))
 
@@ -213,7 +401,9 @@ def test_a_stage_that_cells_share_is_run_once(fake, tmp_path):
             assert source.parts[-2] == seed and cell.startswith(source.parts[-3][:3])
     # All cells have the metrics of the stage that only the first one ran.
     slow = next(
-        job for job in jobs(study, tmp_path) if job.words == "0.5, slow, seed 1"
+        job
+        for job in jobs(results.Results(study, tmp_path))
+        if job.words == "0.5, slow, seed 1"
     )
     result = results.read(slow.folder(tmp_path))
     assert "pretrain:eval/top1" in result["metrics"]
@@ -246,7 +436,7 @@ def test_a_job_waits_for_the_one_that_runs_its_stage(fake, tmp_path, monkeypatch
     study = make(
         **SHARED | {"grid": {"probe": SHARED["grid"]["probe"]}, "seeds": 1}, baseline={}
     )
-    first, second = jobs(study, tmp_path)
+    first, second = jobs(results.Results(study, tmp_path))
     first.folder(tmp_path).mkdir(parents=True)
     other = Lock(first.folder(tmp_path))
 

@@ -5,8 +5,9 @@ import pathlib
 
 import pytest
 
-from supcon_jax.study import results, runner
+from supcon_jax.study import runner, tables
 from supcon_jax.study.jobs import count_jobs
+from supcon_jax.study.results import Results
 from tests.small_study import STAGES, imitate_stages, make
 
 # Of cross-entropy, which has one stage.
@@ -39,7 +40,7 @@ def test_tuning_chooses_on_held_out_images_and_the_test_is_read_once(fake, tmp_p
         tune_seeds=2,
         held_out=0.25,
     )
-    assert count_jobs(study) == 2 * (3 * 2 + 3)
+    assert count_jobs(Results(study, tmp_path)) == 2 * (3 * 2 + 3)
     assert runner.run_study(study, tmp_path)
     held = [f for f in commands.commands if "config.data.validation_fraction" in f]
     final = [f for f in commands.commands if "config.data.validation_fraction" not in f]
@@ -60,7 +61,7 @@ def test_each_seed_chooses_for_itself(fake, tmp_path):
 
     commands = fake(value)
     study = make(**TWO_RATES)
-    assert count_jobs(study) == 3 * (2 + 1)
+    assert count_jobs(Results(study, tmp_path)) == 3 * (2 + 1)
     assert runner.run_study(study, tmp_path)
     final = {
         f["config.seed"]: f["config.optimizer.learning_rate"]
@@ -72,7 +73,8 @@ def test_each_seed_chooses_for_itself(fake, tmp_path):
     assert "| 0.1 | 90.00 ± 0.00 | 0.3: 2; 0.1: 1 (of 2) |" in table
     assert "by each seed for itself, so that intervals include the choice" in table
     assert [
-        row.split(",")[3] for row in results.as_csv(study, tmp_path).splitlines()[1:]
+        row.split(",")[3]
+        for row in tables.as_csv(Results(study, tmp_path)).splitlines()[1:]
     ] == [
         "0.1",
         "0.3",
@@ -120,10 +122,14 @@ def test_a_failed_trial_that_wins_when_tried_again_is_what_the_cell_runs_with(
     commands = fake(value)
     study = make(**TWO_RATES, tune_seeds=1, seeds=2)
     assert not runner.run_study(study, tmp_path)
-    assert "| 0.1 | 60.00 ± 0.00 | 0.1 (of 2) |" in results.as_markdown(study, tmp_path)
+    assert "| 0.1 | 60.00 ± 0.00 | 0.1 (of 2) |" in tables.as_markdown(
+        Results(study, tmp_path)
+    )
     broken = False
     commands.commands.clear()
     assert runner.run_study(study, tmp_path)
-    assert "| 0.1 | 80.00 ± 0.00 | 0.3 (of 2) |" in results.as_markdown(study, tmp_path)
+    assert "| 0.1 | 80.00 ± 0.00 | 0.3 (of 2) |" in tables.as_markdown(
+        Results(study, tmp_path)
+    )
     again = [pathlib.Path(f["workdir"]).parts[-3] for f in commands.commands]
     assert again == ["0.1-tune-0.3", "0.1-chosen-0.3", "0.1-chosen-0.3"]

@@ -78,6 +78,13 @@ class Lock:
                 f"one did not answer for over {LEASE_S:.0f} s; it goes on there"
             )
 
+    def descriptors(self) -> tuple[int, ...]:
+        """What a child inherits (`subprocess.Popen`, pass_fds) to hold the lock as well.
+
+        It is free when all of them have ended, whichever is killed first. On a disk only.
+        """
+        return (self._file.fileno(),) if self._file else ()
+
     def release(self) -> None:
         """Lets the next process in."""
         self._ended.set()

@@ -20,7 +20,6 @@ from supcon_jax.logs import format_duration
 from supcon_jax.planning.flops import count_flops
 from supcon_jax.planning.forecast import Data, look_at_data
 from supcon_jax.run.plan import create_plan
-from supcon_jax.study import results
 from supcon_jax.study.grid import (
     Cell,
     Study,
@@ -31,6 +30,7 @@ from supcon_jax.study.grid import (
     stages_of,
 )
 from supcon_jax.study.jobs import count_jobs, jobs
+from supcon_jax.study.results import Results
 
 # Keys whose values change no operation of a step, only its numbers.
 _SCALARS = (
@@ -90,8 +90,14 @@ def estimate(
                     continue
                 one = Cost(1, 0, 0, 0.0 if flops else None)
                 if not is_tool(cell.stages[stage]):
-                    config = stage_config(study, cell, stage, trial=trial)
-                    one = _of_config(config, places, flops=flops)
+                    # Which trial wins is not known: a tuned cell costs the most that it may.
+                    tuned = [] if trial else cell.trials
+                    configs = [
+                        stage_config(study, cell, stage, trial=trial, chosen=chosen)
+                        for chosen in (tuned or [""])
+                    ]
+                    each = [_of_config(c, places, flops=flops) for c in configs]
+                    one = max(each, key=lambda cost: (cost.flops or 0, cost.images))
                 before = costs.get(stage, Cost(0, 0, 0, 0.0 if flops else None))
                 costs[stage] = Cost(
                     before.runs + times,
@@ -177,11 +183,12 @@ def _flops(config_text: str, num_classes: int, whole_images: bool) -> float:
 
 def as_text(study: Study, costs: dict[str, Cost], out: pathlib.Path) -> str:
     """The costs for people, with the time that is left where some jobs are done."""
-    every = jobs(study, out)
-    over = [r for job in every if (r := results.read(job.folder(out))) is not None]
-    grid = cells(study)
+    results = Results(study, out)
+    every = [results.read(job.folder(out)) for job in jobs(results)]
+    over, total = [r for r in every if r is not None], count_jobs(results)
+    seeds = len(study.seed_list)
     lines = [
-        f"{study.title}: {len(grid)} cells x {len(study.seed_list)} seeds, in {out}",
+        f"{study.title}: {len(results.cells)} cells x {seeds} seeds, in {out}",
         "| stage | runs | steps | images, all views | operations |",
         "|---|---|---|---|---|",
     ]
@@ -190,9 +197,9 @@ def as_text(study: Study, costs: dict[str, Cost], out: pathlib.Path) -> str:
         lines.append(
             f"| {stage} | {cost.runs} | {cost.steps:,} | {cost.images:,} | {operations} |"
         )
-    told = f"{len(over)} of {count_jobs(study)} jobs are done"
+    told = f"{len(over)} of {total} jobs are done"
     if over:
         each = statistics.fmean(sum(r["seconds"].values()) for r in over)
-        left = (count_jobs(study) - len(over)) * each
+        left = (total - len(over)) * each
         told += f", {format_duration(each)} each: about {format_duration(left)} for the rest with one runner"
     return "\n".join([*lines, told])

@@ -9,28 +9,87 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 import runpy
-from collections.abc import Mapping
+import traceback
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
 
+from supcon_jax.config.check import flatten
 from supcon_jax.config.files import find_file, make_importable
-from supcon_jax.config.keys import NOT_READ_BY_LBFGS
+from supcon_jax.config.keys import NOT_READ_BY_LBFGS, SPLIT_KEYS
+from supcon_jax.config.loading import load_config
 from supcon_jax.metrics import is_accuracy
 from supcon_jax.study.grid import (
+    TOOL_RESULTS,
     Cell,
     Stage,
     Study,
     cells,
+    chain,
     flags,
     is_tool,
     mode_of,
     reference,
     stage_config,
+    stages_of,
 )
 
 SCALES = ("small", "full")
+# Which training images are held out.
+_HELD_OUT_KEYS = (*SPLIT_KEYS, "data.train_split", "data.classes")
+
+
+def _is_texts(value: Any) -> bool:
+    return _is_listed(value) and all(isinstance(each, str) for each in value)
+
+
+def _is_listed(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+_TEXT = (lambda value: isinstance(value, str), "a text")
+_MAPPING = (lambda value: isinstance(value, Mapping), "a dictionary")
+_TEXTS = (_is_texts, "a list of texts")
+# What each field of a study may be; what its values mean is checked after that.
+_FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    **{name: _TEXT for name in ("title", "tune_by", "along", "spread", "reading")},
+    **{name: _MAPPING for name in ("grid", "shared", "baseline", "tune")},
+    "stages": (
+        lambda value: (
+            isinstance(value, Mapping)
+            and all(isinstance(v, str) or _is_texts(v) for v in value.values())
+        ),
+        'stage -> "configs/FILE.py", or the words after "python -m" of a tool',
+    ),
+    "metrics": _TEXTS,
+    "seeds": (
+        lambda value: (
+            _is_count(value) or (_is_listed(value) and all(map(_is_count, value)))
+        ),
+        "how many, or a list of numbers from 0 on",
+    ),
+    "tune_seeds": (_is_count, "a number of seeds"),
+    "held_out": (lambda value: isinstance(value, int | float), "a number"),
+    "prepare": (
+        lambda value: _is_listed(value) and all(map(_is_texts, value)),
+        "a list of commands, each a list of texts",
+    ),
+    "paper": (
+        lambda value: (
+            isinstance(value, Mapping)
+            and isinstance(values := value.get("values", {}), Mapping)
+            and all(isinstance(number, int | float) for number in values.values())
+        ),
+        '{"source": text, "values": {label of a cell: number}, "unit": text}',
+    ),
+}
 
 
 def load_study(path: str, scale: str = "small") -> Study:
@@ -49,10 +108,23 @@ def load_study(path: str, scale: str = "small") -> Study:
     if scale not in SCALES:
         raise ValueError(f"got --scale={scale}; allowed: {', '.join(SCALES)}")
     make_importable()
-    get_study = runpy.run_path(str(file)).get("get_study")
+    try:
+        get_study = runpy.run_path(str(file)).get("get_study")
+        fields = None if get_study is None else get_study(scale)
+    except Exception as error:  # of the file itself
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [f.lineno for f in frames if f.filename == str(file)] or [None]
+        line = getattr(error, "lineno", lines[-1])  # of a syntax error
+        told = next(iter(str(error).splitlines()), "")
+        where = f"{path}, line {line}" if line else path
+        raise ValueError(f"{where}: {type(error).__name__}: {told}") from error
     if get_study is None:
         raise ValueError(f"{path} has no get_study(scale)")
-    fields = dict(get_study(scale))
+    if not isinstance(fields, Mapping):
+        raise ValueError(
+            f"{path}: get_study({scale!r}) returned {fields!r}, no dictionary"
+        )
+    fields = dict(fields)
     if scale != "small":  # it reads the table of the small one
         fields.pop("reading", None)
     try:
@@ -79,6 +151,10 @@ def create_study(fields: Mapping[str, Any]) -> Study:
         if not fields.get(name):
             what = "an empty" if name in fields else "no"
             raise ValueError(f"the study has {what} {name!r}")
+    for name, value in fields.items():
+        holds, allowed = _FIELDS[name]
+        if not holds(value):
+            raise ValueError(f"got {name}={value!r}; allowed: {allowed}")
     study = Study(**fields)
     _check_fields(study)
     labels: set[str] = set()
@@ -88,7 +164,7 @@ def create_study(fields: Mapping[str, Any]) -> Study:
         labels.add(cell.folder)
         _check_cell(study, cell)
     for cell in cells(study):
-        reference(study, cell)
+        reference(study, cell, cells(study))
     return study
 
 
@@ -144,12 +220,60 @@ def _check_cell(study: Study, cell: Cell) -> None:
         )
     if cell.trials:
         _check_judge(study, cell)
+    for what in filter(is_tool, cell.stages.values()):
+        _check_tool(cell, what)
     for trial in ("", *cell.trials):
         for name in cell.stages:
             if not is_tool(cell.stages[name]):
                 config = stage_config(study, cell, name, trial=trial)
                 changed = cell.changes[name] | cell.trials.get(trial, {}).get(name, {})
                 _check_solved(cell, name, config, changed)
+    if cell.trials:
+        _check_trials(study, cell)
+
+
+def _check_tool(cell: Cell, words: Stage) -> None:
+    if words[0] not in TOOL_RESULTS:
+        raise ValueError(
+            f"cell {cell.label!r} has the tool {words[0]!r}; allowed: "
+            f"{', '.join(TOOL_RESULTS)}, whose results are known"
+        )
+    places = {*cell.stages, "out", "seed"}
+    for name in re.findall(r"\{(\w+)\}", " ".join(words)):
+        if name not in places:
+            raise ValueError(
+                f"cell {cell.label!r} gives {{{name}}} to {words[0]}; allowed: "
+                f"{', '.join(sorted(places))}"
+            )
+
+
+def _check_trials(study: Study, cell: Cell) -> None:
+    """Refuses trials that are the same, and those that would have seen what judges them."""
+    seed, judge = study.seed_list[-1], study.judge.partition(":")[0]
+    same: dict[str, str] = {}
+    for trial in cell.trials:
+        key = chain(study, cell, judge, trial=trial, seed=seed)
+        if key in same:
+            raise ValueError(
+                f"cell {cell.label!r}: what is tuned, {same[key]!r} or {trial!r}, changes "
+                f"no stage up to {judge!r}, which judges it (tune_by)"
+            )
+        same[key] = trial
+        splits: dict[tuple[Any, ...], tuple[str, dict[str, Any]]] = {}
+        for stage in stages_of(study, cell, trial=trial):
+            config = stage_config(study, cell, stage, trial=trial, seed=seed)
+            flat = flatten(config.to_dict())
+            chosen = {key: flat[key] for key in _HELD_OUT_KEYS}
+            where = (flat["data.name"], flat["data.root"])
+            other, theirs = splits.setdefault(where, (stage, chosen))
+            for key, value in chosen.items():
+                if value != theirs[key]:
+                    raise ValueError(
+                        f"cell {cell.label!r} is tuned, and its stages {other!r} and "
+                        f"{stage!r} have {key}={theirs[key]!r} and {value!r}, so one trains "
+                        f"on images that the other holds out; allowed: one for all "
+                        f"(all:{key})"
+                    )
 
 
 def _check_judge(study: Study, cell: Cell) -> None:
@@ -196,8 +320,18 @@ def describe(study: Study) -> dict[str, Any]:
                 for trial, by_stage in cell.trials.items()
             },
         }
+    files = sorted(
+        {
+            what
+            for cell in cells(study)
+            for what in cell.stages.values()
+            if isinstance(what, str)
+        }
+    )
     return {
         "title": study.title,
+        # As they are without the changes of cells, so that an edited file is noticed.
+        "configs": {file: flatten(load_config(file, []).to_dict()) for file in files},
         "prepare": [" ".join(command) for command in study.prepare],
         "held_out": study.held_out,
         "tune_seeds": study.tune_seeds,

@@ -134,14 +134,20 @@ def _config(file: str, changes: tuple[str, ...]) -> ConfigDict:
 
 
 def stage_config(
-    study: Study, cell: Cell, stage: str, *, trial: str = "", seed: int = 0
+    study: Study,
+    cell: Cell,
+    stage: str,
+    *,
+    trial: str = "",
+    chosen: str = "",
+    seed: int = 0,
 ) -> ConfigDict:
-    """The config of a stage of a cell.
+    """The config of a stage of a cell; see `stage_changes`.
 
     Raises:
       ValueError: a change that its config does not take; the cell and stage are named.
     """
-    found = stage_changes(study, cell, stage, trial=trial, seed=seed)
+    found = stage_changes(study, cell, stage, trial=trial, chosen=chosen, seed=seed)
     try:
         return _config(str(cell.stages[stage]), tuple(flags(found)))
     except ValueError as error:
@@ -197,24 +203,40 @@ def stage_key(
     chosen: str = "",
     seed: int,
 ) -> str | None:
-    """What a stage's result depends on: this stage and all before it, with their changes.
+    """What a stage's result depends on, where stages with equal keys have equal results.
 
-    Stages with equal keys have equal results. None in a cell that has a tool, which may read
-    and write anything in the workdirs of its cell.
+    None in a cell that has a tool, which may read and write anything in the workdirs of its
+    cell.
     """
     if any(is_tool(what) for what in cell.stages.values()):
         return None
+    return chain(study, cell, stage, trial=trial, chosen=chosen, seed=seed)
+
+
+def chain(
+    study: Study,
+    cell: Cell,
+    stage: str,
+    *,
+    trial: str = "",
+    chosen: str = "",
+    seed: int,
+) -> str:
+    """A stage and all before it, with their changes."""
     names = list(cell.stages)
-    before = {name: cell.stages[name] for name in names[: names.index(stage) + 1]}
-    chain = [
+    found = [
         (
             name,
-            what,
-            stage_changes(study, cell, name, trial=trial, chosen=chosen, seed=seed),
+            cell.stages[name],
+            {}
+            if is_tool(cell.stages[name])
+            else stage_changes(
+                study, cell, name, trial=trial, chosen=chosen, seed=seed
+            ),
         )
-        for name, what in before.items()
+        for name in names[: names.index(stage) + 1]
     ]
-    return json.dumps(chain, sort_keys=True)
+    return json.dumps(found, sort_keys=True)
 
 
 def fill(value: Any, places: Mapping[str, Any]) -> Any:
@@ -275,7 +297,9 @@ def cells(study: Study) -> list[Cell]:
         tune = dict(study.tune)
         for _, change in combination:
             change = dict(change)
-            tune = dict(change.pop("tune", tune))
+            if not isinstance(own := change.pop("tune", tune), Mapping):
+                raise ValueError(f"got tune={own!r}; allowed: axis -> values")
+            tune = dict(own)
             changes |= change
         stages = _stages(study, changes)
         first = next(iter(study.stages))
@@ -286,17 +310,19 @@ def cells(study: Study) -> list[Cell]:
         }
         for key in itertools.chain(changes, *(c for _, c in _all_points(tune))):
             _check_stage(study, key)
-        trials = {
-            ", ".join(label for label, _ in trial): _by_stage(
-                {
-                    key if ":" in key else f"{first}:{key}": value
-                    for _, change in trial
-                    for key, value in change.items()
-                },
-                stages,
-            )
-            for trial in (itertools.product(*_points(tune)) if tune else ())
-        }
+        trials: dict[str, dict[str, dict[str, Any]]] = {}
+        for trial in itertools.product(*_points(tune)) if tune else ():
+            of_trial = {
+                key if ":" in key else f"{first}:{key}": value
+                for _, change in trial
+                for key, value in change.items()
+            }
+            label = ", ".join(label for label, _ in trial)
+            if slug(label) in map(slug, trials):
+                raise ValueError(
+                    f"two settings of tune are called {label!r}, or have folders of one name"
+                )
+            trials[label] = _by_stage(of_trial, stages)
         found.append(Cell(labels, stages, _by_stage(changes, stages), trials))
     return found
 
@@ -318,9 +344,9 @@ def _points(axes: Mapping[str, Any]) -> Iterator[list[tuple[str, Changes]]]:
     """For each axis its labels with their changes."""
     for axis, values in axes.items():
         if isinstance(values, Mapping):
-            found = [(str(label), changes) for label, changes in values.items()]
+            found = [(text_of(label), changes) for label, changes in values.items()]
         elif isinstance(values, Sequence) and not isinstance(values, str):
-            found = [(_text(value), {axis: value}) for value in values]
+            found = [(text_of(value), {axis: value}) for value in values]
         else:
             raise ValueError(
                 f"axis {axis!r} is {values!r}; allowed: a sequence of the values of a "
@@ -328,14 +354,20 @@ def _points(axes: Mapping[str, Any]) -> Iterator[list[tuple[str, Changes]]]:
             )
         if not found:
             raise ValueError(f"axis {axis!r} of the grid is empty")
+        for label, changes in found:
+            if not isinstance(changes, Mapping):
+                raise ValueError(
+                    f"{label!r} of axis {axis!r} is {changes!r}; allowed: changes, "
+                    '{"KEY": value}'
+                )
         yield found
 
 
-def _text(value: Any) -> str:
+def text_of(value: Any) -> str:
     """A value as a label."""
     if isinstance(value, tuple | list):
         return "-".join(map(str, value)) or "none"
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    return f"{value:g}" if isinstance(value, float) else str(value) or "none"
 
 
 def _stages(study: Study, changes: Changes) -> dict[str, Stage]:
@@ -367,8 +399,8 @@ def _by_stage(
     return found
 
 
-def reference(study: Study, cell: Cell) -> Cell | None:
-    """The cell that a cell is compared with; None where it is that one, or there is none.
+def reference(study: Study, cell: Cell, grid: Sequence[Cell]) -> Cell | None:
+    """Of a grid the cell that a cell is compared with; None where there is none, or it is it.
 
     Raises:
       ValueError: the baseline names no cell.
@@ -378,10 +410,10 @@ def reference(study: Study, cell: Cell) -> Cell | None:
     wanted = list(cell.values)
     axes = list(study.grid)
     for axis, label in study.baseline.items():
-        wanted[axes.index(axis)] = _text(label)
+        wanted[axes.index(axis)] = text_of(label)
     if tuple(wanted) == cell.values:
         return None
-    for other in cells(study):
+    for other in grid:
         if other.values == tuple(wanted):
             return other
     raise ValueError(f"the baseline {dict(study.baseline)} is no cell of the grid")

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from supcon_jax.run.workdir import finished_metrics
-from supcon_jax.study import results
-from supcon_jax.study.grid import Cell, Study, cells, stage_key, stages_of
+from supcon_jax.study.grid import Cell, Study, stage_key, stages_of
+from supcon_jax.study.results import Results, folder_of
 
 
 class Job(NamedTuple):
@@ -29,7 +29,7 @@ class Job(NamedTuple):
 
     def folder(self, out: pathlib.Path) -> pathlib.Path:
         """Where it runs."""
-        return results.folder_of(
+        return folder_of(
             self.cell, self.seed, out, trial=self.trial, chosen=self.chosen
         )
 
@@ -44,31 +44,31 @@ class Job(NamedTuple):
         return f"{self.cell.label}{tried}, seed {self.seed}"
 
 
-def jobs(study: Study, out: pathlib.Path) -> list[Job]:
+def jobs(results: Results) -> list[Job]:
     """What there is to run: trials first, then the cells whose trials are over."""
-    found = []
-    for cell in cells(study):
-        trials = [
+    study, found = results.study, []
+    for cell in results.cells:
+        found += [
             Job(cell, trial, seed)
             for seed in study.trial_seeds
             for trial in cell.trials
         ]
-        found += trials
-        over = {job.seed: False for job in trials if not results.read(job.folder(out))}
         for seed in study.seed_list:
-            if all(over.get(chooser, True) for chooser in study.choosers(seed)):
-                best = results.chosen(study, cell, out, seed)
+            if results.is_tuned(cell, seed):
+                best = results.chosen(cell, seed)
                 # Without one all trials failed, which are told of as they are.
-                if best or not trials:
+                if best or not cell.trials:
                     found.append(Job(cell, "", seed, best))
     return found
 
 
-def count_jobs(study: Study) -> int:
-    """How many jobs a study has, trials too."""
-    return sum(
-        len(cell.trials) * len(study.trial_seeds) + len(study.seed_list)
-        for cell in cells(study)
+def count_jobs(results: Results) -> int:
+    """How many jobs a study has: trials too, and cells whose trials are not over."""
+    study = results.study
+    return len(jobs(results)) + sum(
+        not results.is_tuned(cell, seed)
+        for cell in results.cells
+        for seed in study.seed_list
     )
 
 

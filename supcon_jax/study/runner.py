@@ -9,8 +9,10 @@ A stage that several jobs have is run by the first of them, and the others wait 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
+import math
 import os
 import pathlib
 import signal
@@ -19,14 +21,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from supcon_jax import storage
+from supcon_jax.config.check import flatten
+from supcon_jax.config.keys import KEYS
 from supcon_jax.logs import format_duration
 from supcon_jax.run.stop import Stopped, StopRequests, restart_command
-from supcon_jax.run.workdir import finished_metrics
+from supcon_jax.run.workdir import differing_keys, finished_metrics
 from supcon_jax.storage.lock import Lock
-from supcon_jax.study import results
+from supcon_jax.study import tables
 from supcon_jax.study.definition import describe
 from supcon_jax.study.grid import (
     TOOL_RESULTS,
@@ -35,13 +39,25 @@ from supcon_jax.study.grid import (
     fill,
     flags,
     is_tool,
+    slug,
     stage_changes,
 )
 from supcon_jax.study.jobs import Job, SharedStages, count_jobs, jobs
+from supcon_jax.study.results import Result, Results, numbers, read
 
 logger = logging.getLogger(__name__)
 WAIT_S = 5.0  # between two looks at jobs that other runners have
 STOPPED_CODE = 85  # of a stage that was asked to stop, and can go on
+
+
+class _Work(NamedTuple):
+    """What every job of a call is run with."""
+
+    study: Study
+    out: pathlib.Path
+    places: Sequence[str]
+    stop: StopRequests
+    began: float
 
 
 def run_study(study: Study, out: pathlib.Path, *, places: Sequence[str] = ()) -> bool:
@@ -59,15 +75,14 @@ def run_study(study: Study, out: pathlib.Path, *, places: Sequence[str] = ()) ->
       ValueError: the folder holds results of another study; what differs is named.
       Stopped: a signal; what was begun goes on with the same command.
     """
-    open_folder(study, out)
     began = time.time()
     with StopRequests() as stop:
-        _prepare(study, out, places, stop)
+        work = _Work(study, out, places, stop, began)
+        open_folder(study, out, stop)
+        _prepare(work)
         told = False
-        while waiting := _waiting(every := jobs(study, out), out, began):
-            free = SharedStages(study, every, out).free(waiting)
-            if _run_first_free(free, study, out, places, stop, began):
-                results.write(study, out)
+        while waiting := _waiting(results := Results(study, out), began):
+            if _run_first_free(waiting, results, work):
                 told = False
                 continue
             if not told:
@@ -75,12 +90,12 @@ def run_study(study: Study, out: pathlib.Path, *, places: Sequence[str] = ()) ->
                 logger.info("%d jobs are with other runners; waiting", len(waiting))
             with stop.interruptible():
                 time.sleep(WAIT_S)
-    results.write(study, out)
-    results.draw(study, out)
-    return not results.failures(study, out)
+    tables.write(results)
+    tables.draw(results)
+    return not results.failures()
 
 
-def open_folder(study: Study, out: pathlib.Path) -> None:
+def open_folder(study: Study, out: pathlib.Path, stop: StopRequests) -> None:
     """Makes the study's folder, or checks that its results are of this study.
 
     Raises:
@@ -88,26 +103,52 @@ def open_folder(study: Study, out: pathlib.Path) -> None:
     """
     path = out / "study.json"
     ours = json.loads(json.dumps(describe(study)))
-    theirs = json.loads(path.read_text()) if path.exists() else None
-    if theirs is not None:
-        if difference := _difference(theirs, ours):
-            raise ValueError(
-                f"{out} has results of another version of this study: {difference}; use "
-                "another --out, or remove the folder"
-            )
-        # Cells that were added meanwhile join those that are there.
-        ours["cells"] = theirs["cells"] | ours["cells"]
+    if path.exists():  # before anything is written
+        _check_same(path, ours)
     out.mkdir(parents=True, exist_ok=True)
-    storage.write(path, (json.dumps(ours, indent=2) + "\n").encode())
+    lock = _lock_when_free(out, "opens the study", stop)
+    try:
+        if path.exists():
+            theirs = _check_same(path, ours)
+            # Cells that were added meanwhile join those that are there.
+            for part in ("cells", "configs"):
+                ours[part] = theirs.get(part, {}) | ours[part]
+        storage.write(path, (json.dumps(ours, indent=2) + "\n").encode())
+    finally:
+        lock.release()
+
+
+def _check_same(path: pathlib.Path, ours: dict[str, Any]) -> dict[str, Any]:
+    theirs = json.loads(path.read_text())
+    if difference := _difference(theirs, ours):
+        raise ValueError(
+            f"{path.parent} has results of another version of this study, or of another "
+            f"one: {difference}; use another --out, or remove the folder"
+        )
+    return theirs
 
 
 def _difference(theirs: dict[str, Any], ours: dict[str, Any]) -> str:
     """What is not the same in two descriptions; cells may be added, and taken away."""
-    for key, value in theirs.items():
-        if key not in ("cells", "title") and ours.get(key) != value:
-            return f"{key} was {value!r} and is {ours.get(key)!r}"
-    for label, cell in theirs["cells"].items():
-        now = ours["cells"].get(label, cell)
+    tuned = any(cell["trials"] for cell in ours["cells"].values())
+    tuning = ("held_out", "tune_seeds", "tuned_by") if tuned else ()
+    for key in ("prepare", *tuning):
+        if theirs[key] != ours[key]:
+            return f"{key} was {theirs[key]!r} and is {ours[key]!r}"
+    for file, now in ours["configs"].items():
+        # Folders of older versions do not have them.
+        was = theirs.get("configs", {}).get(file, now)
+        if keys := differing_keys(now, was):
+            key = keys[0]
+            return f"{key} in {file} was {was.get(key)!r} and is {now.get(key)!r}"
+    before, after = (
+        {slug(label): (label, cell) for label, cell in described["cells"].items()}
+        for described in (theirs, ours)
+    )
+    if before and not before.keys() & after.keys():
+        return f"its cells are {'; '.join(theirs['cells'])}, of which this one has none"
+    for folder, (label, cell) in before.items():
+        now = after.get(folder, (label, cell))[1]
         for part in cell:
             for name in {**cell[part], **now[part]}:
                 was, is_now = cell[part].get(name), now[part].get(name)
@@ -116,75 +157,138 @@ def _difference(theirs: dict[str, Any], ours: dict[str, Any]) -> str:
     return ""
 
 
-def _is_over(job: Job, out: pathlib.Path, *, since: float) -> bool:
+def _lock_when_free(folder: pathlib.Path, does: str, stop: StopRequests) -> Lock:
+    told = False
+    while True:
+        try:
+            return Lock(folder)
+        except ValueError:
+            if not told:
+                told = True
+                logger.info("another runner %s; waiting", does)
+            with stop.interruptible():
+                time.sleep(WAIT_S)
+
+
+def _waiting(results: Results, began: float) -> list[Job]:
+    return [
+        job
+        for job in jobs(results)
+        if not _is_over(results.read(job.folder(results.out)), began)
+    ]
+
+
+def _is_over(result: Result | None, began: float) -> bool:
     """Whether a job is done, or failed in this very call; older failures are tried again."""
-    result = results.read(job.folder(out))
     if result is None:
         return False
-    return not result.get("failed") or result["time"] >= since
+    return not result.get("failed") or result["time"] >= began
 
 
-def _waiting(every: Sequence[Job], out: pathlib.Path, began: float) -> list[Job]:
-    return [job for job in every if not _is_over(job, out, since=began)]
-
-
-def _run_first_free(
-    free: Sequence[Job],
-    study: Study,
-    out: pathlib.Path,
-    places: Sequence[str],
-    stop: StopRequests,
-    began: float,
-) -> bool:
+def _run_first_free(waiting: Sequence[Job], results: Results, work: _Work) -> bool:
     """Runs the first job that no other runner has; False where there is none."""
-    for job in free:
-        folder = job.folder(out)
+    shared = SharedStages(work.study, jobs(results), work.out)
+    for job in shared.free(waiting):
+        folder = job.folder(work.out)
         folder.mkdir(parents=True, exist_ok=True)
         try:
             lock = Lock(folder)
         except ValueError:  # another runner has it
             continue
         try:
-            if not _is_over(job, out, since=began):
-                run_job(job, study, out, places, stop, began=began)
+            if not _is_over(read(folder), work.began):
+                result = run_job(job, shared, work, lock)
+                if other := _other_data(result, job, results):
+                    result["failed"] = other
+                storage.write(
+                    folder / "result.json", f"{json.dumps(result)}\n".encode()
+                )
+                now = Results(work.study, work.out)
+                _report(job, work, result, now)
+                tables.write(now)
         finally:
             lock.release()
         return True
     return False
 
 
-def run_job(
-    job: Job,
-    study: Study,
-    out: pathlib.Path,
-    places: Sequence[str],
-    stop: StopRequests,
-    *,
-    began: float,
-) -> None:
-    """Runs the stages of a job one after the other and writes its result."""
-    folder = job.folder(out)
-    result: dict[str, Any] = {"metrics": {}, "seconds": {}, "shared": {}, "time": 0.0}
-    shared = SharedStages(study, jobs(study, out), out)
+def run_job(job: Job, shared: SharedStages, work: _Work, lock: Lock) -> Result:
+    """Runs the stages of a job one after the other; what came out of them."""
+    study, folder = work.study, job.folder(work.out)
+    result: Result = {"metrics": {}, "seconds": {}, "shared": {}, "data": {}}
     workdirs: dict[str, pathlib.Path] = {}
     for stage in job.stages(study):
         start = time.monotonic()
-        workdirs[stage] = shared.workdir(job, stage)
-        failure = ""
-        if workdirs[stage].parent == folder:
-            command = stage_command(job, study, stage, workdirs, out, places)
-            failure = _run(command, folder / f"{stage}.log", stop)
+        workdir = workdirs[stage] = shared.workdir(job, stage)
+        ours, failure = workdir.parent == folder, ""
+        if ours:
+            command = stage_command(job, study, stage, workdirs, work.out, work.places)
+            failure = _run(command, folder / f"{stage}.log", work.stop, lock)
         else:
-            result["shared"][stage] = str(workdirs[stage].relative_to(out))
-        result["seconds"][stage] = round(time.monotonic() - start, 2)
+            result["shared"][stage] = str(workdir.relative_to(work.out))
+        seconds = time.monotonic() - start
         found = None if failure else _stage_metrics(job.cell, stage, workdirs)
-        if failure or found is None:
-            result["failed"] = f"{stage}: {failure or 'it wrote no final metrics'}"
+        if found is not None:
+            # A run that was resumed knows how long it took before.
+            seconds = max(seconds, found.get("wall_s", 0.0) if ours else 0.0)
+            measured = numbers(found)
+            result["metrics"] |= {f"{stage}:{n}": v for n, v in measured.items()}
+            result["data"] |= _data_of(workdir)
+            failure = _missing(job, study, stage, measured)
+        elif not failure:
+            failure = "it wrote no final metrics"
+        result["seconds"][stage] = round(seconds, 2)
+        if failure:
+            result["failed"] = f"{stage}: {failure}"
             break
-        result["metrics"] |= {f"{stage}:{name}": value for name, value in found.items()}
-    result |= {"chosen": job.chosen, "time": time.time()}
-    storage.write(folder / "result.json", (json.dumps(result) + "\n").encode())
-    _report(job, study, out, result, began)
+    return result | {"chosen": job.chosen, "time": time.time()}
+
+
+def _missing(job: Job, study: Study, stage: str, found: dict[str, float]) -> str:
+    """Why a stage does not say what it is there for, in one line, or nothing."""
+    of, _, metric = (study.judge if job.trial else study.metrics[0]).partition(":")
+    if stage != of:
+        return ""
+    if metric not in found:
+        wrote = ", ".join(sorted(found)) or "nothing"
+        return f"it wrote no {metric}, by which the study goes; it wrote {wrote}"
+    if job.trial and not math.isfinite(found[metric]):
+        return f"its {metric} is {found[metric]}, by which nothing can be chosen"
+    return ""
+
+
+def _data_of(workdir: pathlib.Path) -> dict[str, str]:
+    """Digests of the images of a run, by what of its config chooses them."""
+    try:
+        config = json.loads((workdir / "config.json").read_text())
+        digests = json.loads((workdir / "run.json").read_text())["data"]
+    except (FileNotFoundError, KeyError):  # no run
+        return {}
+    flat = flatten(config)
+    chooses = {
+        key: value
+        for key, value in flat.items()
+        if key in ("mode", "loss.name", "probe.solver")
+        or (key.startswith("data.") and key in KEYS and not KEYS[key].free)
+    }
+    key = hashlib.sha256(json.dumps(chooses, sort_keys=True).encode()).hexdigest()[:16]
+    return {key: json.dumps(digests, sort_keys=True)}
+
+
+def _other_data(result: Result, job: Job, results: Results) -> str:
+    """Which job read other images for the same config, in one line, or nothing."""
+    for other in jobs(results):
+        theirs = results.read(other.folder(results.out))
+        if other == job or not theirs or theirs.get("failed"):
+            continue
+        for key, digests in theirs.get("data", {}).items():
+            if result["data"].get(key, digests) != digests:
+                return (
+                    f"its images are not those of {other.words!r}, which has the same "
+                    "config; is --config.data.dir, or --config.data.root, that of the "
+                    "other runners, and whole?"
+                )
+    return ""
 
 
 def stage_command(
@@ -230,16 +334,26 @@ def _as_flags(changes: Sequence[str]) -> list[str]:
     return [f"--config.{change}" for change in changes]
 
 
-def _run(command: Sequence[str], log: pathlib.Path, stop: StopRequests) -> str:
+def _run(
+    command: Sequence[str], log: pathlib.Path, stop: StopRequests, lock: Lock
+) -> str:
     """Runs a command; returns what it died of, in one line, or nothing.
+
+    It holds the lock too: should this process be killed, the job stays with its stage until
+    that has ended.
 
     Raises:
       Stopped: we or it were asked to stop; it has saved what it had.
     """
     with log.open("ab") as output:
+        before = output.tell()
         environment = os.environ | {"SUPCON_STOPPED_CODE": str(STOPPED_CODE)}
         process = subprocess.Popen(
-            command, stdout=output, stderr=subprocess.STDOUT, env=environment
+            command,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            pass_fds=lock.descriptors(),
         )
         try:
             with stop.interruptible():
@@ -252,10 +366,13 @@ def _run(command: Sequence[str], log: pathlib.Path, stop: StopRequests) -> str:
         raise _stopped()
     if code == 0:
         return ""
-    text = log.read_text(errors="replace")
+    text = log.read_bytes()[before:].decode(errors="replace")
     lines = [line for line in text.splitlines() if line.strip()] or ["no output"]
     errors = [line for line in lines if line.startswith("error: ")]
-    return f"exit code {code}: {(errors or lines)[-1].removeprefix('error: ')}"
+    died = (
+        f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+    )
+    return f"{died}: {(errors or lines)[-1].removeprefix('error: ')}"
 
 
 def _stopped() -> Stopped:
@@ -266,57 +383,46 @@ def _stopped() -> Stopped:
 
 def _stage_metrics(
     cell: Cell, stage: str, workdirs: Mapping[str, pathlib.Path]
-) -> dict[str, float] | None:
-    """The final numbers of a stage."""
+) -> dict[str, Any] | None:
+    """What a stage wrote in the end."""
     what = cell.stages[stage]
     if not is_tool(what):
-        found = finished_metrics(workdirs[stage])
-        return found and results.numbers(found)
+        return finished_metrics(workdirs[stage])
     here = {name: str(workdir) for name, workdir in workdirs.items()}
     path = pathlib.Path(fill(TOOL_RESULTS[what[0]], here))
-    return results.numbers(json.loads(path.read_text())) if path.exists() else None
+    return json.loads(path.read_text()) if path.exists() else None
 
 
-def _prepare(
-    study: Study, out: pathlib.Path, places: Sequence[str], stop: StopRequests
-) -> None:
+def _prepare(work: _Work) -> None:
     """Runs what cells share, once for all runners."""
-    if not study.prepare:
+    if not work.study.prepare:
         return
-    folder = out / "prepared"
+    folder = work.out / "prepared"
     folder.mkdir(parents=True, exist_ok=True)
-    while True:
-        try:
-            lock = Lock(folder)
-            break
-        except ValueError:
-            logger.info("another runner prepares the study; waiting")
-            with stop.interruptible():
-                time.sleep(WAIT_S)
+    lock = _lock_when_free(folder, "prepares the study", work.stop)
     try:
-        for number, words in enumerate(study.prepare):
+        for number, words in enumerate(work.study.prepare):
             done = folder / f"{number}.done"
             if done.exists():
                 continue
-            module, *arguments = (fill(word, {"out": str(out)}) for word in words)
+            module, *arguments = (fill(word, {"out": str(work.out)}) for word in words)
             logger.info("preparing: %s", " ".join(words))
-            command = [sys.executable, "-m", module, *arguments, *_as_flags(places)]
-            if failure := _run(command, folder / f"{number}.log", stop):
+            command = [sys.executable, "-m", module, *arguments]
+            command += _as_flags(work.places)
+            log = folder / f"{number}.log"
+            if failure := _run(command, log, work.stop, lock):
                 raise ValueError(f"the study cannot be prepared: {failure}")
             done.touch()
     finally:
         lock.release()
 
 
-def _report(
-    job: Job, study: Study, out: pathlib.Path, result: dict[str, Any], began: float
-) -> None:
+def _report(job: Job, work: _Work, result: Result, results: Results) -> None:
     """One line about a job that is over, with how long the rest will take."""
-    known = [results.read(j.folder(out)) for j in jobs(study, out)]
-    over = [found for found in known if found is not None]
-    total = count_jobs(study)
+    known = [results.read(each.folder(work.out)) for each in jobs(results)]
+    over, total = [found for found in known if found is not None], count_jobs(results)
     each = statistics.fmean(sum(found["seconds"].values()) for found in over)
-    eta = format_duration((total - len(over)) * each / busy_runners(over, began))
+    left = (total - len(over)) * each / busy_runners(over, work.began)
     times = ", ".join(
         f"{stage} {'shared' if stage in result['shared'] else format_duration(seconds)}"
         for stage, seconds in result["seconds"].items()
@@ -324,8 +430,15 @@ def _report(
     if failure := result.get("failed"):
         what = f"FAILED, {failure}"
     else:
-        what = f"{results.shown(study, job.cell, result)} ({times})"
-    logger.info("[%d/%d] %s: %s  ETA %s", len(over), total, job.words, what, eta)
+        what = f"{tables.shown(work.study, result)} ({times})"
+    logger.info(
+        "[%d/%d] %s: %s  ETA %s",
+        len(over),
+        total,
+        job.words,
+        what,
+        format_duration(left),
+    )
 
 
 def busy_runners(over: Sequence[Mapping[str, Any]], began: float) -> float:

@@ -17,12 +17,14 @@ import argparse
 import pathlib
 import sys
 
+import jax
+
 from supcon_jax import storage
 from supcon_jax.cli import one_line_errors
 from supcon_jax.logs import setup_logging
-from supcon_jax.study import results
 from supcon_jax.study.costs import as_text, estimate
 from supcon_jax.study.definition import SCALES, load_study
+from supcon_jax.study.results import Results
 from supcon_jax.study.runner import run_study
 from supcon_jax.tools.arguments import PLACES
 
@@ -42,6 +44,8 @@ def main(arguments: list[str] | None = None) -> None:
     )
     options, rest = parser.parse_known_args(arguments)
     with one_line_errors():
+        # An accelerator is for the stages: some let one process in, and this one only counts.
+        jax.config.update("jax_platforms", "cpu")
         setup_logging()
         places = _places(rest)
         study = load_study(options.study, options.scale)
@@ -60,9 +64,10 @@ def main(arguments: list[str] | None = None) -> None:
         print((out / "results.md").read_text(), flush=True)
         print(f"Written: {out}/results.md, results.csv, results.png")
         if not done:
-            failed = len(results.failures(study, out))
+            failed = Results(study, out).failures()
             print(
-                f"error: {failed} jobs failed; the same command tries them again",
+                f"error: {len(failed)} failed, {failed[0]}; the same command tries what "
+                "failed again",
                 file=sys.stderr,
             )
             sys.exit(1)
