@@ -7,6 +7,15 @@ Hardware: 2 CPU cores. Time: fifteen minutes. Result: docs/studies.md.
 
 from studies import common
 
+READING = """
+By the linear classifier no head, a linear one and an MLP cannot be told apart (+0.7 ± 1.2 and
++0.2 ± 1.1 against the MLP), whether it stands on the embedding or on the projection; by kNN no head
+is ahead, by 2.0 ± 1.5 of the MLP and 1.4 ± 1.3 of the linear one. So the paper's reason for a head
+that is thrown away is not seen on 200 digits. With two hidden layers the five seeds reach 69 to
+93 % on the embedding (-11.0 ± 12.5 against the MLP), and there the embedding is worth 8.2 ± 6.7
+points more than the projection, in the paper's direction.
+"""
+
 
 def get_study(scale):
     width = 128 if scale == "small" else 2048
@@ -36,10 +45,5 @@ def get_study(scale):
             "pretrain:embedding/rankme",
         ),
         "baseline": {"head and output": "MLP, embedding"},
-        "reading": "No head, a linear one and an MLP give the same linear top-1 within what five "
-        "seeds can tell (+0.7 ± 1.2 and +0.2 ± 1.1 against the MLP), and it does not matter there "
-        "whether the classifier stands on the embedding or on the projection. So the paper's reason "
-        "for a head that is thrown away is not seen on 200 digits. Two hidden layers are too many "
-        "for 300 steps: some seeds leave the collapse level late, and for them the embedding is "
-        "worth 8.2 ± 6.7 points more than the projection, in the paper's direction.",
+        "reading": READING,
     }

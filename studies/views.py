@@ -12,7 +12,11 @@ def get_study(scale):
     total = 128 if scale == "small" else 12288
     same_images = {str(v): {"data.views": v} for v in (1, 2, 4)}
     same_views = {
-        f"{v}, as many views a step": {"data.views": v, "batch_size": total // v}
+        f"{v}, as many views a step": {
+            "data.views": v,
+            "batch_size": total // v,
+            "optimizer.learning_rate_batch": 256 * 2 // v,  # the rate of two views
+        }
         for v in (1, 4)
     }
     return {
