@@ -24,7 +24,7 @@ from supcon_jax.metrics import on_end
 from supcon_jax.profiling import parse_window, traced
 from supcon_jax.run import health, memory, report
 from supcon_jax.run.batches import build_train_batches
-from supcon_jax.run.goodput import Goodput
+from supcon_jax.run.goodput import Goodput, Meter
 from supcon_jax.run.health import Health
 from supcon_jax.run.opening import Run
 from supcon_jax.run.plan import Plan, Step
@@ -177,7 +177,8 @@ class _Training:
             batches = parallel.prefetch_to_devices(host_batches, plan.mesh)
             # The first batch is on its way while the step is compiled.
             first_batch = next(batches)
-        self._goodput = _goodput_of(self._run, start_step)
+        earlier = read_metrics(self._run.workdir)
+        self._goodput = Goodput.continued(earlier, start_step=start_step)
         hosts.beat("compiling", patience=6)
         with self._goodput.spent("compile"):
             start = time.monotonic()
@@ -198,7 +199,7 @@ class _Training:
         if saved.get("health"):
             self._reference = Health(**saved["health"])
         self._told = saved.get("told", {})
-        self._meter = _Meter(start_step)
+        self._meter = Meter(start_step)
         batches = self._timed(itertools.chain([first_batch], batches))
         steps = run_steps(
             functools.partial(compiled, plan.seed_on_devices()),
@@ -389,15 +390,6 @@ class _Training:
         return metrics, False
 
 
-def _goodput_of(run: Run, start_step: int) -> Goodput:
-    """The account of a run, with what its earlier processes wrote."""
-    records = read_metrics(run.workdir)
-    kept = [r for r in records if r["step"] <= start_step and "goodput/share" in r]
-    until = max((r["wall_s"] for r in records if r["step"] <= start_step), default=0.0)
-    reached = max((r["wall_s"] for r in records), default=0.0)
-    return Goodput(kept[-1] if kept else {}, lost_s=max(reached - until, 0.0))
-
-
 def run_steps(
     step: Step,
     state: TrainState,
@@ -451,36 +443,3 @@ def restore_or_init(
         return state.with_encoder(initial_encoder) if initial_encoder else state, {}
     logger.info("resumed at step %d", int(found[0].step))
     return found
-
-
-class _Meter:
-    """Seconds a step takes, evaluations and checkpoints not counted."""
-
-    def __init__(self, step: int):
-        self._step, self._since, self._paused = step, time.monotonic(), 0.0
-        self._pause_start = 0.0
-        self._step_s = 0.0
-        self.eval_s = 0.0  # seconds of the last evaluation
-
-    def read(self, step: int) -> float:
-        """Steps a second since the last reading."""
-        elapsed = time.monotonic() - self._since - self._paused
-        self._step_s = elapsed / (step - self._step)
-        self._step, self._since, self._paused = step, time.monotonic(), 0.0
-        return 1 / self._step_s
-
-    def eta_s(self, steps: int, eval_every: int) -> float:
-        """Seconds that so many steps and their evaluations will take."""
-        evals = steps // eval_every if eval_every else 1
-        return steps * self._step_s + evals * self.eval_s
-
-    @contextlib.contextmanager
-    def pause(self) -> Iterator[None]:
-        """What happens inside does not count."""
-        self._pause_start = time.monotonic()
-        yield
-        self._paused += self.paused_now()
-
-    def paused_now(self) -> float:
-        """Seconds since the pause began."""
-        return time.monotonic() - self._pause_start
