@@ -73,6 +73,9 @@ def test_the_table_has_means_deviations_and_paired_intervals(fake, tmp_path):
     assert (
         f"| 0.5 | 93.20 ± 1.20 | 0.0340 ± 0.0060 | **+2.20 ± {half:.2f}** |  |" in table
     )
+    # ECE is 0.5 less half of it.
+    (row,) = re.findall(r"^\| 0.5 \| (\S+) ± (\S+) \|$", table, re.M)
+    assert row == ("**-0.0110", f"{half / 200:.4f}**")
     assert "paper: Figure 4" in table
     assert "| 0.5 | 1 | 93.20 | 0.00 | 93.20 | 93.20 |  |" in table
     rows = (tmp_path / "results.csv").read_text().splitlines()

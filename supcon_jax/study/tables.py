@@ -6,6 +6,7 @@ A cell's number is the mean over its seeds, with the sample deviation.
 from __future__ import annotations
 
 import csv
+import functools
 import io
 import math
 from collections import Counter
@@ -101,8 +102,8 @@ def as_markdown(results: Results) -> str:
     notes = [f"mean ± sample deviation over {seeds} seeds (n where fewer are done)"]
     if compared:
         notes.append(
-            f"differences of {_header(study.metrics[0])} are paired by seed, with their "
-            "95 % interval; bold where it leaves out 0"
+            "differences are paired by seed, with their 95 % interval; bold where it leaves "
+            "out 0"
         )
     if tuned:
         notes.append(
@@ -117,6 +118,8 @@ def as_markdown(results: Results) -> str:
     if source := study.paper.get("source"):
         notes.append(f"paper: {source}")
     text += "\n" + "; ".join(notes) + ".\n"
+    if compared and len(study.metrics) > 1:
+        text += "\n" + _differences_table(results)
     if study.spread:
         text += "\n" + _spread_table(results)
     if failed := results.failures():
@@ -125,6 +128,21 @@ def as_markdown(results: Results) -> str:
     if study.reading and results.is_complete():
         text += f"\n{study.reading.strip()}\n"
     return text
+
+
+def _differences_table(results: Results) -> str:
+    """The differences to the baseline in the metrics after the first."""
+    study, seeds = results.study, len(results.study.seed_list)
+    against = f"against {_baseline_name(study)}"
+    others = study.metrics[1:]
+    header = [*study.axes, *(f"{_header(metric)}, {against}" for metric in others)]
+    lines = [_row(header), "|---" * len(header) + "|"]
+    for cell in results.cells:
+        found = [results.compare(cell, metric) for metric in others]
+        if any(found):
+            texts = map(functools.partial(_paired_text, seeds=seeds), others, found)
+            lines.append(_row([*cell.values, *texts]))
+    return "\n".join(lines) + "\n"
 
 
 def _spread_table(results: Results) -> str:
