@@ -73,7 +73,14 @@ def get_study(scale):
         },
         "seeds": common.seeds(scale),
         "tune_seeds": 0 if scale == "small" else 1,
-        "metrics": ("evaluate:eval/top1", "evaluate:eval/ece", "evaluate:eval/loss"),
+        "metrics": (
+            "evaluate:eval/top1",
+            "evaluate:eval/ece",
+            # One temperature takes the unsureness of label smoothing out.
+            "evaluate:eval/scaled_ece",
+            "evaluate:eval/loss",
+            "evaluate:eval/scaled_loss",
+        ),
         "baseline": {"method": "cross-entropy"},
         "along": "regime",
         "reading": READING,
