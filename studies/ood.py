@@ -30,7 +30,6 @@ def get_study(scale):
         },
         "tune": common.tune_rate(scale),
         "tune_by": "evaluate:eval/top1",
-        "tune_seeds": 1,
         "seeds": common.seeds(scale),
         "metrics": (
             "ood:embedding.ood/knn_auroc",

@@ -47,7 +47,7 @@ def get_study(scale):
             "augment.crop_area": (1.0, 1.0),
             "augment.flip": False,
         },
-        "40 % wrong labels": {
+        "40 % random labels": {
             "data.samples_per_class": 0,
             "probe:data.samples_per_class": 0,
             "data.label_noise": 0.4,
