@@ -51,11 +51,13 @@ def adjust_hue(image: jax.Array, shift: jax.Array, axis: int = -1) -> jax.Array:
     smallest = jnp.minimum(jnp.minimum(red, green), blue)
     chroma = largest - smallest
     per_chroma = 1.0 / jnp.where(chroma > 0, chroma, 1.0)
+    # Which is the largest is asked of the channels, and not of `largest == red`: a compiler
+    # that computes red twice may round it in two ways, and then none is the largest.
     sixth = jnp.where(
-        largest == red,
+        (red >= green) & (red >= blue),
         (green - blue) * per_chroma,
         jnp.where(
-            largest == green,
+            green >= blue,
             2 + (blue - red) * per_chroma,
             4 + (red - green) * per_chroma,
         ),

@@ -31,12 +31,14 @@ def classification_sums(
     """
     mask = jnp.where(labels >= 0, mask, 0)
     own = jnp.take_along_axis(logits, labels[:, None], axis=-1)
+    # The label's own logit is not compared with itself: a compiler that computes it twice may
+    # round it in two ways.
+    others = jnp.arange(logits.shape[-1]) != labels[:, None]
     # Not `logits > own`: logits that are not numbers must count as misses.
-    above = jnp.sum(~(logits <= own), axis=-1)
-    tied = jnp.sum(logits == own, axis=-1)
-    top1, top5 = (
-        mask * jnp.clip((k - above) / jnp.maximum(tied, 1), 0, 1) for k in (1, 5)
-    )
+    above = jnp.sum(others & ~(logits <= own), axis=-1)
+    above = jnp.where(jnp.isnan(own[:, 0]), logits.shape[-1], above)
+    tied = 1 + jnp.sum(others & (logits == own), axis=-1)
+    top1, top5 = (mask * jnp.clip((k - above) / tied, 0, 1) for k in (1, 5))
     losses = jnp.where(mask > 0, cross_entropy_loss(logits, labels), 0.0)
     none = jnp.zeros(logits.shape[-1])
     return {
