@@ -7,6 +7,13 @@ Hardware: 2 CPU cores. Time: fifteen minutes. Result: docs/studies.md.
 
 from studies import common
 
+READING = """
+With labels neither more views of the same images nor other images in the place of views change top-1
+by more than five seeds can show, at one learning rate for all. By kNN one view is ahead of two, by
+0.9 ± 0.8 with the same images and 1.0 ± 0.8 with twice as many. Without labels one view has no
+positives at all.
+"""
+
 
 def get_study(scale):
     total = 128 if scale == "small" else 12288
@@ -27,8 +34,5 @@ def get_study(scale):
         "seeds": common.seeds(scale),
         "metrics": ("probe:eval/top1", "pretrain:knn/top1"),
         "baseline": {"views": "2"},
-        "reading": "With labels, more views of the same images change nothing that five seeds could "
-        "show. For the same number of views a step, which is what costs, other images are worth "
-        "more than other views: one view of 128 images is 1.8 points better than two of 64, four "
-        "of 32 are 2.6 worse. Without labels one view has no positives at all.",
+        "reading": READING,
     }
