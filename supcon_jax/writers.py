@@ -12,6 +12,7 @@ import functools
 import importlib.util
 import json
 import logging
+import math
 import os
 import pathlib
 import queue
@@ -74,9 +75,14 @@ class Jsonl:
         self._file = path.open("a")
 
     def write(self, record: Record) -> None:
-        """Appends a line."""
+        """Appends a line; what is no number is left out, since JSON has no word for it."""
+        kept = {
+            name: value
+            for name, value in record.items()
+            if not isinstance(value, float) or math.isfinite(value)
+        }
         with _named(self._file.name):
-            self._file.write(json.dumps(record) + "\n")
+            self._file.write(json.dumps(kept) + "\n")
             self._file.flush()
 
     def close(self) -> None:

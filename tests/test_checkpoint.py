@@ -1,13 +1,23 @@
 """Checkpoints: what is saved is what is restored, or it is said that it is not."""
 
+import errno
+import json
 import shutil
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from supcon_jax import parallel
-from supcon_jax.checkpoint import Checkpointer, digest, restore_encoder, saved_steps
+from supcon_jax.checkpoint import (
+    Checkpointer,
+    digest,
+    manager,
+    restore_encoder,
+    saved_steps,
+)
+from supcon_jax.checkpoint import restore as checkpoint_restore
 from tests.damage import KINDS, damage, files_of
 from tests.runs import assert_trees_equal
 from tests.small_step import BATCH, tiny_step
@@ -161,6 +171,64 @@ def test_all_steps_damaged(workdir, states):
     with pytest.raises(ValueError, match="none of the 3 checkpoints .*; step 3: "):
         restore(workdir, states)
     assert saved_steps(workdir) == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ESTALE, "Stale file handle"),
+        OSError(errno.EACCES, "Permission denied"),
+        ConnectionResetError(errno.ECONNRESET, "Connection reset by peer"),
+        ValueError("Error reading x [source locations='a' os_error_code='5']"),
+        ValueError("UNAVAILABLE: the bucket does not answer"),
+        MemoryError(),
+        jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory"),
+    ],
+)
+def test_what_cannot_be_read_now_is_not_damaged(workdir, states, monkeypatch, error):
+    """Nothing is put aside, no older step is taken, and the same command goes on."""
+    before = {p: p.read_bytes() for p in workdir.rglob("*") if p.is_file()}
+
+    def fails(*_):
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(manager, "read_step", fails)
+        patch.setattr(checkpoint_restore, "read_step", fails)
+        with pytest.raises(type(error) if type(error) is not ValueError else OSError):
+            restore(workdir, states)
+        with pytest.raises(type(error)):
+            restore_encoder(workdir)
+    assert before == {p: p.read_bytes() for p in workdir.rglob("*") if p.is_file()}
+    assert_trees_equal(jax.device_get(restore(workdir, states)[0]), states[3])
+
+
+def test_a_resumed_run_keeps_the_best_step_of_all(states, tmp_path):
+    """What was measured is read from metrics.jsonl, as the run wrote it."""
+    lines, values = "", [0.9, 0.1, 0.2, 0.3, 0.4]
+    checkpointer = Checkpointer(tmp_path, keep=2)
+    for step, value in enumerate(values, 1):
+        if step == 5:  # killed, and resumed
+            checkpointer.close()
+            (tmp_path / "metrics.jsonl").write_text(lines)
+            checkpointer = Checkpointer(tmp_path, keep=2)
+        checkpointer.save(states[1], step, {"knn/top1": value})
+        lines += json.dumps({"step": step, "knn/top1": value}) + "\n"
+    checkpointer.close()
+    assert saved_steps(tmp_path) == [1, 4, 5]
+
+
+def test_a_save_does_not_ask_whether_the_job_was_preempted(
+    states, tmp_path, monkeypatch
+):
+    """JAX stops a job at the largest number that was asked with; the loop counts its own."""
+    asked = []
+    module = ocp.checkpoint_manager.utils
+    monkeypatch.setattr(module, "reached_preemption", lambda step: asked.append(step))
+    checkpointer = Checkpointer(tmp_path)
+    checkpointer.save(states[1], 1, {})
+    checkpointer.close()
+    assert saved_steps(tmp_path) == [1] and asked == []
 
 
 def test_an_encoder_for_use_is_verified_too(workdir, states, messages):

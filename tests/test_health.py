@@ -9,13 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from supcon_jax import pretrain
+from supcon_jax import linear_eval, pretrain
 from supcon_jax.checkpoint import restore_encoder, saved_steps
 from supcon_jax.run import health, loop
 from supcon_jax.run.health import Health, judge
 from supcon_jax.run.opening import open_run
 from supcon_jax.writers import read_metrics
-from tests.runs import assert_trees_equal, pretrain_config
+from tests.runs import assert_trees_equal, linear_config, pretrain_config
 from tests.small_step import BATCH, tiny_step
 
 RULE = {"loss_rise": 3.0, "norm_growth": 10.0}
@@ -50,10 +50,20 @@ def test_small_and_negative_losses_have_room():
 
 def test_measure_and_docstring():
     params = {"a": jnp.array([3.0, 4.0]), "b": jnp.zeros(2)}
-    assert health.measure(params, {}, 1.5) == Health(1.5, 5.0, True)
+    assert health.measure(params, {}, 1.5) == Health(1.5, 5.0, True, pytest.approx(0.2))
     stats = {"mean": jnp.array([jnp.nan])}
     assert not health.measure(params, stats, 1.5).finite
     assert doctest.testmod(health).failed == 0
+
+
+def test_a_classifier_that_begins_with_zeros_is_saved(tmp_path):
+    """Its norm grows from 0, which is no explosion; one from 3 to 31 is."""
+    assert judge(Health(1.0, 0.9, small=0.1), Health(1.0, 0.0), **RULE) is None
+    assert judge(Health(1.0, 1.1, small=0.1), Health(1.0, 0.0), **RULE) is not None
+    assert judge(Health(1.0, 31.0, small=0.1), Health(1.0, 3.0), **RULE) is not None
+    config = linear_config("random", **{"classifier.init": "zeros"}, checkpoint_every=4)
+    linear_eval.linear_eval(config, tmp_path)
+    assert saved_steps(tmp_path)[-1] == config.total_steps
 
 
 def test_an_update_that_is_no_number_is_not_kept():
@@ -116,6 +126,22 @@ def test_skipping_is_bounded(tmp_path, messages):
     run = open_run(pretrain_config(**changes), tmp_path / "many")
     with pytest.raises(FloatingPointError, match="at step 7"):
         loop.train(with_bad_steps(run, [5, 6, 7]), evaluate=lambda state: {})
+
+
+@pytest.mark.parametrize("bad", [4, 12])
+def test_a_skipped_step_that_saves_counts_once_and_is_saved(tmp_path, bad, messages):
+    """The last step too: what is judged is the state, which has no part of its batch."""
+    changes = {"health.on_nonfinite": "skip", "health.max_skipped": 1}
+    run = open_run(
+        pretrain_config(**changes, checkpoint_every=4, log_every=1), tmp_path
+    )
+    loop.train(with_bad_steps(run, [bad]), evaluate=lambda state: {})
+    assert len([m for m in messages if "its update is left out" in m]) == 1
+    assert saved_steps(tmp_path)[-1] == 12
+    # A bare NaN is no JSON.
+    assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
+    steps = [r["step"] for r in read_metrics(tmp_path) if "train/loss" not in r]
+    assert steps == [bad]
 
 
 def test_divergence_is_not_saved_as_health(tmp_path):

@@ -17,9 +17,11 @@ import pytest
 from supcon_jax import pretrain
 from supcon_jax.checkpoint import restore_encoder, saved_steps
 from supcon_jax.data.sources import ArraySource
+from supcon_jax.run import loop
+from supcon_jax.run.goodput import Goodput
 from supcon_jax.run.opening import open_run
 from supcon_jax.run.splits import check_positives
-from supcon_jax.run.stop import StopRequests
+from supcon_jax.run.stop import Stopped, StopRequests
 from supcon_jax.steps import contrastive
 from supcon_jax.writers import MetricWriter, read_metrics
 from tests.runs import assert_trees_equal, pretrain_config, snapshot
@@ -188,6 +190,61 @@ def test_a_run_that_ends_after_its_last_save_is_finished_by_the_same_call(
     for name in theirs[-1]:
         if not name.startswith(timed):
             assert ours[-1][name] == theirs[-1][name], name
+
+
+def test_the_account_counts_every_process_that_was_killed():
+    """Saved at step 100, killed at 400, at 300 and at 200: each began anew, and was lost."""
+
+    def process(before, minutes, until):
+        account = Goodput.continued(before, start_step=100)
+        with account.spent("compile"):
+            pass
+        account._seconds["compile"] += minutes
+        kept = [r for r in before if r["step"] <= 100]
+        return [
+            *kept,
+            {"step": until, "wall_s": float(until), **account.metrics(float(until))},
+        ]
+
+    first = [{"step": 100, "wall_s": 100.0, **Goodput({}).metrics(100.0)}]
+    records = process(first, 60.0, 400)
+    records = process(records, 60.0, 300)
+    records = process(records, 60.0, 200)
+    found = Goodput.continued(records, start_step=100).metrics(100.0)
+    assert found["goodput/lost_s"] == 300 + 200 + 100
+    assert found["goodput/compile_s"] == pytest.approx(180, abs=0.1)
+    assert found["goodput/share"] == pytest.approx(100 / (100 + 600 + 180), abs=1e-3)
+
+
+def test_an_evaluation_that_a_signal_cut_off_is_made_when_the_run_goes_on(
+    tmp_path, monkeypatch
+):
+    """All lines, and the best checkpoint, are those of a run that nothing cut off."""
+    config = pretrain_config(eval_every=4, checkpoint_every=4, keep_checkpoints=1)
+    whole = pretrain.pretrain(config, tmp_path / "whole")
+    calls = []
+    evaluate = loop._Training._evaluate
+
+    def cut_off(self, state, step):
+        calls.append(step)
+        return ({}, True) if calls == [4, 8] else evaluate(self, state, step)
+
+    monkeypatch.setattr(loop._Training, "_evaluate", cut_off)
+    with pytest.raises(Stopped):
+        pretrain.pretrain(config, tmp_path / "cut")
+    again = pretrain.pretrain(config, tmp_path / "cut")
+    assert calls == [4, 8, 8, 12]
+    ours, theirs = (
+        [
+            (r["step"], r["knn/top1"])
+            for r in read_metrics(tmp_path / n)
+            if "knn/top1" in r
+        ]
+        for n in ("cut", "whole")
+    )
+    assert ours == theirs and [step for step, _ in ours] == [4, 8, 12]
+    assert again["knn/top1"] == whole["knn/top1"]
+    assert saved_steps(tmp_path / "cut") == saved_steps(tmp_path / "whole")
 
 
 def test_interrupts_wait_for_the_end_of_a_step(tmp_path, monkeypatch):

@@ -9,10 +9,12 @@ a word, so every array is compared with its digest after it was read.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
 import pathlib
+import re
 from typing import Any
 
 import jax
@@ -144,6 +146,22 @@ def read_step(
             f"{len(wrong)} arrays are not what was saved, such as {wrong[0]}"
         )
     return trees, restored[RECORD]
+
+
+def is_damage(error: Exception) -> bool:
+    """Whether what was saved is at fault, and not that it cannot be read just now.
+
+    A network file system that hangs, a bucket that does not answer, and a device without
+    memory say nothing of the files.
+    """
+    if isinstance(error, jax.errors.JaxRuntimeError | MemoryError):
+        return False
+    missing = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR)
+    if isinstance(error, OSError):
+        return isinstance(error, FileNotFoundError) or error.errno in (None, *missing)
+    if code := re.search(r"os_error_code='(\d+)'", str(error)):  # of TensorStore
+        return int(code[1]) in missing
+    return not re.search(r"\b(UNAVAILABLE|DEADLINE_EXCEEDED)\b", str(error))
 
 
 def first_line(error: Exception) -> str:

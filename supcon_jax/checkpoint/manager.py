@@ -5,21 +5,18 @@ from __future__ import annotations
 import contextlib
 import errno
 import logging
+import math
 import os
 import pathlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
-from orbax.checkpoint.checkpoint_managers import (
-    AnyPreservationPolicy,
-    BestN,
-    LatestN,
-)
+from orbax.checkpoint.checkpoint_managers import PreservationPolicy
 
 from supcon_jax import storage
 from supcon_jax.checkpoint.items import (
@@ -27,6 +24,7 @@ from supcon_jax.checkpoint.items import (
     checkpoint_dir,
     digests,
     first_line,
+    is_damage,
     join,
     on_host,
     read_step,
@@ -35,8 +33,45 @@ from supcon_jax.checkpoint.items import (
 )
 from supcon_jax.metrics import best_metric
 from supcon_jax.steps.state import TrainState
+from supcon_jax.writers import read_metrics
 
 logger = logging.getLogger(__name__)
+# What a process finds where it reads a step.
+WHOLE, DAMAGED, UNREADABLE = range(3)
+
+
+class _Manager(ocp.CheckpointManager):
+    """Orbax's, which does not ask whether the job was preempted.
+
+    It would ask with the number of the training step; the loop asks with another number, and
+    JAX stops at the largest that it was asked with, which would then never be reached.
+    """
+
+    def reached_preemption(self, step: int) -> bool:
+        """False: see run/stop.py, which answers signals."""
+        return False
+
+
+class _NewestAndBest(PreservationPolicy):
+    """Keeps the newest steps, and the best of those that were measured.
+
+    Orbax's own policy knows the measurements of this process alone, so that a resumed run
+    would delete the best step.
+    """
+
+    def __init__(self, keep: int):
+        self._keep = keep
+        self.values: dict[int, float] = {}
+
+    def should_preserve(
+        self, checkpoints: Sequence[Any], *, context: Any
+    ) -> Sequence[bool]:
+        """Which of the checkpoints are kept."""
+        steps = [checkpoint.step for checkpoint in checkpoints]
+        kept = set(sorted(steps)[-self._keep :])
+        if known := [step for step in steps if step in self.values]:
+            kept.add(max(known, key=lambda step: (self.values[step], step)))
+        return [step in kept for step in steps]
 
 
 class Checkpointer:
@@ -47,26 +82,25 @@ class Checkpointer:
     """
 
     def __init__(self, workdir: str | pathlib.Path, *, keep: int = 2):
-        policy = AnyPreservationPolicy(
-            [
-                LatestN(keep),
-                BestN(
-                    get_metric_fn=lambda kept: kept[best_metric(kept)],
-                    n=1,
-                    keep_checkpoints_without_metrics=False,
-                ),
-            ]
-        )
         self._workdir, self._directory = workdir, checkpoint_dir(workdir)
+        self._policy = _NewestAndBest(keep)
+        for record in read_metrics(workdir):
+            self.measured(record["step"], record)
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=policy, create=True, cleanup_tmp_directories=True
+            preservation_policy=self._policy, create=True, cleanup_tmp_directories=True
         )
         with _failures_told(self._workdir, "opened"):
-            self._manager = ocp.CheckpointManager(self._directory, options=options)
+            self._manager = _Manager(self._directory, options=options)
 
     def latest_step(self) -> int | None:
         """The newest complete step, or None."""
         return self._manager.latest_step()
+
+    def measured(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Takes down how good a step is, where its evaluation says so."""
+        best = best_metric(metrics)
+        if best and math.isfinite(metrics[best]):
+            self._policy.values[step] = metrics[best]
 
     def save(
         self,
@@ -89,8 +123,7 @@ class Checkpointer:
         Raises:
           OSError: this save or the one before could not be written.
         """
-        best = best_metric(metrics)
-        known = None if best is None else {best: metrics[best]}
+        self.measured(step, metrics)
         # As arrays of the host, which Orbax writes as they are. A device's array it cuts
         # into a piece for each device, and compiles a program for each piece.
         trees = on_host(split(state))
@@ -100,7 +133,7 @@ class Checkpointer:
             record["told"] = told
         items[RECORD] = ocp.args.JsonSave(record)
         with _failures_told(self._workdir, "written"):
-            self._manager.save(step, args=ocp.args.Composite(**items), metrics=known)
+            self._manager.save(step, args=ocp.args.Composite(**items))
 
     def restore_newest(
         self, abstract_state: TrainState
@@ -118,6 +151,7 @@ class Checkpointer:
 
         Raises:
           ValueError: there are steps, and none is whole.
+          OSError: a step cannot be read now, which says nothing of it; it stays.
         """
         steps = sorted(self._manager.all_steps(), reverse=True)
         abstract, reasons = split(abstract_state), {}
@@ -127,14 +161,20 @@ class Checkpointer:
                     self._manager, self._directory, step, abstract
                 )
             except Exception as error:  # Orbax and what it stands on raise all kinds
+                found = DAMAGED if is_damage(error) else UNREADABLE
                 reasons[step] = first_line(error)
-                if not _any_process(True):
-                    continue
+                if _worst_of_all(found) == UNREADABLE:
+                    if isinstance(error, jax.errors.JaxRuntimeError | MemoryError):
+                        raise
+                    raise self._unreadable(step, error) from error
             else:
-                if not _any_process(False):
+                worst = _worst_of_all(WHOLE)
+                if worst == WHOLE:
                     self._put_aside(reasons, step)
                     return join(trees), record
                 reasons[step] = "another process cannot read it"
+                if worst == UNREADABLE:
+                    raise self._unreadable(step, ValueError(reasons[step]))
         if reasons:
             newest = max(reasons)
             raise ValueError(
@@ -142,6 +182,14 @@ class Checkpointer:
                 f"restored; step {newest}: {reasons[newest]}; use another --workdir"
             )
         return None
+
+    def _unreadable(self, step: int, error: Exception) -> OSError:
+        return OSError(
+            getattr(error, "errno", None) or errno.EIO,
+            f"the checkpoint of step {step} cannot be read now ({first_line(error)}); it "
+            "stays as it is, and the same command tries again",
+            str(self._directory),
+        )
 
     def _put_aside(self, reasons: dict[int, str], good: int) -> None:
         """Damaged steps would stand in the way of those that take their place."""
@@ -214,8 +262,8 @@ def _failures_told(workdir: str | pathlib.Path, done: str) -> Iterator[None]:
         ) from error
 
 
-def _any_process(failed: bool) -> bool:
-    """Whether any process of the job says so; all of them must take the same step."""
+def _worst_of_all(found: int) -> int:
+    """The worst that any process of the job has found; all must take the same step."""
     if jax.process_count() == 1:
-        return failed
-    return bool(np.any(multihost_utils.process_allgather(np.asarray(failed))))
+        return found
+    return int(np.max(multihost_utils.process_allgather(np.asarray(found))))

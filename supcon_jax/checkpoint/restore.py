@@ -18,6 +18,7 @@ from supcon_jax.checkpoint.items import (
     PyTree,
     checkpoint_dir,
     first_line,
+    is_damage,
     join,
     read_step,
     split,
@@ -127,6 +128,8 @@ def _read_newest(
             try:
                 found = read(manager, directory, candidate)
             except Exception as error:  # Orbax and what it stands on raise all kinds
+                if not is_damage(error):  # an older step would be another result
+                    raise
                 reasons[candidate] = first_line(error)
                 continue
             for damaged, reason in reasons.items():

@@ -34,11 +34,15 @@ class Goodput:
           records: the lines of metrics.jsonl.
           start_step: of the restored state; what was done after it is lost.
         """
-        before = [r for r in records if r["step"] <= start_step]
-        kept = [r for r in before if "goodput/share" in r]
-        until = max((r["wall_s"] for r in before), default=0.0)
+        told = [r for r in records if "goodput/share" in r]
+        kept = [r for r in told if r["step"] <= start_step]
+        found = {f"goodput/{p}_s": 0.0 for p in PARTS} | (kept[-1] if kept else {})
+        # What a process spent before its first save is in lines after the restored step.
+        for part in ("start", "compile", "lost") if told else ():
+            found[f"goodput/{part}_s"] = told[-1].get(f"goodput/{part}_s", 0.0)
+        before = [r["wall_s"] for r in records if r["step"] <= start_step]
         reached = max((r["wall_s"] for r in records), default=0.0)
-        return cls(kept[-1] if kept else {}, lost_s=max(reached - until, 0.0))
+        return cls(found, lost_s=max(reached - max(before, default=0.0), 0.0))
 
     @contextlib.contextmanager
     def spent(self, part: str) -> Iterator[None]:

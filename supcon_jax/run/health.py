@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 PyTree = Any
+# Parameters below it may grow as they like: a classifier that begins with zeros does.
+SMALL = 0.1
 
 
 class Health(NamedTuple):
@@ -17,11 +20,13 @@ class Health(NamedTuple):
       loss: of the last step that led to it.
       norm: of all parameters together.
       finite: whether all parameters and statistics are numbers.
+      small: the norm of as many parameters that are all `SMALL`.
     """
 
     loss: float
     norm: float
     finite: bool = True
+    small: float = 0.0
 
 
 @jax.jit
@@ -36,7 +41,8 @@ def _look(params: PyTree, batch_stats: PyTree) -> tuple[jax.Array, jax.Array]:
 def measure(params: PyTree, batch_stats: PyTree, loss: float) -> Health:
     """The health of a state; waits for the device."""
     norm, finite = jax.device_get(_look(params, batch_stats))
-    return Health(loss, float(norm), bool(finite))
+    count = sum(leaf.size for leaf in jax.tree.leaves(params))
+    return Health(loss, float(norm), bool(finite), SMALL * math.sqrt(count))
 
 
 def judge(
@@ -46,7 +52,7 @@ def judge(
 
     It must be finite, its loss L must not be far above the loss L0 at the last save,
     `L <= L0 + loss_rise max(1, |L0|)`, and the norm of its parameters must not have
-    exploded, `P <= norm_growth P0`.
+    exploded, `P <= norm_growth max(P0, S)`, with S that of small parameters.
 
     Args:
       now: of the state.
@@ -62,6 +68,6 @@ def judge(
         return "parameters are not finite"
     if loss_rise and not now.loss <= before.loss + loss_rise * max(1, abs(before.loss)):
         return f"the loss is {now.loss:.4g}, it was {before.loss:.4g}"
-    if norm_growth and not now.norm <= norm_growth * max(before.norm, 1e-12):
+    if norm_growth and not now.norm <= norm_growth * max(before.norm, now.small):
         return f"the parameters' norm is {now.norm:.3g}, it was {before.norm:.3g}"
     return None

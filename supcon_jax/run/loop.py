@@ -20,7 +20,7 @@ import jax
 from supcon_jax import hosts, parallel, storage
 from supcon_jax.checkpoint import Checkpointer, saved_steps
 from supcon_jax.logs import add_log_file, format_duration
-from supcon_jax.metrics import on_end
+from supcon_jax.metrics import best_metric, on_end
 from supcon_jax.profiling import parse_window, traced
 from supcon_jax.run import health, memory, report
 from supcon_jax.run.batches import build_train_batches
@@ -160,6 +160,8 @@ class _Training:
         self._on_log, self._stop = on_log, stop
         self._refused = 0  # saves in a row
         self._skipped = 0  # updates in a row
+        self._checked = 0  # the last step that was looked at
+        self._loss = math.nan  # of the last update that was kept
 
     def run(self) -> Metrics:
         """Everything, in order; returns the metrics of the final line."""
@@ -177,8 +179,8 @@ class _Training:
             batches = parallel.prefetch_to_devices(host_batches, plan.mesh)
             # The first batch is on its way while the step is compiled.
             first_batch = next(batches)
-        earlier = read_metrics(self._run.workdir)
-        self._goodput = Goodput.continued(earlier, start_step=start_step)
+        self._earlier = read_metrics(self._run.workdir)
+        self._goodput = Goodput.continued(self._earlier, start_step=start_step)
         hosts.beat("compiling", patience=6)
         with self._goodput.spent("compile"):
             start = time.monotonic()
@@ -198,6 +200,7 @@ class _Training:
         self._reference = health.measure(state.params, state.batch_stats, math.nan)
         if saved.get("health"):
             self._reference = Health(**saved["health"])
+        self._loss = self._reference.loss
         self._told = saved.get("told", {})
         self._meter = Meter(start_step)
         batches = self._timed(itertools.chain([first_batch], batches))
@@ -233,6 +236,7 @@ class _Training:
         config, total_steps = self._config, self._plan.total_steps
         before: DeviceMetrics = {}
         pending, last = False, {}
+        self._evaluate_what_was_cut_off(state, start_step)
         if start_step == total_steps:
             # It ended between its last save and its final line; its last step was told.
             last = self._told
@@ -258,7 +262,7 @@ class _Training:
                         metrics, stop_due = self._evaluate(state, number)
                     if save_due or stop_due:
                         told = self._log(number, device_metrics) if final else None
-                        self._save(state, number, metrics, device_metrics, told=told)
+                        self._save(state, number, metrics, told=told)
                 if stop_due:
                     if pending and not final:  # its line is that of a run that goes on
                         self._log(number, device_metrics)
@@ -268,7 +272,7 @@ class _Training:
             last = self._log(total_steps, before)
         metrics, stopped = self._evaluate(state, total_steps)
         if self._checkpointer.latest_step() != total_steps:
-            self._save(state, total_steps, metrics, before, told=last)
+            self._save(state, total_steps, metrics, told=last)
         self._checkpointer.wait()
         if stopped:  # it is evaluated again when the run goes on
             raise Stopped
@@ -282,6 +286,19 @@ class _Training:
             100 * final_metrics["goodput/share"],
         )
         return final_metrics
+
+    def _evaluate_what_was_cut_off(self, state: TrainState, step: int) -> None:
+        """A signal in, or just before, an evaluation saves the state and leaves that out."""
+        every = self._config.eval_every
+        if not step or not every or step % every or step == self._plan.total_steps:
+            return
+        if any(r["step"] == step and best_metric(r) for r in self._earlier):
+            return
+        with self._meter.pause():
+            metrics, stopped = self._evaluate(state, step)
+        self._checkpointer.measured(step, metrics)
+        if stopped:
+            raise Stopped
 
     def _timed(self, batches: Iterator[PyTree]) -> Iterator[PyTree]:
         while True:
@@ -303,10 +320,15 @@ class _Training:
 
     def _check_step(self, number: int, device_metrics: DeviceMetrics) -> None:
         """Stops where a step was not finite: its update was not kept."""
+        if number == self._checked:  # it was looked at before it was saved
+            return
+        self._checked = number
         loss, norm, skipped = (
             float(device_metrics[name])
             for name in ("train/loss", "optim/gradient_norm", "optim/skipped")
         )
+        if not skipped:
+            self._loss = loss
         if math.isnan(self._reference.loss):
             self._reference = self._reference._replace(loss=loss)
         if not skipped:
@@ -325,7 +347,6 @@ class _Training:
         state: TrainState,
         step: int,
         metrics: Metrics,
-        device_metrics: DeviceMetrics,
         *,
         told: Metrics | None = None,
     ) -> None:
@@ -338,8 +359,7 @@ class _Training:
         hosts.beat(f"saving step {step}")
         before_save(self._run.workdir)
         with self._goodput.spent("save"):
-            loss = float(device_metrics["train/loss"])
-            now = health.measure(state.params, state.batch_stats, loss)
+            now = health.measure(state.params, state.batch_stats, self._loss)
             reason = health.judge(
                 now,
                 self._reference,

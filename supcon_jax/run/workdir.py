@@ -127,7 +127,9 @@ def _enter(path: pathlib.Path) -> None:
     if not storage.is_remote(path):
         path.mkdir(parents=True, exist_ok=True)
     lock = Lock(path)
-    mirror = Mirror(str(path)) if storage.is_remote(path) else None
+    mirror = None
+    if storage.is_remote(path):
+        mirror = Mirror(str(path), is_ours=lambda: not lock.is_lost())
     _OPEN[str(path)] = _Open(lock, mirror)
 
 

@@ -78,6 +78,10 @@ class Lock:
                 f"one did not answer for over {LEASE_S:.0f} s; it goes on there"
             )
 
+    def is_lost(self) -> bool:
+        """Whether another process is known to have taken the folder."""
+        return bool(self._lost)
+
     def descriptors(self) -> tuple[int, ...]:
         """What a child inherits (`subprocess.Popen`, pass_fds) to hold the lock as well.
 

@@ -14,6 +14,7 @@ import shutil
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 
 from supcon_jax.storage import files
 
@@ -23,7 +24,8 @@ EVERY_S = 1.0
 # Orbax writes the first two to the bucket by itself. Event files of an earlier process are
 # never written again.
 NOT_MIRRORED = ("checkpoints/", "damaged_checkpoints/", "lock")
-NOT_DOWNLOADED = (*NOT_MIRRORED, "tensorboard/")
+# Features of a large dataset take gigabytes, and whoever needs them reads them in the bucket.
+NOT_DOWNLOADED = (*NOT_MIRRORED, "tensorboard/", "features/", "profile/")
 
 
 class Mirror:
@@ -31,6 +33,8 @@ class Mirror:
 
     Args:
       url: the folder in the bucket.
+      is_ours: whether this process still holds the folder's lock; what another one writes
+        there is not written over.
 
     Attributes:
       folder: the local one.
@@ -39,8 +43,8 @@ class Mirror:
       OSError: the files cannot be downloaded.
     """
 
-    def __init__(self, url: str):
-        self._url = url
+    def __init__(self, url: str, *, is_ours: Callable[[], bool] = lambda: True):
+        self._url, self._is_ours = url, is_ours
         self._temporary = tempfile.mkdtemp(prefix="supcon_jax_")
         # Trackers call a run by its folder's name.
         self.folder = pathlib.Path(self._temporary) / files.name(url)
@@ -61,7 +65,7 @@ class Mirror:
     def flush(self, *, patience_s: float) -> bool:
         """Whether all that was written is in the bucket; waits for it so long."""
         until = time.monotonic() + patience_s
-        while time.monotonic() < until:
+        while time.monotonic() < until and self._is_ours():
             if self._all_sent():
                 return True
             time.sleep(EVERY_S / 20)
@@ -83,7 +87,7 @@ class Mirror:
     def _run(self) -> None:
         while not self._ended.wait(EVERY_S):
             for name, state in self._files().items():
-                if self._sent.get(name) != state:
+                if self._sent.get(name) != state and self._is_ours():
                     self._upload(name, state)
 
     def _upload(self, name: str, state: tuple[int, int]) -> None:
