@@ -418,10 +418,10 @@ def test_cutout_hides_a_square_of_half_the_side():
     hidden = np.asarray(jax.vmap(lambda key: augment.cutout(key, image))(keys)) == 0.5
     assert np.all(hidden == hidden[..., :1])  # all channels alike
     sizes = hidden[..., 0].sum((1, 2))
-    # 15 pixels a side (less than 8 from the centre), fewer at the border.
-    assert sizes.max() == 15 * 15 and sizes.min() >= 8 * 8
+    # 16 pixels a side, fewer at the border.
+    assert sizes.max() == 16 * 16 and sizes.min() >= 8 * 8
     rows = hidden[..., 0].any(2).sum(1)
-    assert set(rows) <= set(range(8, 16))
+    assert set(rows) <= set(range(8, 17))
     # Every pixel is hidden at some time, the middle oftener than a corner.
     share = hidden[..., 0].mean(0)
     assert share.min() > 0 and share[16, 16] > 2 * share[0, 0]

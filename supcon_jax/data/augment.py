@@ -181,10 +181,10 @@ def cutout(key: jax.Array, image: jax.Array) -> jax.Array:
     """
     height, width, _ = image.shape
     place = jax.random.uniform(key, (2,))
-    inside = [
-        jnp.abs(jnp.arange(size) - jnp.floor(size * part)) < size / 4
-        for size, part in ((height, place[0]), (width, place[1]))
-    ]
+    inside = []
+    for size, part in ((height, place[0]), (width, place[1])):
+        from_start = jnp.arange(size) - jnp.floor(size * part) + size // 4
+        inside.append((from_start >= 0) & (from_start < size // 2))
     return jnp.where((inside[0][:, None] & inside[1])[..., None], 0.5, image)
 
 
