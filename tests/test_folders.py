@@ -121,6 +121,24 @@ def test_splits_without_training_images_are_no_classes(tmp_path):
     assert f"or give {tmp_path} (--config.data.root)" in message
 
 
+@pytest.mark.parametrize("name", ["test", "Val"])
+def test_a_split_beside_classes_is_no_class(tmp_path, name):
+    """It was trained on as one more class."""
+    image_folder(tmp_path, ["cat", "dog"])
+    image_folder(tmp_path / name, ["cat", "dog"])
+    for split in ("train", name):
+        message = refusal("folder", split, root=str(tmp_path))
+        assert (
+            f"has {name!r} beside folders of classes and no folder 'train'" in message
+        )
+        assert "move the classes into 'train' (--config.data.root)" in message
+    (tmp_path / "train").mkdir()
+    for kind in ("cat", "dog"):
+        (tmp_path / kind).rename(tmp_path / "train" / kind)
+    source = open_source("folder", "train", root=str(tmp_path))
+    assert source.class_names == ("cat", "dog")
+
+
 @pytest.mark.parametrize("hidden", [".ipynb_checkpoints", "@eaDir", ".thumbs"])
 def test_hidden_folders_and_files_are_no_data(tmp_path, hidden):
     image_folder(tmp_path / "train", ["ant", "cat"])

@@ -1,5 +1,6 @@
 """Image files of all kinds, broken ones among them, through the tf.data part."""
 
+import errno
 import io
 import itertools
 import logging
@@ -10,9 +11,10 @@ import sys
 
 import numpy as np
 import pytest
+import tensorflow as tf
 from PIL import Image
 
-from supcon_jax.data import host
+from supcon_jax.data import host, images
 from supcon_jax.data.datasets import open_source
 from supcon_jax.data.pipeline import (
     eval_batches,
@@ -192,6 +194,49 @@ def test_a_file_that_vanished_is_named(folder):
         list(eval_batches(source, batch_size=4, image_size=8, resize=8))
 
 
+@pytest.mark.parametrize("skip_errors", [True, False])
+def test_a_file_that_cannot_be_read_for_a_moment_ends_no_run(
+    folder, caplog, skip_errors
+):
+    """TensorFlow's error did, which names no file: the file was read to find out why."""
+    for name in BROKEN:
+        (folder / "train" / name).write_bytes((folder / "train/a/00.jpg").read_bytes())
+    whole = open_folder(folder, skip_errors=skip_errors)
+    columns = whole.paths, whole.labels, whole.class_names, whole.unreadable
+    asked = []  # why it could not be read, which `_diagnose` alone does one by one
+
+    class Flaky(FileSource):
+        def read(self, index):
+            if index == 3:
+                asked.append(index)
+            return super().read(index)
+
+        def read_many(self, indices, map=map):
+            broken = OSError(errno.EIO, "Input/output error")
+            return [
+                broken
+                if index == 3 and len(asked) < fails
+                else super(Flaky, self).read(index)
+                for index in indices
+            ]
+
+    flaky = Flaky(*columns)
+    expected = batches(whole, steps=5)
+    fails = 2
+    with caplog.at_level(logging.WARNING, "supcon_jax"):
+        found = batches(flaky, steps=5)
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(one["image"], other["image"])
+        np.testing.assert_array_equal(one["id"], other["id"])
+    said = f"warning: cannot read {whole.name(3)}: Input/output error; now it can be"
+    assert [r.getMessage().startswith(said) for r in caplog.records] == [True] * 2
+    assert whole.unreadable.reasons == {}
+    fails = 10
+    with pytest.raises(ValueError, match="Input/output error; it failed 3") as error:
+        batches(flaky, steps=5)
+    assert whole.name(3) in str(error.value) and "\n" not in str(error.value)
+
+
 def test_evaluation_masks_broken_files(folder):
     source = open_folder(folder)
     found = list(eval_batches(source, batch_size=8, image_size=8, resize=8))
@@ -311,6 +356,37 @@ def test_a_process_ends_while_images_are_read(tmp_path):
         assert noise not in result.stderr
 
 
+# --- the crop of evaluation ---
+
+
+def test_a_part_of_a_resized_image_is_that_of_the_whole():
+    """Bit for bit, whatever the sizes: thin images are cropped as the others."""
+    rng = np.random.default_rng(0)
+    sizes = [(1, 1, 8, 9), (1, 60, 8, 9), (60, 1, 8, 8), (33, 33, 33, 33)]
+    for _ in range(40):
+        size = int(rng.integers(1, 64))
+        sizes.append((*rng.integers(1, 400, 2), size, size + int(rng.integers(8))))
+    for height, width, size, resize in sizes:
+        image = tf.constant(rng.integers(0, 256, (height, width, 3), np.uint8))
+        short = min(height, width)
+        target = np.round(np.asarray([height, width]) * resize / short).astype(np.int32)
+        first = (target - size) // 2
+        (top, left), ends = first, first + size
+        whole = host._resize(image, target)[top : ends[0], left : ends[1]]
+        part = host._resize_part(image, tf.constant(target), tf.constant(first), size)
+        np.testing.assert_array_equal(part, whole)
+
+
+@pytest.mark.parametrize("shape", [(1, 5000, 3), (5000, 1, 3)])
+def test_the_crop_of_a_strip_takes_little_memory(shape, monkeypatch):
+    """Its resized image would have 256 x 1,280,000 pixels, 3.9 GB."""
+    monkeypatch.setattr(host, "_resize", None)
+    image = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+    options = {"image_size": 224, "resize": 256}
+    crop = host.central_crop(tf.constant(image), None, **options)
+    np.testing.assert_array_equal(crop[0], images.central_crop(image, **options))
+
+
 # --- small splits in memory ---
 
 
@@ -352,7 +428,7 @@ def test_of_large_images_only_a_few_are_held(monkeypatch):
         ids = np.stack([np.full(1000, step), np.arange(1000)], axis=1)
         return ids, ids[:, 1]
 
-    chunks = host._read_encoded(source, rows, range(2), most=512)
+    chunks = host._read_encoded(source, rows, range(2), most=512, unread={})
     images, labels, _, is_example, ids = next(chunks)
     assert len(images) == 20 and len(read) <= 20 + 2 * host.READERS
     for chunk in chunks:

@@ -65,7 +65,19 @@ def rows(length):
     return np.random.default_rng(0).integers(0, 256, (SIZE[1], length), np.uint8)
 
 
+def bmp_of_sixteen_bits():
+    """Three colours in 16 bits, which are 8 bits a value or less."""
+    width, height = SIZE
+    info = struct.pack("<IiiHHIIiiII", 40, width, height, 1, 16, 3, 0, 0, 0, 0, 0)
+    masks = struct.pack("<III", 0xF800, 0x07E0, 0x001F)
+    pixels = np.arange(height * (width + 1), dtype="<u2") * 100  # rows are padded
+    size = 14 + len(info) + len(masks)
+    start = struct.pack("<2sIHHI", b"BM", size + pixels.nbytes, 0, 0, size)
+    return start + info + masks + pixels.tobytes()
+
+
 FILES = {
+    "bmp of 16 bits": bmp_of_sixteen_bits,
     "jpeg": lambda: saved(picture(), "JPEG", quality=95),
     "jpeg, progressive": lambda: saved(picture(), "JPEG", progressive=True),
     "jpeg, grey": lambda: saved(picture().convert("L"), "JPEG"),
@@ -189,12 +201,41 @@ def test_plain_jpeg_and_png_files_are_left_to_tensorflow():
         assert images.for_tensorflow(io.BytesIO(data)) == (data, 1)
 
 
+def deep_tiff(channels, photometric):
+    """A TIFF of 16 bits a value in several channels, which Pillow does not write."""
+    width, height = SIZE
+    size = width * height * channels * 2
+    tags = {256: width, 257: height, 259: 1, 262: photometric, 273: 8, 277: channels}
+    tags |= {278: height, 279: size}
+    if photometric == 2 and channels == 4:
+        tags[338] = 2  # the fourth is alpha
+    count = len(tags) + 1
+    bits = 8 + size + 2 + 12 * count + 4
+    entries = {
+        tag: struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items()
+    }
+    entries[258] = struct.pack("<HHII", 258, 3, channels, bits)
+    return b"".join(
+        [
+            struct.pack("<2sHI", b"II", 42, 8 + size),
+            np.full(size // 2, 4095, "<u2").tobytes(),  # white, of 12 bits
+            struct.pack("<H", count),
+            *(entries[tag] for tag in sorted(entries)),
+            struct.pack("<I", 0),
+            struct.pack(f"<{channels}H", *[16] * channels),
+        ]
+    )
+
+
 GREY = np.arange(18 * 31, dtype=np.uint16).reshape(18, 31) * 7
 REFUSED = {
     "png of 16 bits": (saved(Image.fromarray(GREY), "PNG"), "16 bits"),
     "png of 16 bits in colour": (by_hand(16, 2, rows(6 * 31)), "16 bits"),
     "png of 16 bits with alpha": (by_hand(16, 6, rows(8 * 31)), "16 bits"),
     "tiff of 16 bits": (saved(Image.fromarray(GREY), "TIFF"), "16 bits"),
+    "tiff of 16 bits in colour": (deep_tiff(3, 2), "16 bits"),
+    "tiff of 16 bits with alpha": (deep_tiff(4, 2), "16 bits"),
+    "tiff of 16 bits in cmyk": (deep_tiff(4, 5), "16 bits"),
     "tiff of 32 bits": (saved(Image.fromarray(GREY.astype(np.int32)), "TIFF"), "16"),
     "tiff of floats": (saved(Image.fromarray(GREY.astype(np.float32)), "TIFF"), "16"),
     "text": (b"not an image", "no image"),
@@ -223,6 +264,9 @@ def test_what_cannot_be_shown_is_refused_in_one_line(kind):
     with pytest.raises(OSError) as without_tensorflow:
         images.decode(io.BytesIO(data))
     assert str(without_tensorflow.value) == str(error.value)
+    if "16" in reason:
+        with pytest.raises(OSError, match="16 bits"):
+            images.decode(Image.open(io.BytesIO(data)))
 
 
 @pytest.mark.parametrize(

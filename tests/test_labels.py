@@ -184,6 +184,20 @@ def test_choices_of_examples_keep_unlabelled_ones_apart():
     assert not np.array_equal(noisy.labels, source.labels)
 
 
+def test_no_image_without_a_label_is_held_out():
+    """It was: lost to training, and of no use to evaluation."""
+    source = source_of([0, 1, 2, -1, -1] * 8)
+    train, held = hold_out(source, 0.25, seed=0)
+    assert np.bincount(held.labels).tolist() == [2, 2, 2] and train.num_unlabelled == 16
+    assert train.num_examples == 34
+    # The images with a label are divided as if there were no others.
+    _, alone = hold_out(take_labelled(source), 0.25, seed=0)
+    np.testing.assert_array_equal(held.images, alone.images)
+    # Of a split without any label a share is, for what evaluation says without them.
+    train, held = hold_out(source_of([-1] * 8), 0.25, seed=0)
+    assert (train.num_examples, held.num_examples) == (6, 2)
+
+
 @pytest.mark.parametrize("fraction", [0.25, 0.5, 0.9])
 def test_a_held_out_share_leaves_every_class_something(fraction, messages):
     """Ten classes of one image, ten of two, one of many."""

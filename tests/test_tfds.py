@@ -4,6 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
+import tensorflow as tf
 import tensorflow_datasets as tfds
 from tensorflow_datasets.core import registered
 
@@ -218,6 +219,64 @@ def test_a_held_out_share_of_records_leaves_every_class_something(directory):
         train, held = open_sources(config(directory, "large", **changes))
         assert {0, 1, 2} <= set(read_labels(train).labels)
         assert train.num_examples + held.num_examples == 20
+
+
+def pixels(source):
+    """The images of a split, in memory or encoded."""
+    if source.images is not None:
+        return source.images
+    encoded = (source.read(index).image for index in range(source.num_examples))
+    return np.stack(
+        [tf.io.decode_image(image, channels=3).numpy() for image in encoded]
+    )
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"data.validation_fraction": 0.25},
+        {"data.fraction": 0.5, "batch_size": 8},
+        {"data.labelled_fraction": 0.5},
+    ],
+    ids=str,
+)
+def test_what_is_drawn_does_not_depend_on_the_size_of_images(changes, directory):
+    """A probe at twice the size was evaluated on images that pretraining had seen."""
+    native = open_sources(config(directory, "small", **changes))
+    scaled = {"data.image_size": 16, "data.eval_resize": 16}
+    other = open_sources(config(directory, "small", **changes, **scaled))
+    for one, two in zip(native, other, strict=True):
+        assert one.images is not None and two.images is None
+        np.testing.assert_array_equal(one.labels, two.labels)
+        np.testing.assert_array_equal(pixels(one), pixels(two))
+    for source in (native, other):  # of every class alike
+        drawn = source[1] if "data.validation_fraction" in changes else source[0]
+        counts = np.bincount(drawn.labels[drawn.labels >= 0])
+        assert len(counts) == 3 and np.ptp(counts) <= 1
+
+
+def test_a_share_of_a_large_split_is_drawn_from_all(directory, monkeypatch):
+    """Its labels are not read at the start, whatever the size of its images."""
+    monkeypatch.setattr("supcon_jax.data.sources.READ_AT_START_BYTES", 100)
+    changes = {"data.validation_fraction": 0.25, "batch_size": 8}
+    shares = [
+        open_sources(config(directory, name, **changes)) for name in ("small", "large")
+    ]
+    assert shares[0][0].images is not None and set(shares[1][0].labels) == {UNREAD}
+    for small, large in zip(*shares, strict=True):
+        np.testing.assert_array_equal(small.labels, read_labels(large).labels)
+
+
+def test_grey_images_of_one_size_are_kept_in_memory(tmp_path):
+    """MNIST was decoded in every epoch."""
+    grey = [{**r, "image": r["image"][..., :1]} for r in rows([0, 1, 2] * 4)]
+    feature = kinds.Image(shape=(8, 8, 1))
+    prepare(tmp_path, "grey", {"image": feature, "label": label()}, {"train": grey})
+    encoded = open_source("grey", "train", dir=str(tmp_path))
+    loaded = load_small(encoded, 8)
+    np.testing.assert_array_equal(loaded.images, pixels(encoded))
+    np.testing.assert_array_equal(loaded.labels, read_labels(encoded).labels)
+    assert load_small(encoded, 16) is encoded
 
 
 # --- types and names of features ---

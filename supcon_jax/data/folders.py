@@ -46,6 +46,12 @@ def open_folder(split: str, dir: str, root: str) -> FileSource:
                 f"{path} has {', '.join(folders)} and no folder 'train' "
                 "(--config.data.root)"
             )
+        if splits := [name for name in folders if is_split(name)]:
+            raise ValueError(
+                f"{path} has {', '.join(map(repr, splits))} beside folders of classes "
+                "and no folder 'train'; move the classes into 'train' "
+                "(--config.data.root)"
+            )
         if split.lower() not in TRAIN:
             parent = ""
             if is_split(path.name) and has_train(folders_in(path.parent)):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import functools
 import itertools
+import logging
 import os
 import traceback
 import weakref
@@ -31,10 +32,15 @@ from supcon_jax.data.sources import (
 )
 from supcon_jax.data.views import TENSORFLOW_CROP, Augmentation
 
+logger = logging.getLogger(__name__)
 Batch = dict[str, np.ndarray]
 
 # Encoded images that are handed on together, and the bytes after which fewer are.
 CHUNK_ROWS, CHUNK_BYTES = 512, 64 * 2**20
+# How often a step is read again whose examples can all be read, but were not.
+READ_AGAIN = 2
+# An image whose long side is more than so many short ones is cropped as it is resized.
+THIN = 4
 
 # Streams that are being read. TensorFlow's threads run Python to read the bytes, and the
 # process may hang for ever if they are still reading when the interpreter ends.
@@ -78,9 +84,11 @@ def batches(
 
     Raises:
       ValueError: an example cannot be decoded and the source does not skip such
-        examples, or a label is out of range.
+        examples, one cannot be read again and again and by itself can, or a label is out
+        of range.
     """
     unreadable: set[int] = set()
+    failed_step, times = start_step, 0
     # A local name, because the module's names are gone when the interpreter exits.
     errors = (tf.errors.OpError, OSError)
     step = start_step
@@ -88,8 +96,11 @@ def batches(
         rows = functools.partial(
             _readable, source, identities, unreadable, replace_unreadable
         )
+        unread: dict[int, str] = {}
         try:
-            stream = _dataset(source, cache, rows, transform, shape, step, stop_step)
+            stream = _dataset(
+                source, cache, rows, transform, shape, step, stop_step, unread
+            )
             _OPEN.add(stream)
             for batch in stream:
                 _check_labels(source, batch)
@@ -100,12 +111,46 @@ def batches(
             # the stream (see _OPEN).
             traceback.clear_frames(error.__traceback__)
             found = _diagnose(source, rows(step))
-            if not found:
-                raise
-            unreadable |= found.keys()
-            source.unreadable.add({source.name(i): why for i, why in found.items()})
+            if found:
+                unreadable |= found.keys()
+                source.unreadable.add({source.name(i): why for i, why in found.items()})
+            else:  # a disk or a network may have failed for a moment
+                times = times + 1 if step == failed_step else 1
+                failed_step = step
+                _read_again(source, rows(step)[1], unread, times, error)
         else:
             return
+
+
+def _read_again(
+    source: Source,
+    indices: np.ndarray,
+    unread: dict[int, str],
+    times: int,
+    error: Exception,
+) -> None:
+    """Says that a step is read again, or raises what it failed with too often.
+
+    Args:
+      source: what is read.
+      indices: the examples of the step, all of which can be read now.
+      unread: examples that could not be read, and why.
+      times: how often the step has failed.
+      error: TensorFlow's, which does not say where.
+    """
+    index = next((i for i in indices.tolist() if i in unread), None)
+    what = f"a batch failed: {error}".splitlines()[0][:200]
+    if index is not None:
+        what = f"cannot read {source.name(index)}: {unread[index]}"
+    if times <= READ_AGAIN:
+        logger.warning("warning: %s; now it can be read: trying again", what)
+        return
+    if index is None:
+        raise error
+    raise ValueError(
+        f"{what}; it failed {times} times and could be read after each: look to the disk "
+        "or network of the data (--config.data.root, --config.data.dir)"
+    ) from None
 
 
 def _readable(
@@ -136,6 +181,7 @@ def _dataset(
     shape: tuple[int, ...],
     start_step: int,
     stop_step: int | None,
+    unread: dict[int, str],
 ) -> Generator[Batch]:
     steps = (
         itertools.count(start_step)
@@ -165,7 +211,7 @@ def _dataset(
     read: Callable[..., Iterator[tuple]]
     if source.images is None:
         read = functools.partial(
-            _read_encoded, most=min(count, CHUNK_ROWS), cache=cache
+            _read_encoded, most=min(count, CHUNK_ROWS), unread=unread, cache=cache
         )
         image = tf.TensorSpec((None,), tf.string)
     else:
@@ -210,9 +256,15 @@ def _read_images(source: Source, rows, steps) -> Iterator[tuple]:
 
 
 def _read_encoded(
-    source: Source, rows, steps, *, most: int, cache: BlockCache | None = None
+    source: Source,
+    rows,
+    steps,
+    *,
+    most: int,
+    unread: dict[int, str],
+    cache: BlockCache | None = None,
 ) -> Iterator[tuple]:
-    """Examples in order, at most `most` at a time.
+    """Examples in order, at most `most` at a time; `unread` gets why some were not read.
 
     Not a step at a time: photos that are handed on as pixels would fill the memory.
     """
@@ -226,7 +278,8 @@ def _read_encoded(
                 if example is None:
                     break
                 if isinstance(example, OSError):
-                    # It cannot be decoded, and _diagnose then says why.
+                    # It cannot be decoded, and _diagnose then says why it still is.
+                    unread[index] = example.strerror or str(example)
                     example = Encoded(b"", 0)
                 chunk.append((ids, index, *example))
                 size += len(example.image)
@@ -395,10 +448,53 @@ def central_crop(
     del identity
     shape = tf.cast(tf.shape(image)[:2], tf.float32)
     target = tf.cast(tf.round(shape * resize / tf.reduce_min(shape)), tf.int32)
-    image = _resize(image, target)
-    top, left = tf.unstack((target - image_size) // 2)
-    image = image[top : top + image_size, left : left + image_size]
-    return _round_to_uint8(image)[None]
+    first = (target - image_size) // 2
+
+    def whole() -> tf.Tensor:
+        top, left = tf.unstack(first)
+        resized = _resize(image, target)
+        return resized[top : top + image_size, left : left + image_size]
+
+    # The resized image of a strip could fill the memory.
+    thin = tf.reduce_max(target) > THIN * resize
+    crop = tf.cond(thin, lambda: _resize_part(image, target, first, image_size), whole)
+    return _round_to_uint8(crop)[None]
+
+
+def _resize_part(
+    image: tf.Tensor, target: tf.Tensor, first: tf.Tensor, size: int
+) -> tf.Tensor:
+    """A square `[size, size, 3]` of `_resize(image, target)`, bit for bit.
+
+    Of an ordinary image, `tf.image.resize` makes the whole in a third of the time.
+
+    Args:
+      image: `[H, W, 3]`.
+      target: `[2]` int32, height and width after the resize.
+      first: `[2]` int32, where the square begins.
+      size: its side.
+    """
+    sides = tf.shape(image)[:2]
+    scale = tf.cast(sides, tf.float32) / tf.cast(target, tf.float32)
+    centre = tf.cast(first[:, None] + tf.range(size), tf.float32) + 0.5
+    place = centre * scale[:, None] - 0.5
+    before = tf.floor(place)
+    down, right = tf.unstack(place - before)
+    (top, left), (bottom, other) = (
+        tf.unstack(tf.clip_by_value(tf.cast(x, tf.int32), 0, sides[:, None] - 1))
+        for x in (before, tf.math.ceil(place))
+    )
+
+    def row(index: tf.Tensor) -> tf.Tensor:
+        pixels = tf.gather(image, index)
+        a, b = (
+            tf.cast(tf.gather(pixels, columns, axis=1), tf.float32)
+            for columns in (left, other)
+        )
+        return a + (b - a) * right[None, :, None]
+
+    above, below = row(top), row(bottom)
+    return above + (below - above) * down[:, None, None]
 
 
 def _resize(image: tf.Tensor, size) -> tf.Tensor:

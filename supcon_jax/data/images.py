@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import threading
 from collections.abc import Callable
 from typing import Any, BinaryIO, TypeVar
@@ -23,6 +24,8 @@ T = TypeVar("T")
 
 # The EXIF tag that says how a camera was held.
 ORIENTATION = 0x0112
+# The TIFF tag that says how many bits each channel's values have.
+BITS_PER_SAMPLE = 258
 # A file of a few kilobytes can claim any size; Pillow's limit for that.
 MAX_PIXELS = 178_956_970
 # Many threads wait for the disk, but each that decodes holds an image's pixels twice.
@@ -188,6 +191,7 @@ def _show(file: BinaryIO, use: Callable[[Any], T]) -> T:
 
     try:
         with DECODERS, _open(file) as image:
+            _refuse_deep(image)
             return use(_upright(image))
     except UnidentifiedImageError:
         raise OSError("it is no image that can be read") from None
@@ -196,12 +200,29 @@ def _show(file: BinaryIO, use: Callable[[Any], T]) -> T:
         raise OSError(why) from None
 
 
+def _refuse_deep(image: Any) -> None:
+    """Refuses a Pillow image whose file has more than 8 bits a value.
+
+    Only grey ones have a mode of their own. Of colours Pillow keeps the high bytes, and
+    then the file's tags or the way in which it is still to be read tell; a copy of the
+    image has neither.
+
+    Raises:
+      OSError: it has more.
+    """
+    bits = getattr(image, "tag_v2", {}).get(BITS_PER_SAMPLE, 8)
+    # "RGB;16B" is one; "BGR;16" is not, three colours in 16 bits.
+    ways = str([tile[-1] for tile in getattr(image, "tile", ())])
+    if image.mode in ("I", "F") or image.mode.startswith("I;"):
+        raise OSError(SIXTEEN_BITS)
+    if np.max(bits) > 8 or re.search(";16[BLN]", ways):
+        raise OSError(SIXTEEN_BITS)
+
+
 def _upright(image: Any) -> Any:
     """A Pillow image as it is shown, in RGB; the one given is changed."""
     from PIL import ImageOps
 
-    if image.mode in ("I", "F") or image.mode.startswith("I;"):
-        raise OSError(SIXTEEN_BITS)
     # In place, and not converted where it is RGB: a photo has many megabytes.
     ImageOps.exif_transpose(image, in_place=True)
     # Which colour is transparent does not matter without an alpha channel.
@@ -219,6 +240,7 @@ def decode(image: Any) -> np.ndarray:
       OSError: it cannot be read; the same files are refused as by `for_tensorflow`.
     """
     if hasattr(image, "getexif"):
+        _refuse_deep(image)
         return np.asarray(_upright(image.copy()))
     content, _ = for_tensorflow(image)
     return _show(io.BytesIO(content), np.array)

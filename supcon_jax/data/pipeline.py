@@ -198,7 +198,8 @@ def load_small(source: Source, image_size: int) -> Source:
     shape = (image_size, image_size, 3)
     if (
         source.images is not None
-        or tuple(source.image_shape) != shape
+        or not source.num_examples
+        or tuple(source.image_shape[:2]) != shape[:2]  # grey ones become RGB
         or source.num_examples * np.prod(shape) > IN_MEMORY_BYTES
     ):
         return source

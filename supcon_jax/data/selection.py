@@ -143,26 +143,27 @@ def hide_labels(
     return dataclasses.replace(source, labels=labels)
 
 
-def hold_out(
-    source: Source, fraction: float, *, seed: int, labels: np.ndarray | None = None
-) -> tuple[Source, Source]:
+def hold_out(source: Source, fraction: float, *, seed: int) -> tuple[Source, Source]:
     """A training split without a random share of it, and that share.
 
-    Of every class the same share is taken where labels are known without reading the
-    files; a TFDS split, and images of several classes each, are divided at random. A class that would have no training image
-    left keeps one.
+    Of every class the same share is taken where labels are known; a split whose labels
+    are unread, and images of several classes each, are divided at random. A class that
+    would have no training image left keeps one. Where others have a label, images that
+    are known to have none all stay in training: evaluation could not use them.
 
     Args:
       source: a training split.
       fraction: share to hold out.
       seed: of the choice.
-      labels: `[n]`, what is known of them beside `source.labels`.
 
     Raises:
       ValueError: one of the two would be empty.
     """
     kept, held = _split_rows(source, fraction, seed=seed)
-    labels = source.labels if labels is None else labels
+    labels = source.labels
+    if np.any(labels != UNLABELLED):
+        held = held[labels[held] != UNLABELLED]
+        kept = np.setdiff1d(np.arange(len(labels)), held)
     left = np.setdiff1d(labels[held], labels[kept])
     if source.label_sets is not None:
         left = left[:0]  # many sets have one image

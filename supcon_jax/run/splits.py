@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 
 import numpy as np
@@ -33,16 +32,19 @@ def open_sources(config: ConfigDict) -> tuple[Source, Source]:
       ValueError: data or batch size cannot be used, in one line.
     """
     data = config.data
-    open_split = functools.partial(_open_split, config)
+
+    def open_split(split: str) -> Source:
+        # What is drawn below must not depend on whether the images, at the size of this
+        # run, are kept in memory: a probe at another size would see other images.
+        return read_labels_at_start(_open_split(config, split))
+
     if data.fake:
         train, evaluation = (open_source("synthetic", s) for s in ("train", "test"))
     elif data.validation_fraction:
-        whole = open_split(data.train_split)
         train, evaluation = selection.hold_out(
-            whole,
+            open_split(data.train_split),
             data.validation_fraction,
             seed=data.split_seed,
-            labels=read_labels_at_start(whole).labels,
         )
     else:
         train, evaluation = open_split(data.train_split), open_split(data.eval_split)
@@ -59,7 +61,11 @@ def open_sources(config: ConfigDict) -> tuple[Source, Source]:
             seed=data.split_seed,
         )
     train = selection.add_label_noise(train, data.label_noise, seed=data.split_seed)
-    train, evaluation = map(read_labels_at_start, (train, evaluation))
+    # A share of a split may be read in seconds where the whole is not.
+    train, evaluation = (
+        read_labels_at_start(load_small(source, data.image_size))
+        for source in (train, evaluation)
+    )
     train = leave_out_unlabelled(config, train)
     check_same_size(train, evaluation)
     for source in (train, evaluation):
@@ -137,7 +143,8 @@ def open_eval_source(config: ConfigDict) -> Source:
     if data.validation_fraction:
         _, source = open_sources(config)
     else:
-        source = read_labels(_open_split(config, data.eval_split))
+        source = _open_split(config, data.eval_split)
+        source = read_labels(load_small(source, data.image_size))
         check_image_size(source, data.image_size)
     if not has_labels(source):
         raise ValueError(
@@ -158,8 +165,7 @@ def _open_split(config: ConfigDict, split: str) -> Source:
         label_key=data.label_key,
         skip_errors=data.skip_errors,
     )
-    source = selection.take_classes(source, data.classes)
-    return load_small(source, data.image_size)
+    return selection.take_classes(source, data.classes)
 
 
 def check_positives(config: ConfigDict, source: Source) -> None:
