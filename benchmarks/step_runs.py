@@ -85,10 +85,10 @@ class Method:
         self.state = jax.jit(plan.init, out_shardings=replicated)()
         self.batch = parallel.to_global(noise_batch(plan), plan.mesh)
         start = time.perf_counter()
-        compiled = plan.lower().compile()
+        self.compiled = plan.lower().compile()
         self.compile_s = time.perf_counter() - start
-        self.step = functools.partial(compiled, plan.seed_on_devices())
-        self.memory = step_memory(compiled)
+        self.step = functools.partial(self.compiled, plan.seed_on_devices())
+        self.memory = step_memory(self.compiled)
         self.wall: list[float] = []
         self.cpu: list[float] = []
         self.run(1)

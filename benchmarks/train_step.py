@@ -123,7 +123,7 @@ def compare(options: argparse.Namespace) -> None:
     )
     header = "step|views/s|ms|wall / CE|CPU / CE|GFLOP|TFLOP/s|of peak|memory MiB"
     print(table(header.split("|"), rows))
-    analysis = methods[BASELINE].step.cost_analysis() or {}
+    analysis = methods[BASELINE].compiled.cost_analysis() or {}
     if "flops" in analysis:
         print(
             f"\nXLA's own count for the cross-entropy step on one device: "

@@ -80,7 +80,11 @@ def create_schedule(
             factor = 0.5 * (1.0 + jnp.cos(jnp.pi * progress))
             factor = cosine_end + (1.0 - cosine_end) * factor
         elif name == "staircase":
-            stairs = jnp.floor(after / (decay_epochs * steps_per_epoch))
+            # The floor of the quotient, told by a product, which is exact for whole steps:
+            # a compiler multiplies by the reciprocal and may end just below the stair.
+            length = decay_epochs * steps_per_epoch
+            nearest = jnp.round(after / length)
+            stairs = jnp.where(nearest * length <= after, nearest, nearest - 1)
             factor = decay_rate**stairs
         elif name == "piecewise":
             steps = jnp.asarray(boundaries_epochs, jnp.float32) * steps_per_epoch

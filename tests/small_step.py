@@ -61,13 +61,14 @@ def tiny_step(
     average=0.0,
     probe=None,
     classifier=None,
+    schedule=None,
     **options,
 ):
     """State and arguments of `train_step` for the small encoder, on some devices."""
     whole = parallel.create_mesh(jax.devices()[:devices])
     mesh, axis = parallel.grouped_mesh(whole, norm_devices)
     modules = contrastive.Modules(Encoder(norm, axis, dtype), Head(), classifier, probe)
-    optimizer = optax.sgd(1.0)
+    optimizer = optax.sgd(schedule or 1.0)
     state = contrastive.init_state(
         modules,
         optimizer=optimizer,
@@ -96,7 +97,7 @@ def tiny_step(
         spec=spec,
         mesh=mesh,
         optimizer=optimizer,
-        schedule=optax.constant_schedule(1.0),
+        schedule=schedule or optax.constant_schedule(1.0),
     )
     return state, step
 

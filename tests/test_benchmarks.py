@@ -14,6 +14,7 @@ from benchmarks import cifar10, step_runs, step_tasks, train_step
 from supcon_jax.config.check import check_config
 from supcon_jax.losses import supcon_loss
 from supcon_jax.planning.flops import count_flops, loss_flops
+from tests.runs import pretrain_config
 
 
 def test_products_count_two_operations_a_multiply_add():
@@ -88,6 +89,20 @@ def test_collectives_are_counted_once_each():
     counts = step_tasks.count_collectives(text)
     assert (counts["all-reduce"], counts["all-gather"]) == (2, 1)
     assert counts["reduce-scatter"] == 0
+
+
+def test_methods_are_compared(monkeypatch, capsys):
+    """From the flags to the last line, with a network that is small."""
+    config = pretrain_config(**{"loss.name": "cross_entropy"})
+    monkeypatch.setattr(train_step, "build_config", lambda options, method: config)
+    monkeypatch.setattr(train_step, "compute_dtype", lambda options: "float32")
+    options = train_step.parse(
+        ["--rounds=1", "--steps=1", f"--methods={step_runs.BASELINE}"]
+    )
+    train_step.compare(options)
+    head, _, row = capsys.readouterr().out.partition("| cross-entropy |")
+    assert "| GFLOP |" in head and "| 1.000 | 1.000 |" in row
+    assert "XLA's own count for the cross-entropy step" in row
 
 
 def test_table_is_markdown():

@@ -68,9 +68,25 @@ def test_every_listed_slice_is_found_by_both_names(kind):
         assert find_topology(f"{kind}-{topology.num_chips * cores}") == topology
 
 
-def test_gpus_of_one_host_use_their_own_links():
-    assert find_topology("h100:1x8").link_bandwidth == 450e9
-    assert find_topology("h100:2x8").link_bandwidth == 50e9
+@pytest.mark.parametrize(
+    "name, kind, devices, seconds",
+    [
+        ("h100:1x8", "all-reduce", 8, 2 * 7 / 8 * 9e7 / 450e9),
+        # A group within one of several hosts, as of BatchNorm's statistics.
+        ("h100:4x8", "all-reduce", 8, 2 * 7 / 8 * 9e7 / 450e9),
+        ("h100:4x8", "all-gather", 2, 1 / 2 * 9e7 / 450e9),
+        # Of all hosts: NVLink takes longer than an eighth of it on each network card.
+        ("h100:4x8", "all-reduce", 32, 2 * 7 / 8 * 9e7 / 450e9),
+        ("h100:32x8", "all-gather", 256, 31 / 32 * 9e7 / 8 / 50e9),
+        ("a100:2x8", "reduce-scatter", 16, 7 / 8 * 9e7 / 300e9),
+    ],
+)
+def test_gpus_of_one_host_use_their_own_links(name, kind, devices, seconds):
+    """And all of its network between hosts, so that the time is a lower bound."""
+    sent = Collective(kind, "f32", 90_000_000, devices)
+    times = step_time(find_topology(name), flops=1, traffic=1, collectives=[sent])
+    assert times.blocking == pytest.approx(seconds + LATENCY_S)
+    assert CHIPS["h100"].nvlink == 450e9 and CHIPS["h100"].link_bandwidth == 50e9
 
 
 # --- collectives of a program ---

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from jax import export
 
 from supcon_jax import supcon_loss
+from supcon_jax.losses import momentum_contrast_loss
 
 INTEGERS = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
 
@@ -141,6 +142,58 @@ def test_strict_promotion_of_ranks_and_types(options):
         found,
         expected,
     )
+
+
+TYPES = [
+    (False, "bfloat16"),
+    (True, "float16"),
+    (True, "float32"),
+    (True, "float64"),
+]
+
+
+@pytest.mark.parametrize(("x64", "dtype"), TYPES, ids=str)
+@pytest.mark.parametrize("options", [{}, {"denominator": "one_positive"}], ids=str)
+def test_strict_promotion_of_other_types(x64, dtype, options):
+    """Of the projections and of the temperature, known or traced; with rows of weights."""
+    rng = np.random.default_rng(0)
+    weights = rng.uniform(0.1, 1, (4, 3)).astype(np.float32)
+
+    def value(x, temperature):
+        return supcon_loss(
+            x,
+            weights,
+            temperature=temperature,
+            scale=np.float64(2),
+            with_diagnostics=True,
+            **options,
+        )
+
+    gradient = jax.value_and_grad(value, has_aux=True)
+    with jax.enable_x64(x64), jax.numpy_dtype_promotion("strict"):
+        x = jnp.asarray(rng.normal(size=(4, 2, 3))).astype(dtype)
+        known = [0.1, 1, np.float64(0.1), jnp.float32(0.1)]
+        found = [
+            jax.eval_shape(lambda x, t=number: gradient(x, t), x) for number in known
+        ]
+        traced = [jnp.bfloat16(0.1), jnp.float32(0.1), jnp.int32(1)]
+        found += [jax.eval_shape(gradient, x, number) for number in traced]
+    for (loss, metrics), slope in found:
+        assert slope.dtype == dtype
+        assert loss.dtype == (np.float64 if dtype == "float64" else np.float32)
+        assert {value.dtype for value in metrics.values()} == {np.dtype(np.float32)}
+
+
+def test_a_momentum_encoder_takes_any_types_too():
+    groups = jnp.arange(2, dtype=jnp.int32)
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):
+        loss, metrics = momentum_contrast_loss(
+            jnp.eye(2, dtype=jnp.bfloat16), groups, jnp.eye(2), groups,
+            temperature=np.float64(0.5), scale=np.float64(2), with_diagnostics=True,
+        )  # fmt: skip
+    assert loss.dtype == np.float32
+    assert float(loss) == pytest.approx(2 * np.log(1 + np.exp(-2)), rel=1e-6)
+    assert float(metrics["positive_cosine"]) == pytest.approx(1, rel=1e-6)
 
 
 def test_forward_mode_is_refused_by_jax():

@@ -365,6 +365,15 @@ def test_temperature_may_be_traced_and_learned(options):
     assert slope == pytest.approx(float(expected), rel=1e-7)
 
 
+@pytest.mark.parametrize("temperature", [0.1, 0.01])
+def test_a_known_array_is_a_temperature_inside_jit(temperature):
+    x, labels = example(4)
+    known = jnp.asarray(temperature)
+    loss = jax.jit(lambda x: supcon_loss(x, labels, temperature=known))(x)
+    expected = compiled_loss(x, labels, temperature=temperature)
+    assert loss == pytest.approx(float(expected), rel=1e-6)
+
+
 def test_random_cap_keeps_a_uniform_choice():
     """One class of five, cap of one image: each other image is kept equally often."""
     x, _ = example(num_images=6, num_views=2)

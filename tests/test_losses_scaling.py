@@ -11,6 +11,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from supcon_jax.losses import supcon_loss, tiles
+from supcon_jax.planning.flops import count_flops
 from tests.aot import compiled_for_tpu
 
 MIB = 2**20
@@ -267,6 +268,17 @@ def test_blocks_of_any_size(block_size):
         got,
         expected,
     )
+
+
+@pytest.mark.parametrize(("block_size", "rows_of_a_block"), [(2048, 26), (24, 13)])
+def test_rarer_variants_compute_no_rows_that_are_not_there(block_size, rows_of_a_block):
+    x, labels = ordinary(13, dimension=8)
+
+    def flops(block_size):
+        options = {"denominator": "one_positive", "block_size": block_size}
+        return count_flops(jax.grad(lambda x: supcon_loss(x, labels, **options)), x)
+
+    assert flops(block_size) == flops(rows_of_a_block) == flops(26)
 
 
 def make_mesh(num_devices):

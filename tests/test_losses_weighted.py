@@ -414,6 +414,15 @@ def test_nonsense_under_jit_is_finite(kind):
         assert np.all(np.isfinite(gradient))
 
 
+def test_huge_weights_have_a_cosine_too():
+    x, labels = example(4)
+    options = {"label_similarity": "inner"}
+    expected, _ = value_and_gradient(x, np.float32(labels), **options)
+    labels[1] *= 3e38 / labels[1].max()
+    loss, _ = value_and_gradient(x, np.float32(labels), **options)
+    assert float(loss) == pytest.approx(float(expected), rel=1e-5)
+
+
 @pytest.mark.parametrize("dtype", [bool, np.uint32, jnp.bfloat16])
 def test_types_of_weights(dtype):
     x, labels = example(soft=False)

@@ -91,6 +91,25 @@ def test_staircase_points():
         np.testing.assert_allclose(schedule(step), 0.5 * 0.97**stairs, rtol=1e-5)
 
 
+@pytest.mark.parametrize("steps_per_epoch", [122, 82, 94, 194])
+@pytest.mark.parametrize("decay_epochs", [0.5, 2.4])
+def test_stairs_begin_at_the_same_step_under_jit(steps_per_epoch, decay_epochs):
+    """Where a stair is a whole number of steps, and where it is none."""
+    schedule = create_schedule(
+        "staircase",
+        learning_rate=1.0,
+        total_steps=10_000,
+        steps_per_epoch=steps_per_epoch,
+        decay_rate=0.97,
+        decay_epochs=decay_epochs,
+    )
+    steps = np.arange(10_000)
+    length = round(10 * decay_epochs) * steps_per_epoch
+    expected = 0.97 ** (10 * steps // length).astype(np.float64)
+    np.testing.assert_allclose(jax.jit(schedule)(steps), expected, rtol=1e-4)
+    np.testing.assert_allclose(schedule(steps), expected, rtol=1e-4)
+
+
 def test_piecewise_boundaries_count_from_the_end_of_the_warmup():
     schedule = create_schedule(
         "piecewise",

@@ -14,8 +14,10 @@ from supcon_jax import parallel
 from supcon_jax.losses import supcon_loss
 from supcon_jax.losses.cross_entropy import cross_entropy_of_views
 from supcon_jax.models import Classifier
+from supcon_jax.optimizers import create_optimizer
 from supcon_jax.run.opening import open_run
 from supcon_jax.run.plan import create_plan
+from supcon_jax.steps.state import TrainState, keep_finite
 from tests.aot import compiled_for_tpu
 from tests.runs import RESNET, assert_trees_equal, first_batches, pretrain_config
 from tests.small_step import (
@@ -295,6 +297,47 @@ print("found", len(sent["all-reduce"]), low)
     )
     count, _, low = found.partition(" ")
     assert low == "[]" and int(count) > 10
+
+
+# --- an update that is skipped ---
+
+
+def test_after_a_skipped_step_the_rate_is_the_one_that_is_logged():
+    schedule = optax.cosine_decay_schedule(1.0, 10)
+    state, step = tiny_step(schedule=schedule)
+    step, before = jax.jit(step), state
+    for number in range(8):
+        lost = number in (2, 4, 6)
+        images = IMAGES * np.float32("nan") if lost else IMAGES
+        before = state
+        state, metrics = step(state, BATCH | {"image": images})
+        assert metrics["optim/skipped"] == lost
+    change = optax.global_norm(jax.tree.map(jnp.subtract, before.params, state.params))
+    assert metrics["optim/learning_rate"] == pytest.approx(float(schedule(7)))
+    assert change / metrics["optim/gradient_norm"] == pytest.approx(
+        float(schedule(7)), rel=1e-3
+    )
+
+
+def test_a_skipped_step_is_none_of_the_updates_that_adam_has_made():
+    """Of partitioned parameters too: its bias correction belongs to its means."""
+    params = {"head": jnp.ones(2), "probe": jnp.ones(2)}
+    adam = create_optimizer("adamw", optax.constant_schedule(0.1), exclude=())
+    optimizer = optax.partition(
+        {"model": adam, "probe": optax.adam(0.1)}, {"head": "model", "probe": "probe"}
+    )
+    state = TrainState(jnp.int32(0), params, {}, optimizer.init(params))
+    for loss in (1.0, jnp.nan):
+        after = state.apply_gradients(params, optimizer=optimizer, batch_stats={})
+        metrics = {"train/loss": loss, "optim/gradient_norm": 1.0}
+        state, _ = keep_finite(state, after, metrics)
+    counts = {
+        path[-1].tuple_name: int(count)
+        for path, count in optax.tree_utils.tree_get_all_with_path(
+            state.opt_state, "count"
+        )
+    }
+    assert counts == {"ScaleByAdamState": 1, "ScaleByScheduleState": 2}
 
 
 # --- probe ---

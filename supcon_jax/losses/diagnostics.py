@@ -48,6 +48,7 @@ def summarize(
     Returns:
       The dictionary that `supcon_loss` documents.
     """
+    temperature = jnp.asarray(temperature, jnp.float32)
     num_positives, num_negatives = statistics.num_positives, statistics.num_negatives
     # Equal logits cancel in the loss; what is left is the size of the denominator.
     num_terms = {

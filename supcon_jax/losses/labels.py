@@ -101,9 +101,20 @@ def prepare_weights(similarity: str, weights: jax.Array, dtype: Any) -> jax.Arra
         return weights
     # Scaled twice: the squares of small or large weights leave the range of float32.
     largest = jnp.max(weights, axis=1, keepdims=True)
+    fits = fit_factor(largest)
+    weights, largest = weights * fits, largest * fits
     weights /= jnp.where(largest > 0, largest, 1)
     norm = jnp.sqrt(jnp.sum(weights**2, axis=1, keepdims=True))
     return weights / jnp.where(norm > 0, norm, 1)
+
+
+def fit_factor(largest: jax.Array) -> jax.Array:
+    """A power of two for each row, 1 for most, after which one may divide by `largest`.
+
+    Compilers multiply by the reciprocal, which is too small to be a normal number where
+    `largest` is huge, and 0 then.
+    """
+    return jnp.where(largest > 2.0**64, 2.0**-64, 1).astype(largest.dtype)
 
 
 def pair_weights(similarity: str, rows: jax.Array, columns: jax.Array) -> jax.Array:

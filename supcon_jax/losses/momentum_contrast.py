@@ -140,6 +140,7 @@ def momentum_contrast_loss(
     """
     check_choices(summation=summation, denominator=denominator)
     check_numbers(temperature, scale, block_size, hard_negative_beta)
+    temperature = float(temperature)
     fits = queries.ndim == keys.ndim == 2 and queries.shape[1] == keys.shape[1]
     if not fits or (groups.shape, key_groups.shape) != (
         queries.shape[:1],
@@ -153,9 +154,9 @@ def momentum_contrast_loss(
     options = LossOptions(
         summation=summation,
         denominator=denominator,
-        scale=scale,
+        scale=scale if isinstance(scale, str) else float(scale),
         axis_name=axis_name,
-        block_size=min(block_size or default_block_size(), len(queries)),
+        block_size=block_size or default_block_size(),
         with_diagnostics=with_diagnostics,
         hard_negative_beta=float(hard_negative_beta),
     )

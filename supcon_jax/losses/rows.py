@@ -5,6 +5,7 @@ positives, hard negatives). Automatic differentiation does the work; a block of 
 columns is recomputed in the backward pass, so memory stays linear in N.
 """
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -39,7 +40,7 @@ def rowwise_losses(
     """Loss of each anchor in `rows` against all `columns`, block after block.
 
     Args:
-      options: of the loss; `block_size` anchors are a block.
+      options: of the loss; a block has at most `block_size` anchors.
       rows: this device's n views.
       columns: what they are compared with.
 
@@ -47,8 +48,10 @@ def rowwise_losses(
       Losses `[n]`; `[n]` booleans, whether an anchor has one (a positive, and a
       denominator that is not empty), else its loss is 0; and statistics or None.
     """
-    num_rows, block_size = rows.group.shape[0], options.block_size
-    num_blocks = -(-num_rows // block_size)
+    num_rows = rows.group.shape[0]
+    num_blocks = math.ceil(num_rows / options.block_size)
+    # Equal blocks: a few rows, as one of many devices has them, fill no whole block.
+    block_size = math.ceil(num_rows / num_blocks)
     padding = num_blocks * block_size - num_rows
 
     def blocked(x: jax.Array) -> jax.Array:

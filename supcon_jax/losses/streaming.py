@@ -195,7 +195,7 @@ def _measure(plan, rows, columns, temperature, names, row_tops):
         if name == "logit_sum":
             return jnp.where(tile.positive, tile.logits, 0)
         if name == "num_positives":
-            return tile.positive.astype(temperature.dtype)
+            return tile.positive.astype(tile.logits.dtype)
         if name == "gaussian_sum":
             # |z_i - z_j|^2 = 2 - 2 cos for unit vectors; the factor exp(-4) comes later.
             return jnp.exp(4 * temperature * tile.logits)

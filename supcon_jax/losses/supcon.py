@@ -1,7 +1,7 @@
 """The Supervised Contrastive loss: its options, checks and reduction."""
 
 import functools
-from typing import Literal, NamedTuple, overload
+from typing import Any, Literal, NamedTuple, overload
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import ArrayLike
 
 from supcon_jax.losses.diagnostics import psum, summarize
-from supcon_jax.losses.labels import check_labels, prepare_weights
+from supcon_jax.losses.labels import check_labels, fit_factor, prepare_weights
 from supcon_jax.losses.options import (
     AxisName,
     LossOptions,
@@ -224,7 +224,7 @@ def supcon_loss(
     options = LossOptions(
         summation=summation,
         denominator=denominator,
-        scale=scale,
+        scale=scale if isinstance(scale, str) else float(scale),
         axis_name=axis_name,
         block_size=block_size or default_block_size(),
         with_diagnostics=with_diagnostics,
@@ -274,7 +274,15 @@ def _compute(
     options: LossOptions, inputs: _Inputs
 ) -> jax.Array | tuple[jax.Array, Diagnostics]:
     num_images, num_views, _ = inputs.projections.shape
+    # Of the type that is computed in, here once. What is known stays a number, which
+    # chooses the path and has no type of its own.
+    dtype = _computed_in(inputs.projections)
     temperature = inputs.temperature
+    if isinstance(temperature, jax.core.Tracer):
+        temperature = temperature.astype(dtype)
+    else:
+        temperature = float(temperature)
+    inputs = inputs._replace(temperature=temperature)
     views = _label_views(options, inputs)
     symmetric = options.denominator == "all" and not options.hard_negative_beta
     if symmetric and options.positives_cap is None:
@@ -330,16 +338,23 @@ def l2_normalize(x: jax.Array) -> jax.Array:
     # The result does not depend on this factor, so neither does the gradient; without
     # it the squares of small or large entries leave the range of float32.
     largest = lax.stop_gradient(jnp.max(jnp.abs(x), axis=1, keepdims=True))
+    fits = fit_factor(largest)
+    x, largest = x * fits, largest * fits
     zero = largest == 0
     x = jnp.where(zero, 1, x / jnp.where(zero, 1, largest))
     return jnp.where(zero, 0, x / jnp.sqrt(jnp.sum(x**2, axis=1, keepdims=True)))
+
+
+def _computed_in(projections: jax.Array) -> Any:
+    """The floating type of everything that follows."""
+    return jnp.float64 if projections.dtype == jnp.float64 else jnp.float32
 
 
 def _label_views(options: LossOptions, inputs: _Inputs) -> Views:
     """This device's views, with what `Views` says of them."""
     num_images, num_views, _ = inputs.projections.shape
     num_rows = num_images * num_views
-    dtype = jnp.promote_types(inputs.projections.dtype, jnp.float32)
+    dtype = _computed_in(inputs.projections)
     embeddings = inputs.projections.reshape(num_rows, -1).astype(dtype)
     if options.normalize:
         embeddings = l2_normalize(embeddings)
@@ -372,9 +387,9 @@ def _logit_bound(temperature: Temperature) -> float | None:
     """1 / temperature, which bounds the logits of unit vectors, if that is of use."""
     if isinstance(temperature, jax.core.Tracer):
         return None
-    if temperature < _LOWEST_BOUNDED_TEMPERATURE:
-        return None
-    return 1 / float(temperature)
+    # The comparison of an array is traced inside jit, even where its value is known.
+    number = float(temperature)
+    return None if number < _LOWEST_BOUNDED_TEMPERATURE else 1 / number
 
 
 def _check_arrays(

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-from supcon_jax.planning.topologies import Topology
+from supcon_jax.planning.topologies import Chip, Topology
 
 # A collective of a few bytes waits for all chips of the slice. Nobody publishes how long;
 # assumed here, of the size that users of pods report.
@@ -200,7 +200,8 @@ class StepTime:
       compute: operations / peak.
       memory: bytes moved to and from memory / its bandwidth.
       blocking: collectives during which nothing else runs: bytes / the bandwidth of the
-        links, and `LATENCY_S` each.
+        links (of GPUs over several hosts, of the slower of links and network), and
+        `LATENCY_S` each.
       overlapped: the asynchronous ones, likewise.
     """
 
@@ -226,6 +227,21 @@ class StepTime:
         return max(parts, key=lambda name: parts[name])
 
 
+def _wire_time(chip: Chip, one: Collective) -> float:
+    """The least seconds that a collective's bytes are under way."""
+    if not chip.nvlink:
+        return one.sent / chip.link_bandwidth
+    # GPUs of a host share its result over their own links, and each carries its part of it
+    # over its own share of the network; both may go on at once.
+    gpus = min(one.devices, chip.host_chips)
+    inside = one._replace(devices=gpus).sent / chip.nvlink
+    hosts = math.ceil(one.devices / gpus)
+    if hosts == 1:
+        return inside
+    across = one._replace(devices=hosts).sent / gpus / chip.link_bandwidth
+    return max(inside, across)
+
+
 def step_time(
     topology: Topology,
     *,
@@ -243,7 +259,7 @@ def step_time(
     """
     seconds = {True: 0.0, False: 0.0}
     for one in collectives:
-        each = one.sent / topology.link_bandwidth + LATENCY_S
+        each = _wire_time(topology.chip, one) + LATENCY_S
         seconds[one.asynchronous] += one.times * each
     chip = topology.chip
     return StepTime(

@@ -106,12 +106,6 @@ class Topology:
         """Machines, each with a process."""
         return max(1, self.num_chips // self.chip.host_chips)
 
-    @property
-    def link_bandwidth(self) -> float:
-        """Bytes a second that a device can send to others."""
-        alone = self.chip.nvlink and self.num_hosts == 1
-        return self.chip.nvlink if alone else self.chip.link_bandwidth
-
 
 def find_topology(name: str) -> Topology:
     """The slice of a name: "v5e:16x16", "v5e-256", "v4-128" (cores), "h100:4x8".

@@ -96,7 +96,8 @@ def keep_finite(
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """The state after a step, or the one before where loss or gradient is not finite.
 
-    Decided on the device, so nobody waits; only the number of the step moves on.
+    Decided on the device, so nobody waits; only the number of the step moves on, and
+    with it the place on the schedule of the learning rate, which the optimizer counts.
 
     Args:
       before, after: the step.
@@ -110,5 +111,17 @@ def keep_finite(
     kept = jax.lax.platform_dependent(
         finite, before, after, cpu=_choose_by_branch, default=_choose_by_element
     )
+    # Other counts are of updates that were made: Adam's corrections stay with its means.
+    opt_state = jax.tree.map(
+        lambda new, old: new if _counts_steps(new) else old,
+        after.opt_state,
+        kept.opt_state,
+        is_leaf=_counts_steps,
+    )
     skipped = 1.0 - finite.astype(jnp.float32)
-    return kept.replace(step=after.step), metrics | {"optim/skipped": skipped}
+    kept = kept.replace(step=after.step, opt_state=opt_state)
+    return kept, metrics | {"optim/skipped": skipped}
+
+
+def _counts_steps(node: Any) -> bool:
+    return isinstance(node, optax.ScaleByScheduleState)
