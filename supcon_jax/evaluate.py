@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import csv
+import functools
 import logging
 import os
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
+import flax.errors
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,6 +21,7 @@ from supcon_jax import storage
 from supcon_jax.checkpoint import digest
 from supcon_jax.config.check import check_config
 from supcon_jax.data.identity import identify
+from supcon_jax.data.names import are_names
 from supcon_jax.data.sources import Source
 from supcon_jax.evaluation import calibration
 from supcon_jax.evaluation.classification import (
@@ -40,11 +44,14 @@ from supcon_jax.run.workdir import (
     leave,
     local_folder,
     open_workdir,
+    read_facts,
 )
 from supcon_jax.writers import MetricWriter
 
 logger = logging.getLogger(__name__)
 FIGURES = ("reliability", "confusion")
+# Classes that a refusal names.
+SHOWN = 5
 
 
 def evaluate(config: ConfigDict, workdir: str | pathlib.Path) -> dict[str, Any]:
@@ -109,7 +116,71 @@ def open_classifier(config: ConfigDict, mesh: Mesh) -> tuple[TrainedModel, Sourc
             f"{source.num_classes} classes, the classifier in {config.pretrained} "
             f"{model.num_classes} (--config.data.name, --config.pretrained)"
         )
+    check_classes(config, model, source)
+    check_size(config, model)
     return model, source
+
+
+def check_size(config: ConfigDict, model: TrainedModel) -> None:
+    """Refuses an image size at which the encoder has other arrays, such as positions.
+
+    Raises:
+      ValueError: naming both sizes.
+    """
+    size = config.data.image_size
+    try:
+        jax.eval_shape(
+            functools.partial(model.encoder.apply, train=False),
+            model.variables["encoder"],
+            jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32),
+        )
+    except flax.errors.ScopeParamShapeError:
+        there = model.config.data.image_size
+        raise ValueError(
+            f"the encoder of {config.pretrained} is for images of {there} pixels, got "
+            f"data.image_size={size}; set --config.data.image_size={there}"
+        ) from None
+
+
+def check_classes(config: ConfigDict, model: TrainedModel, source: Source) -> None:
+    """Refuses data with as many classes as the classifier has that are other ones.
+
+    Names decide where both have some, else `data.classes`: of other data it says nothing
+    where one of both takes all classes.
+
+    Raises:
+      ValueError: naming what differs.
+    """
+    theirs = tuple(read_facts(config.pretrained).get("class_names", ()))
+    ours = source.class_names
+    of = f"split {config.data.eval_split!r} of {config.data.name}"
+    if are_names(ours) and are_names(theirs):
+        if unknown := [name for name in ours if name not in theirs]:
+            raise ValueError(
+                f"{of} has classes that the classifier in {config.pretrained} does not "
+                f"know: {_listed(unknown)}; it knows {_listed(theirs)} "
+                "(--config.data.root, --config.data.classes, --config.pretrained)"
+            )
+        if ours != theirs:
+            number = [a == b for a, b in zip(ours, theirs, strict=True)].index(False)
+            raise ValueError(
+                f"{of} has the classes of {config.pretrained} in another order: class "
+                f"{number} is {ours[number]!r}, there {theirs[number]!r} "
+                "(--config.data.classes, --config.data.root)"
+            )
+        return
+    now, then = (tuple(c.data.classes) for c in (config, model.config))
+    same_data = config.data.name == model.config.data.name
+    if now != then and (same_data or (now and then)):
+        raise ValueError(
+            f"got data.classes={now}, the classifier in {config.pretrained} has "
+            f"{then}; set --config.data.classes as there"
+        )
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(map(repr, names[:SHOWN])) + more
 
 
 def _evaluate(
@@ -135,6 +206,12 @@ def _evaluate(
         if left := int(np.sum(~known)):
             logger.info("without a label, and left out: %s images", f"{left:,}")
         predictions = logits[known], labels[known], ids[known]
+        if bad := int(np.sum(~np.isfinite(predictions[0]).all(axis=1))):
+            logger.warning(
+                "warning: %s images have logits that are not finite; calibration counts "
+                "them as wrong (--config.pretrained)",
+                f"{bad:,}",
+            )
         scaled, temperature = calibration.scale_by_halves(*predictions[:2])
         metrics = classification_metrics(*predictions[:2], scaled)
         metrics["eval/temperature"] = temperature
@@ -214,15 +291,17 @@ def write_classes(
       names: of the classes; () where they have none.
     """
     accuracies = class_accuracies(matrix)
+    # Folders may have names that are not UTF-8.
+    names = tuple(name.encode(errors="backslashreplace").decode() for name in names)
     known = names or tuple(str(number) for number in range(len(matrix)))
-    with (path / "classes.csv").open("w", newline="") as file:
+    with (path / "classes.csv").open("w", newline="", encoding="utf-8") as file:
         table = csv.writer(file)
         table.writerow(["class", "name", "examples", "accuracy"])
         for number, name in enumerate(known):
             accuracy = accuracies[number]
             shown = "" if np.isnan(accuracy) else f"{accuracy:.6f}"
             table.writerow([number, name, matrix[number].sum(), shown])
-    with (path / "confusion.csv").open("w", newline="") as file:
+    with (path / "confusion.csv").open("w", newline="", encoding="utf-8") as file:
         table = csv.writer(file)
         table.writerow(["class", *known])
         table.writerows(

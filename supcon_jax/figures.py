@@ -105,7 +105,7 @@ def plot_confusion(
     figure.colorbar(image, ax=axis, label="% of the class", shrink=0.8)
     axis.set(xlabel="predicted", ylabel="class")
     if count <= 30:
-        labels = [str(name)[:16] for name in names] or [str(c) for c in range(count)]
+        labels = [plain(name[:16]) for name in names] or [str(c) for c in range(count)]
         axis.set_xticks(range(count), labels, rotation=90 if names else 0)
         axis.set_yticks(range(count), labels)
         for row, column in np.argwhere(matrix > 0):
@@ -162,7 +162,7 @@ def plot_gradients(
             axis.set(yscale="log", xlim=(-1, 1), xticks=np.linspace(-1, 1, 5))
             axis.grid(alpha=0.3)
             if row == 0:
-                axis.set_title(title, fontsize="medium")
+                axis.set_title(plain(title), fontsize="medium")
                 axis.legend(fontsize="small")
             else:
                 axis.set_xlabel("cosine of anchor and other view")
@@ -276,6 +276,14 @@ def _shades(count: int) -> list[Any]:
     from matplotlib import colormaps
 
     return [colormaps["viridis_r"](0.15 + 0.8 * n / count) for n in range(count)]
+
+
+def plain(name: str) -> str:
+    """A name that users gave, as matplotlib draws it: two dollars are no formula.
+
+    Folders may have names that are not UTF-8, which a font cannot take.
+    """
+    return name.encode(errors="backslashreplace").decode().replace("$", r"\$")
 
 
 def new_figure(width: float, height: float) -> Any:

@@ -94,8 +94,12 @@ def save_made_up(config, workdir, *, step=12):
         return (0.2 * rng.normal(size=leaf.shape)).astype(leaf.dtype)
 
     state = jax.tree.map(random, run.plan.abstract_state())
-    variances = jax.tree.map(lambda leaf: 1 + leaf**2, state.batch_stats)
-    state = state.replace(step=np.asarray(step, np.int32), batch_stats=variances)
+    state = state.replace(
+        step=np.asarray(step, np.int32), batch_stats=_positive(state.batch_stats)
+    )
+    if average := state.encoder_average:
+        variances = _positive(average["batch_stats"])
+        state = state.replace(encoder_average={**average, "batch_stats": variances})
     checkpointer = Checkpointer(run.workdir)
     checkpointer.save(jax.device_put(state), step, {})
     checkpointer.close()
@@ -116,6 +120,11 @@ def save_made_up(config, workdir, *, step=12):
         }
         writer.write(number, metrics, **({"final": True} if number == step else {}))
     writer.close()
+
+
+def _positive(tree):
+    """What may be variances."""
+    return jax.tree.map(lambda leaf: 1 + leaf**2, tree)
 
 
 def untrained_run(workdir, **overrides):

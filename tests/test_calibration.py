@@ -138,3 +138,31 @@ def test_large_logits_overflow_nowhere():
     assert cal.negative_log_likelihood(huge, labels) == 0
     assert cal.brier_score(huge, labels) == 0
     assert np.isfinite(cal.fit_temperature(huge, labels))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_an_image_without_finite_logits_is_wrong_and_leaves_the_others(value):
+    rng = np.random.default_rng(0)
+    logits, labels = rng.normal(size=(40, 3)), rng.integers(0, 3, 40)
+    broken = np.concatenate([logits, [[0, value, 0]]])
+    with_it = np.append(labels, 1)
+    for error in (
+        cal.expected_calibration_error,
+        cal.adaptive_calibration_error,
+        cal.classwise_calibration_error,
+    ):
+        assert 0 <= error(broken, with_it) < 1
+    np.testing.assert_allclose(
+        cal.expected_calibration_error(broken, with_it),
+        cal.expected_calibration_error(logits, labels) * 40 / 41,
+    )
+    counts, mean, share = cal.reliability(
+        np.array([value, 0.9]), np.array([True, True]), bins=2
+    )
+    assert (counts.tolist(), mean.tolist(), share.tolist()) == (
+        [1, 1],
+        [0.0, 0.9],
+        [0.0, 1.0],
+    )
+    assert cal.fit_temperature(broken, with_it) == (cal.fit_temperature(logits, labels))
+    assert cal.fit_temperature(broken[-1:], with_it[-1:]) == 1.0

@@ -102,6 +102,10 @@ def test_its_numbers_are_those_of_the_functions(run, classifier, tmp_path, capsy
             )
     assert (found["step"], found["data"]) == (0, "digits")
     assert (found["num_train"], found["num_evaluation"]) == (80, 500)
+    assert (found["ood"], found["changes"]) == (
+        "synthetic",
+        ["data.samples_per_class=8"],
+    )
     for words in ("embedding  projection", "kNN top-1", "largest softmax: AUROC"):
         assert words in told
     assert "Next:    python main.py --config=configs/linear_digits.py" in told

@@ -18,8 +18,8 @@ from supcon_jax import linear_eval
 from supcon_jax.data.datasets import open_source
 from supcon_jax.data.images import central_crop
 from supcon_jax.inference import export
-from supcon_jax.inference.model_card import write_card
-from supcon_jax.models import create_encoder
+from supcon_jax.inference.model_card import describe, write_card
+from supcon_jax.models import EncoderWithProjection, ProjectionHead, create_encoder
 from supcon_jax.tools import export as tool
 from supcon_jax.weights import read_weights
 from tests.runs import RESNET, linear_config, pretrain_config, save_made_up
@@ -150,6 +150,58 @@ def test_a_pretraining_run_gives_embeddings(run, tmp_path):
     assert jax.eval_shape(apply, IMAGES).keys() == {"embedding"}
     card = write_card(pretrained, "encoder", written)
     assert "image-feature-extraction" in card and "Embeds images" in card
+
+
+def test_a_classifier_of_projections_is_left_out_and_said(run, tmp_path, monkeypatch):
+    """Its weights are of no use without the projection head, which has no names."""
+    of_projections = {"representation": "projection", "probe.solver": "lbfgs"}
+    changes = RESNET | of_projections | {"total_steps": 0, "data.samples_per_class": 5}
+    monkeypatch.setattr(
+        linear_eval,
+        "fit_classifier",
+        lambda x, labels, num_classes, **options: linear_eval.Solution(
+            np.ones((x.shape[1], num_classes)), np.zeros(num_classes), 1, {}, 0
+        ),
+    )
+    config = linear_config(run.parent / "pretrain", **changes)
+    linear_eval.linear_eval(config, tmp_path / "projected")
+    model = export.in_float32(supcon_jax.load_model(tmp_path / "projected"))
+    written = export.write_weights(tmp_path, model)
+    assert written.differences.keys() == {"embedding"}
+    arrays = read_weights(tmp_path / "model.safetensors").arrays
+    assert "fc.weight" not in arrays
+    described = describe(model)
+    encoder = supcon_jax.load_model(run.parent / "pretrain")
+    assert described["num_features"] == encoder.embed(IMAGES).shape[1]
+    assert described["num_classes"] == 0 and len(described["class_names"]) == 10
+    assert described["classifier_reads"] == "projection"
+    card = write_card(model, "digits", [written])
+    assert "The encoder alone: the classifier reads projections" in card
+    assert "`fc(torch" not in card
+    model.config.encoder.name, model.config.encoder.convention = (
+        "resnet50",
+        "torchvision",
+    )
+    model.config.encoder.stem, model.config.encoder.width = "imagenet", 1.0
+    assert "strict=False" in write_card(model, "digits", [written])
+
+
+def test_an_encoder_without_batch_norm_is_exported_from_its_projections(run, tmp_path):
+    vit = create_encoder("vit_tiny_patch16", image_size=16, width=0.34)
+    both = EncoderWithProjection(vit, ProjectionHead((8,), 4))
+    model = supcon_jax.load_model(run)
+    variables = both.init(jax.random.key(0), jnp.zeros((1, 16, 16, 3)), train=False)
+    assert "encoder" not in variables.get("batch_stats", {})
+    model.config.encoder.name, model.config.data.image_size = "vit_tiny_patch16", 16
+    model.trained = dataclasses.replace(
+        model.trained,
+        encoder=both,
+        variables={
+            "encoder": {"params": variables["params"], "batch_stats": {}},
+            "head": model.trained.variables["head"],
+        },
+    )
+    assert export.write_weights(tmp_path, model).differences["embedding"] < 1e-4
 
 
 def test_examples_of_the_documents(run, exported, tmp_path, monkeypatch):

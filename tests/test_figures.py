@@ -4,7 +4,11 @@ import json
 import struct
 import sys
 
-from supcon_jax.figures import plot_curves
+import numpy as np
+
+from supcon_jax.evaluate import write_classes
+from supcon_jax.evaluation.gradients import CosineBin
+from supcon_jax.figures import plot_curves, plot_gradients
 
 
 def write_curve(workdir, steps):
@@ -34,3 +38,16 @@ def test_nothing_is_drawn_of_one_point_or_without_matplotlib(tmp_path, monkeypat
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert plot_curves(tmp_path) is None
     assert not (tmp_path / "figures").exists()
+
+
+def test_names_with_dollars_and_of_other_encodings_are_drawn_and_written(tmp_path):
+    """Between two dollars matplotlib reads a formula, and refuses one that is none."""
+    names = ("$5_$ notes", "a$b", "caf\udce9", "plain")
+    write_classes(tmp_path, np.eye(4, dtype=int), names)
+    assert (tmp_path / "figures/confusion.png").read_bytes().startswith(b"\x89PNG")
+    for file in ("classes.csv", "confusion.csv"):
+        text = (tmp_path / file).read_text(encoding="utf-8")
+        assert "$5_$ notes" in text and "a$b" in text and r"caf\udce9" in text
+    panel = {("positive", "L_out"): [CosineBin(-1, 1, 2, 1.0, 0.5, 2.0)]}
+    plot_gradients(str(tmp_path / "a.png"), {"$x_$": panel})
+    assert (tmp_path / "a.png").exists()

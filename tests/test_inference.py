@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 
 import numpy as np
 import pytest
@@ -426,3 +427,26 @@ def test_parquet_without_pyarrow_is_refused(monkeypatch):
     monkeypatch.setattr(embed.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="pip install pyarrow, or --out=a.npz"):
         embed.writer_of("a.parquet")
+
+
+def test_a_photo_whose_name_is_not_utf_8_is_embedded(run, tmp_path, capsys):
+    (tmp_path / "photos").mkdir()
+    for name in (b"plain.png", b"caf\xe9.png"):
+        Image.fromarray(TEST.images[0]).save(tmp_path / "plain.png")
+        path = os.fsencode(tmp_path / "photos") + b"/" + name
+        os.replace(tmp_path / "plain.png", path)
+    with open(os.fsencode(tmp_path / "photos") + b"/br\xe9.png", "wb"):
+        pass
+    for suffix in ("npz", "parquet"):
+        if suffix == "parquet":
+            pytest.importorskip("pyarrow")
+        out = tmp_path / f"features.{suffix}"
+        _, _, code = tool(
+            embed.main, run, tmp_path / "photos", f"--out={out}", capsys=capsys
+        )
+        assert code == 0 and out.exists()
+    with np.load(tmp_path / "features.npz") as file:
+        assert file["names"].tolist() == [r"caf\udce9.png", "plain.png"]
+        assert len(file["embeddings"]) == 2
+    listed = (tmp_path / "features.unreadable.csv").read_text(encoding="utf-8")
+    assert r"br\udce9.png" in listed

@@ -434,3 +434,48 @@ def test_in_a_browser(browser, page, runs, width):
     assert problems == []
     assert {url.partition(":")[0] for url in requests} <= {"file", "data"}
     tab.close()
+
+
+def test_numbers_of_embeddings_say_what_they_were_measured_on(tmp_path):
+    run = make_run(tmp_path / "a")
+    measured = {"step": 8, "data": "digits", "num_train": 80, "num_evaluation": 500}
+    measured |= {"ood": "synthetic", "changes": ["data.fraction=0.1"]}
+    numbers = {"embedding": {"rankme": 12.5}}
+    (tmp_path / "a/embeddings.json").write_text(json.dumps(measured | numbers))
+    write(run, f"--out={tmp_path / 'out.html'}")
+    text = Page((tmp_path / "out.html").read_text()).text
+    assert (
+        "a, embedding (step 8, digits, 80 references, against synthetic, "
+        "data.fraction=0.1)"
+    ) in text
+    assert "⚠ embeddings.json measured step 8, and the newest is 20" in text
+
+
+@pytest.mark.parametrize("encoder", ["one_layer", "resnet8"])
+def test_a_probe_at_another_image_size_has_a_page(encoder, runs, tmp_path, capsys):
+    """With a map, where the encoder takes images of that size; else the reason is told."""
+    small = {"encoder.name": encoder, "encoder.width": 0.25}
+    if encoder == "one_layer":
+        small = {}
+    save_made_up(pretrain_config(**small), tmp_path / "pretrain")
+    images = np.random.default_rng(0).integers(0, 256, (20, 12, 12, 3), np.uint8)
+    labels = np.arange(20) % 10
+    np.savez(
+        tmp_path / "twelve.npz",
+        train_images=images,
+        train_labels=labels,
+        test_images=images,
+        test_labels=labels,
+    )
+    data = {"data.name": "arrays", "data.root": str(tmp_path / "twelve.npz")}
+    sizes = {"data.image_size": 12, "data.eval_resize": 12}
+    config = pretrain_config(**small | data | sizes)
+    config.mode, config.pretrained = "linear_eval", str(tmp_path / "pretrain")
+    (tmp_path / "linear").mkdir()
+    content = json.dumps(config.to_dict())
+    (tmp_path / "linear/config.json").write_text(content)
+    write(tmp_path / "linear", f"--out={tmp_path / 'out.html'}")
+    page = (tmp_path / "out.html").read_text()
+    assert ('id="map"' in page) == (encoder == "resnet8")
+    reason = "linear: no map: "
+    assert (reason in capsys.readouterr().out) == (encoder == "one_layer")

@@ -126,3 +126,56 @@ def test_real_runs(tmp_path):
     assert found["seeds"] == [0, 1]
     assert found["metrics"]["eval/num_examples"]["values"] == [500, 500]
     assert len(set(found["metrics"]["eval/loss"]["values"])) == 2
+
+
+def probes(tmp_path, encoders):
+    """Linear evaluations of runs with these changes, one seed each."""
+    return [
+        make_run(
+            tmp_path / f"linear{seed}",
+            seed,
+            0.5,
+            pretrained=make_run(tmp_path / f"encoder{seed}", seed, 0.5, **changes),
+        )
+        for seed, changes in enumerate(encoders)
+    ]
+
+
+def test_encoders_of_one_config_are_a_sample(tmp_path, capsys):
+    seeds.main(probes(tmp_path, [{}, {}]))
+    told = capsys.readouterr()
+    assert "50.00 ± 0.00" in told.out and told.err == ""
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_encoders_of_different_methods_are_no_sample(moved, tmp_path, capsys):
+    (tmp_path / "there").mkdir()
+    losses = [{"loss": {"name": "supcon"}}, {"loss": {"name": "simclr"}}]
+    runs = probes(tmp_path / "there", losses)
+    if moved:
+        (tmp_path / "there").rename(tmp_path / "here")
+        runs = [one.replace("/there/", "/here/") for one in runs]
+    run(*runs)
+    told = capsys.readouterr()
+    assert "differing: loss.name ('supcon', 'simclr')" in told.err
+    assert told.err.count("\n") == 1 and told.out == ""
+
+
+def test_a_trained_and_an_untrained_encoder_are_no_sample(tmp_path, capsys):
+    (first,) = probes(tmp_path, [{}])
+    second = make_run(tmp_path / "linear1", 1, 0.5, pretrained="random")
+    run(first, second)
+    assert "differing: pretrained (" in capsys.readouterr().err
+
+
+def test_probes_that_share_an_encoder_are_told(tmp_path, capsys):
+    encoder = make_run(tmp_path / "encoder", 0, 0.5)
+    seeds.main(
+        [make_run(tmp_path / f"s{s}", s, 0.5, pretrained=encoder) for s in (0, 1)]
+    )
+    told = capsys.readouterr()
+    assert (
+        f"2 runs share {encoder}; the deviation is not" in told.err
+        and told.err.count("\n") == 1
+    )
+    assert "50.00 ± 0.00" in told.out

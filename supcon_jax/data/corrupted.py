@@ -22,7 +22,7 @@ import numpy as np
 from supcon_jax import storage
 from supcon_jax.data.arrays import to_rgb
 from supcon_jax.data.folders import open_classes
-from supcon_jax.data.names import pick_split
+from supcon_jax.data.names import are_names, pick_split
 from supcon_jax.data.prepared import prepared_configs
 from supcon_jax.data.sources import ArraySource, Source
 from supcon_jax.evaluation.corruption import CORRUPTIONS, SEVERITIES
@@ -191,7 +191,7 @@ def class_numbers(source: Source, clean: Source, *, name: str) -> np.ndarray:
             "(--config.data.root, --config.data.name)"
         )
     ours, theirs = clean.class_names, source.class_names
-    if not (_are_names(ours) and _are_names(theirs)):
+    if not (are_names(ours) and are_names(theirs)):
         return np.arange(count)
     for own in theirs:
         if own not in ours:
@@ -200,14 +200,6 @@ def class_numbers(source: Source, clean: Source, *, name: str) -> np.ndarray:
                 f"{', '.join(ours[:5])}, ... (--config.data.root, --config.data.name)"
             )
     return np.asarray([ours.index(own) for own in theirs])
-
-
-def _are_names(names: tuple[str, ...]) -> bool:
-    """Whether they say more than the numbers in order, which may begin with zeros."""
-    try:
-        return [int(name) for name in names] != [*range(len(names))]
-    except ValueError:
-        return True
 
 
 def _split_of_config(config: str) -> str:

@@ -129,3 +129,11 @@ def _unique(name: str, labels: np.ndarray) -> tuple[list, np.ndarray]:
     if labels.dtype.kind == "S":
         return [id.decode(errors="replace") for id in ids.tolist()], inverse
     return ids.tolist(), inverse
+
+
+def are_names(names: Sequence[str]) -> bool:
+    """Whether names of classes say more than their numbers, which may begin with zeros."""
+    try:
+        return [int(name) for name in names] != [*range(len(names))]
+    except ValueError:
+        return True

@@ -1,7 +1,8 @@
 """Calibration: whether a classifier is right as often as it says.
 
 Every function takes the logits `[n, C]` and labels `[n]` of one split, all of them at once
-and labelled; NumPy, in float64.
+and labelled; NumPy, in float64. An image with a logit that is not finite has no confidence: it
+is wrong, with 0, and plays no part in a temperature.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from scipy.optimize import minimize_scalar
 def log_probabilities(logits: np.ndarray, *, temperature: float = 1.0) -> np.ndarray:
     """`log softmax(logits / temperature)`, `[n, C]` float64."""
     scaled = np.asarray(logits, np.float64) / temperature
-    scaled = scaled - scaled.max(axis=1, keepdims=True)
+    with np.errstate(invalid="ignore"):  # a row that is not finite becomes NaN
+        scaled = scaled - scaled.max(axis=1, keepdims=True)
     return scaled - np.log(np.exp(scaled).sum(axis=1, keepdims=True))
 
 
@@ -53,7 +55,8 @@ def reliability(
       `[M]` counts, `[M]` mean confidence and `[M]` share that is right; of an empty bin
       both are NaN.
     """
-    place = np.clip(np.ceil(np.asarray(confidence) * bins) - 1, 0, bins - 1).astype(int)
+    confidence, correct = _known(confidence, correct)
+    place = np.clip(np.ceil(confidence * bins) - 1, 0, bins - 1).astype(int)
     counts = np.bincount(place, minlength=bins)
     with np.errstate(invalid="ignore"):
         mean, share = (
@@ -146,6 +149,10 @@ def fit_temperature(
     Source: Guo et al., arXiv 1706.04599, section 4.2; the smoothing: Platt, Probabilistic
     Outputs for Support Vector Machines (1999), section 2.1.
     """
+    finite = np.isfinite(logits).all(axis=1)
+    logits, labels = np.asarray(logits)[finite], np.asarray(labels)[finite]
+    if not len(labels):
+        return 1.0
     rows, others = np.arange(len(labels)), max(np.shape(logits)[1] - 1, 1)
     share = 1.0 / (len(labels) + 2) if smooth else 0.0
 
@@ -193,7 +200,17 @@ def _top_prediction(
     """Confidence of each prediction, and whether it is right."""
     p = np.exp(log_probabilities(logits, temperature=temperature))
     predicted = p.argmax(axis=1)
-    return p.max(axis=1), (predicted == np.asarray(labels)).astype(np.float64)
+    return _known(p.max(axis=1), predicted == np.asarray(labels))
+
+
+def _known(
+    confidence: np.ndarray, correct: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Both as float64; a confidence that is not finite is 0, and its prediction wrong."""
+    known = np.isfinite(confidence)
+    return np.where(known, confidence, 0.0), np.where(known, correct, False).astype(
+        float
+    )
 
 
 def _gap(counts: np.ndarray, mean: np.ndarray, share: np.ndarray) -> float:

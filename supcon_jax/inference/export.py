@@ -12,6 +12,7 @@ import pathlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.export
 import jax.numpy as jnp
@@ -62,7 +63,7 @@ def in_float32(model: Model) -> Model:
     encoder = builders.build_representation(config, "cpu")
     variables = jax.device_get(model.trained.variables)  # of no device
     trained = dataclasses.replace(model.trained, encoder=encoder, variables=variables)
-    return Model(model.workdir, config, trained, model.mesh)
+    return Model(model.workdir, config, trained, model.mesh, average=model.average)
 
 
 def forward(
@@ -167,16 +168,17 @@ def write_stablehlo(folder: pathlib.Path, model: Model, temperature: float) -> W
 
 
 def write_weights(folder: pathlib.Path, model: Model) -> Written:
-    """The encoder, and the classifier on it, under their names in PyTorch."""
+    """The encoder, and the classifier on it, under their names in PyTorch.
+
+    The projection head has no names there, and without it a classifier of projections has
+    nothing to read: the encoder is written alone.
+    """
     path = folder / "model.safetensors"
     name, trained = model.config.encoder.name, model.trained
-    encoder, head = trained.encoder, trained.variables.get("head")
-    variables, classifier = trained.variables["encoder"], None
-    if isinstance(encoder, EncoderWithProjection):
-        encoder = encoder.encoder
-        variables = {kind: tree["encoder"] for kind, tree in variables.items()}
-    elif head is not None:
-        classifier = head["params"]["dense_out"]
+    encoder, variables = bare_encoder(model)
+    classifier = None
+    if holds_classifier(model):
+        classifier = trained.variables["head"]["params"]["dense_out"]
     try:
         arrays = to_state_dict(
             name,
@@ -209,6 +211,22 @@ def write_weights(folder: pathlib.Path, model: Model) -> Written:
         found["logits"] = features @ weight.T + bias
         expected = expected_outputs(model, images, 1.0)
     return compare(path.name, found, expected)
+
+
+def bare_encoder(model: Model) -> tuple[nn.Module, Any]:
+    """The encoder without a projection head, and its variables."""
+    encoder, variables = model.trained.encoder, model.trained.variables["encoder"]
+    if not isinstance(encoder, EncoderWithProjection):
+        return encoder, variables
+    # One without BatchNorm has no statistics.
+    inner = {kind: tree.get("encoder", {}) for kind, tree in variables.items()}
+    return encoder.encoder, inner
+
+
+def holds_classifier(model: Model) -> bool:
+    """Whether `model.safetensors` has the classifier: one that reads the embedding."""
+    of_projections = isinstance(model.trained.encoder, EncoderWithProjection)
+    return model.trained.head is not None and not of_projections
 
 
 def classifier_name(model: Model) -> str:

@@ -100,22 +100,26 @@ def load_model(
       model = load_model("runs/linear_digits")
       model.embed(images)  # [n, D]
     """
-    workdir, config = _find_model(os.fspath(workdir))
+    workdir, config, average = _find_model(os.fspath(workdir))
     for key, value in (("dir", data_dir), ("root", data_root)):
         config.data[key] = value or config.data[key]
     config.data.eval_split = calibration_split or config.data.eval_split
     setup_compilation_cache(enabled=config.compilation_cache)
     mesh = parallel.create_mesh()
-    average = config.mode != "linear_eval" and config.encoder_average.use
     trained = load_trained(workdir, mesh, average=average, classifier=False)
     # Of the frozen encoder alone; what comes out does not depend on it.
     config.batch_size = max(min(config.batch_size, 256) // mesh.size, 1) * mesh.size
     config.microbatch_size = config.data.lanes = 0
-    return Model(workdir, config, trained, mesh)
+    return Model(workdir, config, trained, mesh, average=average)
 
 
-def _find_model(workdir: str) -> tuple[str, ConfigDict]:
-    """The run that has the model, and its config; an evaluation is of another's.
+def _find_model(workdir: str) -> tuple[str, ConfigDict, bool]:
+    """The run that has the model; an evaluation is of another's.
+
+    Returns:
+      Its workdir, its config, and whether the average of its encoder is meant: where an
+      evaluation says so. A run's own `encoder_average.use` is of the encoder that it
+      started from.
 
     Raises:
       ValueError: there is no run.
@@ -124,8 +128,9 @@ def _find_model(workdir: str) -> tuple[str, ConfigDict]:
     if theirs is None:
         raise ValueError(f"no run in {workdir!r}; give the workdir of a finished run")
     if theirs.get("mode") in ("evaluate", "robustness"):
-        return _find_model(find_used_run(theirs["pretrained"], workdir))
-    return workdir, config_of(theirs)
+        used, config, _ = _find_model(find_used_run(theirs["pretrained"], workdir))
+        return used, config, config_of(theirs).encoder_average.use
+    return workdir, config_of(theirs), False
 
 
 class Model:
@@ -136,13 +141,20 @@ class Model:
       config: of the run.
       trained: its modules and arrays.
       mesh: the devices.
+      average: whether its encoder is the average of the run's steps.
     """
 
     def __init__(
-        self, workdir: str, config: ConfigDict, trained: TrainedModel, mesh: Mesh
+        self,
+        workdir: str,
+        config: ConfigDict,
+        trained: TrainedModel,
+        mesh: Mesh,
+        *,
+        average: bool = False,
     ):
         self.workdir, self.config, self.trained = workdir, config, trained
-        self.mesh = mesh
+        self.mesh, self.average = mesh, average
         self._predictors: dict[int, Predictor] = {}
         self._most = BATCH.get(parallel.platform(mesh), BATCH_OF_ACCELERATORS)
 

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from typing import Any
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 
 import supcon_jax
 from supcon_jax import storage
 from supcon_jax.config.check import flatten
 from supcon_jax.config.keys import KEYS
-from supcon_jax.inference.export import Written, classifier_name, normalizes
+from supcon_jax.inference.export import (
+    Written,
+    bare_encoder,
+    classifier_name,
+    holds_classifier,
+    normalizes,
+)
 from supcon_jax.inference.model import Model
 from supcon_jax.metrics import METRICS, label_and_value
 from supcon_jax.run.workdir import finished_metrics, read_facts
@@ -28,7 +35,11 @@ def describe(model: Model) -> dict[str, Any]:
     """
     config, data = model.config, model.config.data
     size = data.image_size
-    features = model.embed(np.zeros((1, size, size, 3), np.uint8)).shape[1]
+    encoder, variables = bare_encoder(model)
+    pixels = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
+    features = jax.eval_shape(
+        functools.partial(encoder.apply, train=False), variables, pixels
+    ).shape[1]
     described: dict[str, Any] = {
         "library_name": "supcon_jax",
         "architecture": config.encoder.name,
@@ -61,12 +72,19 @@ def describe(model: Model) -> dict[str, Any]:
     }
     if model.trained.head is not None:
         described |= {
-            "num_classes": model.trained.num_classes,
+            # timm looks for a classifier of so many among the weights.
+            "num_classes": model.trained.num_classes if holds_classifier(model) else 0,
+            "classifier_reads": reads(model),
             "class_names": list(model.class_names),
             "embedding_of_unit_length_before_classifier": normalizes(model),
             "temperature": model.reference.facts["temperature"],
         }
     return described
+
+
+def reads(model: Model) -> str:
+    """Which output the classifier was trained on."""
+    return "embedding" if holds_classifier(model) else "projection"
 
 
 def write_card(model: Model, name: str, files: list[Written]) -> str:
@@ -110,12 +128,14 @@ def _summary(model: Model) -> str:
         f"{what}: `{config.encoder.name}` (width {config.encoder.width:g}, stem "
         f"`{config.encoder.stem}`) on images of {size} x {size} pixels, {how}. Trained "
         f"with supcon_jax {supcon_jax.__version__} (JAX {jax.__version__}), step "
-        f"{model.trained.step:,}."
+        f"{model.trained.step:,}{', the average of its steps' if model.average else ''}."
     )
 
 
 def _results(model: Model) -> str:
     metrics = finished_metrics(model.workdir) or {}
+    if model.average:
+        metrics = {}  # of the encoder itself
     rows = [
         (f"`{name}`", label_and_value(name, metrics[name])[1])
         for name, metric in METRICS.items()
@@ -241,9 +261,14 @@ import torchvision
 from safetensors.torch import load_file
 
 model = torchvision.models.{name}(num_classes={classes}).eval()
-model.load_state_dict(load_file("model.safetensors"), strict={model.trained.head is not None})
+model.load_state_dict(load_file("model.safetensors"), strict={holds_classifier(model)})
 ```"""
-    if normalizes(model):
+    if model.trained.head is not None and not holds_classifier(model):
+        text += (
+            f" The encoder alone: the classifier reads projections, and neither `{layer}` "
+            "nor the projection head is in this file; `model.stablehlo` has all of them."
+        )
+    elif normalizes(model):
         text += (
             f" The classifier, `{layer}`, takes embeddings of unit length: `logits = "
             f"{layer}(torch.nn.functional.normalize(embedding))`."

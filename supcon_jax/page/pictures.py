@@ -178,9 +178,18 @@ def _embed_galleries(runs: list[RunRecord], found: Pictures, reasons: _Reasons) 
         if others := digests.keys() - names:
             reason = f"no map: the encoder in {saved.workdir} is another one by now"
             reasons.add(reason, sorted(others))
-        if names:
-            gallery = found.galleries[number]
-            found.views.append(_view(saved, variables, names, number, gallery, mesh))
+        if not names:
+            continue
+        gallery = found.galleries[number]
+        try:
+            view = _view(saved, variables, names, number, gallery, mesh)
+        except Exception as error:  # of encoders of all kinds; the page has all else
+            why = next(iter(str(error).splitlines()), type(error).__name__)
+            size = gallery.images.images.shape[1]
+            reason = f"no map: {saved.workdir} on images of {size} pixels: {why}"
+            reasons.add(reason, names)
+        else:
+            found.views.append(view)
 
 
 def losses_of(run: RunRecord) -> np.ndarray:
@@ -291,14 +300,15 @@ def _view(
 ) -> EmbeddingView:
     """Embeds the images of a gallery and looks at what lies where."""
     config = config_of(read_config(saved.workdir) or {})
+    size = gallery.images.images.shape[1]  # that of the runs, cropped already
     predictor = Predictor(
         builders.build_encoder(config, parallel.platform(mesh)),
         None,
         normalize=builders.build_normalization(config),
         mesh=mesh,
         batch_size=max(BATCH_SIZE // mesh.size, 1) * mesh.size,
-        image_size=config.data.image_size,
-        resize=config.data.eval_resize,
+        image_size=size,
+        resize=size,
     )
     title = f"{storage.shown(saved.workdir)}, step {saved.step:,}"
     logger.info("embedding %s images: %s", f"{len(gallery.rows):,}", title)

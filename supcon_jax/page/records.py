@@ -54,6 +54,7 @@ class RunRecord:
       classes: their names, of classes.csv; () where it is not there.
       robustness: corruption -> severity -> top-1, of robustness.csv.
       embeddings: "embedding" or "projection" -> metric -> value, of embeddings.json.
+      measured: what these were measured on: the other entries of that file.
     """
 
     name: str
@@ -67,6 +68,7 @@ class RunRecord:
     classes: tuple[str, ...] = ()
     robustness: dict[str, dict[float, float]] = dataclasses.field(default_factory=dict)
     embeddings: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
+    measured: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def newest(self) -> Record:
@@ -146,7 +148,14 @@ def read_record(workdir: str | pathlib.Path, name: str) -> RunRecord:
     run.predictions = read("predictions.npz", _parse_predictions, None)
     run.classes = read("classes.csv", _parse_classes, ())
     run.robustness = read("robustness.csv", _parse_robustness, {})
-    run.embeddings = read("embeddings.json", _parse_embeddings, {})
+    nothing = (run.embeddings, run.measured)
+    run.embeddings, run.measured = read("embeddings.json", _parse_embeddings, nothing)
+    step, newest = run.measured.get("step"), run.newest.get("step")
+    if step is not None and newest is not None and step != newest:
+        run.notes.append(
+            f"embeddings.json measured step {step}, and the newest is {newest}; python -m "
+            f"supcon_jax.tools.embeddings {workdir} measures that"
+        )
     return run
 
 
@@ -199,11 +208,15 @@ def _parse_robustness(content: bytes) -> dict[str, dict[float, float]]:
     return found
 
 
-def _parse_embeddings(content: bytes) -> dict[str, dict[str, float]]:
+def _parse_embeddings(
+    content: bytes,
+) -> tuple[dict[str, dict[str, float]], dict[str, Any]]:
+    """The numbers of each representation, and what they were measured on."""
     found = json.loads(content)
     if not isinstance(found, dict):
         raise ValueError("it is no JSON object")
-    return {
+    rest = {name: x for name, x in found.items() if not isinstance(x, dict)}
+    numbers = {
         name: {
             metric: float(value)
             for metric, value in flatten(metrics).items()
@@ -212,6 +225,7 @@ def _parse_embeddings(content: bytes) -> dict[str, dict[str, float]]:
         for name, metrics in found.items()
         if isinstance(metrics, dict)
     }
+    return numbers, rest
 
 
 def _short_names(places: list[str]) -> list[str]:

@@ -314,8 +314,27 @@ def geometry(runs: list[RunRecord]) -> Section:
         ]
         for name in names
     ]
-    header = ["", *(f"{run.name}, {of}" for run, of in columns)]
+    header = ["", *(f"{run.name}, {of}{measured_on(run)}" for run, of in columns)]
     return Section("geometry", "Embeddings in numbers", table(header, rows))
+
+
+def measured_on(run: RunRecord) -> str:
+    """Which step, images and changes the numbers of embeddings.json are of."""
+    found = run.measured
+    changes = found.get("changes") or []
+    told = [
+        text.format(found[key])
+        for key, text in (
+            ("step", "step {}"),
+            ("data", "{}"),
+            ("num_train", "{} references"),
+            ("ood", "against {}"),
+        )
+        if found.get(key) not in (None, "")
+    ]
+    if isinstance(changes, list):
+        told += map(str, changes)
+    return f" ({', '.join(told)})" if told else ""
 
 
 def config(runs: list[RunRecord]) -> Section:

@@ -221,7 +221,8 @@ def find_encoder(workdir: str) -> tuple[SavedEncoder, str]:
             raise ValueError(f"the run in {workdir} has saved no encoder yet")
         if pretrained == RANDOM:
             raise ValueError(f"the run in {workdir} has an untrained encoder")
-        average |= config.get("encoder_average", {}).get("use", False)
+        # The user next to it decides: a linear evaluation has chosen before its evaluation.
+        average = config.get("encoder_average", {}).get("use", False)
         # A classifier of projections was given the head too.
         of_encoder = config.get("representation", "embedding") == "embedding"
         if config["mode"] == "linear_eval" and of_encoder:

@@ -31,6 +31,7 @@ from supcon_jax.run.workdir import (
     finished_metrics,
     local_folder,
     open_workdir,
+    read_facts,
 )
 from supcon_jax.storage import epaths
 from supcon_jax.writers import check_installed
@@ -142,6 +143,7 @@ def open_run(
         frozen=digest(given) if given else "",
         data=data,
     )
+    _note_classes(path, train_source)
     logger.info("workdir %s", storage.shown(path))
     return Run(
         plan=plan,
@@ -153,6 +155,25 @@ def open_run(
         frozen=frozen,
         initial_encoder=initial_encoder,
     )
+
+
+def _note_classes(path: pathlib.Path, train: Source) -> None:
+    """Adds the names of the classes to run.json: an evaluation is held to them.
+
+    They stand beside the digests, which have to be those of a run before there were names.
+    """
+    if jax.process_index() != 0 or not train.class_names:
+        return
+    facts = read_facts(path) | {
+        "class_names": [str(name) for name in train.class_names]
+    }
+    try:
+        content = json.dumps(facts, indent=2) + "\n"
+        storage.write(storage.join(path, "run.json"), content.encode())
+    except OSError as error:
+        raise ValueError(
+            f"cannot write to workdir {path}: {error.strerror} (--workdir)"
+        ) from None
 
 
 def prepare(config: ConfigDict, workdir: str | pathlib.Path) -> Mesh:

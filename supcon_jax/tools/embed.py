@@ -125,12 +125,17 @@ def embed_part(model: Model, folder: str, files: list[str]) -> Part:
         failed |= some
         if len(pixels):
             found.append(model.encode(pixels))
-    names = [relative(path, folder) for path in files if path not in failed]
+    names = [_text(path, folder) for path in files if path not in failed]
     return Part(
         names=names,
         embeddings=np.concatenate(found) if found else np.zeros((0, 0), np.float32),
-        failed={relative(path, folder): why for path, why in failed.items()},
+        failed={_text(path, folder): why for path, why in failed.items()},
     )
+
+
+def _text(path: str, folder: str) -> str:
+    """A file's name inside the folder as text: what is not UTF-8 in it is escaped."""
+    return relative(path, folder).encode(errors="backslashreplace").decode()
 
 
 def relative(path: str, folder: str) -> str:
@@ -145,7 +150,7 @@ def describe(model: Model, folder: str, files: list[str]) -> dict[str, Any]:
     sha = hashlib.sha256()
     for path in files:
         size = 0 if storage.is_remote(path) else storage.size(path)
-        sha.update(f"{relative(path, folder)} {size}\n".encode())
+        sha.update(os.fsencode(f"{relative(path, folder)} {size}\n"))
     return {
         "workdir": storage.absolute(model.workdir),
         "step": model.trained.step,

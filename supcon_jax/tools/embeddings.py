@@ -136,6 +136,8 @@ def main(arguments: list[str] | None = None) -> None:
             model, wanted, classifier=classifier, other=other, ood_k=options.ood_k
         )
         found["ood"] = options.ood
+        if changes:
+            found["changes"] = changes
         print(as_text(found, wanted, model))
         print(f"\nWritten: {write(found, model)}")
         if model.config.next_config:

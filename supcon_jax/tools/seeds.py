@@ -5,7 +5,8 @@
 
 Prints a Markdown table of the final metrics: mean, sample deviation and each seed's
 value. Runs that are not finished, that differ in more than the seed or that repeat a seed
-are refused.
+are refused; so are runs on encoders (`pretrained`) that differ in more. Where runs share an
+encoder, a line says so: the deviation is not that of its training.
 """
 
 from __future__ import annotations
@@ -13,16 +14,18 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 from typing import Any
 
 from supcon_jax import storage
 from supcon_jax.cli import one_line_errors
 from supcon_jax.config.check import flatten
+from supcon_jax.config.keys import RANDOM
 from supcon_jax.metrics import is_result, is_share
 from supcon_jax.run.workdir import differing_keys, read_config
 from supcon_jax.writers import read_metrics
 
-# A linear evaluation reads the encoder of its own seed.
+# A linear evaluation reads the encoder of its own seed, whose config is compared too.
 OF_THE_SEED = ("seed", "pretrained")
 
 
@@ -66,6 +69,7 @@ def summarize(workdirs: list[str]) -> dict[str, Any]:
             raise ValueError(f"no run in {workdir}: it has no config.json")
         configs[workdir] = flatten(config)
     _check_one_config(configs)
+    _check_encoders(configs)
     seeds: dict[int, str] = {}
     for workdir, config in configs.items():
         other = seeds.setdefault(config["seed"], workdir)
@@ -101,6 +105,59 @@ def _check_one_config(configs: dict[str, dict[str, Any]]) -> None:
                 f"{first} and {workdir} are runs of different configs; differing: "
                 f"{', '.join(differing)}"
             )
+
+
+def _check_encoders(configs: dict[str, dict[str, Any]]) -> None:
+    """Refuses runs on models of different configs, and says where they share one."""
+    named = {
+        workdir: config.get("pretrained", "") for workdir, config in configs.items()
+    }
+    # Those of an untrained encoder, and those that begin with one of their own.
+    (first, ours), *others = named.items()
+    for workdir, theirs in others:
+        if ours != theirs and {ours, theirs} & {"", RANDOM}:
+            raise ValueError(
+                f"{first} and {workdir} are runs of different configs; differing: "
+                f"pretrained ({ours!r}, {theirs!r})"
+            )
+    if ours in ("", RANDOM):
+        return
+    used: dict[str, dict[str, Any]] = {}
+    known = 0
+    for workdir, pretrained in named.items():
+        place, config = _used(workdir, pretrained)
+        if config is None:
+            print(
+                f"warning: the run in {workdir} uses {pretrained}, which is not there and "
+                "is not compared",
+                file=sys.stderr,
+            )
+        elif place not in configs:  # one of that name may be beside itself
+            used[place] = flatten(config)
+            known += 1
+    if used:
+        _check_one_config(used)
+        if len(used) < known:
+            print(
+                f"warning: {known} runs share {', '.join(used)}; the "
+                "deviation is not that of their training",
+                file=sys.stderr,
+            )
+        if len(used) > 1:
+            _check_encoders(used)
+
+
+def _used(workdir: str, pretrained: str) -> tuple[str, dict[str, Any] | None]:
+    """Where the run that another one uses is, where it was or beside it; its config."""
+    beside = storage.absolute(workdir).rpartition("/")[0]
+    places = [
+        storage.absolute(pretrained),
+        storage.join(beside, storage.name(pretrained)),
+    ]
+    for place in places:
+        if (config := read_config(place)) is not None:
+            return place, config
+    return places[0], None
 
 
 def _final_line(workdir: str) -> dict[str, Any]:
