@@ -343,7 +343,7 @@ def cifar(data_dir: str, rounds: int) -> None:
 
 def policies(data_dir: str, rounds: int) -> None:
     """CIFAR-10 in memory: the same policies by TensorFlow on the host and in the step."""
-    from supcon_jax.data import host
+    from supcon_jax.data import host, host_views
 
     size, batch = 32, 128
     source = load_small(open_source("cifar10", "train", dir=data_dir), size)
@@ -357,7 +357,7 @@ def policies(data_dir: str, rounds: int) -> None:
             source,
             sampler,
             functools.partial(
-                host.crop_and_augment,
+                host_views.crop_and_augment,
                 augmentation=options,
                 image_size=size,
                 views=VIEWS,

@@ -14,7 +14,7 @@ import pytest
 import tensorflow as tf
 from PIL import Image
 
-from supcon_jax.data import host, images
+from supcon_jax.data import host, host_views, images
 from supcon_jax.data.datasets import open_source
 from supcon_jax.data.pipeline import (
     eval_batches,
@@ -372,18 +372,20 @@ def test_a_part_of_a_resized_image_is_that_of_the_whole():
         target = np.round(np.asarray([height, width]) * resize / short).astype(np.int32)
         first = (target - size) // 2
         (top, left), ends = first, first + size
-        whole = host._resize(image, target)[top : ends[0], left : ends[1]]
-        part = host._resize_part(image, tf.constant(target), tf.constant(first), size)
+        whole = host_views._resize(image, target)[top : ends[0], left : ends[1]]
+        part = host_views._resize_part(
+            image, tf.constant(target), tf.constant(first), size
+        )
         np.testing.assert_array_equal(part, whole)
 
 
 @pytest.mark.parametrize("shape", [(1, 5000, 3), (5000, 1, 3)])
 def test_the_crop_of_a_strip_takes_little_memory(shape, monkeypatch):
     """Its resized image would have 256 x 1,280,000 pixels, 3.9 GB."""
-    monkeypatch.setattr(host, "_resize", None)
+    monkeypatch.setattr(host_views, "_resize", None)
     image = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
     options = {"image_size": 224, "resize": 256}
-    crop = host.central_crop(tf.constant(image), None, **options)
+    crop = host_views.central_crop(tf.constant(image), None, **options)
     np.testing.assert_array_equal(crop[0], images.central_crop(image, **options))
 
 

@@ -14,7 +14,7 @@ import tensorflow as tf
 from PIL import Image, ImageOps
 
 from supcon_jax.data import images
-from supcon_jax.data.host import central_crop, decode
+from supcon_jax.data.host_views import central_crop, decode
 from supcon_jax.data.sources import FileSource
 
 SIZE = (31, 18)  # odd, so that rows are padded

@@ -83,6 +83,7 @@ TENSORFLOW_MODULES = {
     "supcon_jax.data.autoaugment",
     "supcon_jax.data.host",
     "supcon_jax.data.host_color",
+    "supcon_jax.data.host_views",
     "supcon_jax.data.host_operations",
 }
 

@@ -115,7 +115,7 @@ def host():
     pytest.importorskip("tensorflow")
     from supcon_jax.data.pipeline import _import_host
 
-    return _import_host()
+    return _import_host()[1]
 
 
 def host_rectangles(host, monkeypatch, shape, area, count):

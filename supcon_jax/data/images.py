@@ -250,7 +250,7 @@ def central_crop(image: Any, *, image_size: int, resize: int, xp: Any = np) -> A
     """The evaluation crop `[..., S, S, 3]` of images `[..., H, W, 3]`, all uint8.
 
     The short side is resized to `resize`, bilinear without antialiasing and with pixel
-    centres at halves, and the centre is cut out: what `host.central_crop` does with
+    centres at halves, and the centre is cut out: what `host_views.central_crop` does with
     TensorFlow. Only the pixels of the crop are computed.
 
     Args:

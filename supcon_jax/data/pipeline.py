@@ -88,9 +88,9 @@ def train_batches(
     cache = None
     if lanes is not None:
         cache = BlockCache(source, lanes, batch_size=batch_size, keep_bytes=keep_bytes)
-    host = _import_host()
+    host, host_views = _import_host()
     transform = functools.partial(
-        host.crop_and_augment,
+        host_views.crop_and_augment,
         augmentation=augmentation.host_part(),
         image_size=image_size,
         views=views,
@@ -148,11 +148,13 @@ def eval_batches(
                 "mask": mask.astype(np.float32),
             }
         return
-    host = _import_host()
+    host, host_views = _import_host()
     for batch in host.batches(
         source,
         lambda step: sampler(step)[rows],
-        functools.partial(host.central_crop, image_size=image_size, resize=resize),
+        functools.partial(
+            host_views.central_crop, image_size=image_size, resize=resize
+        ),
         shape=(1, image_size, image_size, 3),
         start_step=0,
         stop_step=steps,
@@ -203,7 +205,7 @@ def load_small(source: Source, image_size: int) -> Source:
         or source.num_examples * np.prod(shape) > IN_MEMORY_BYTES
     ):
         return source
-    host = _import_host()
+    host, host_views = _import_host()
     size = min(1000, source.num_examples)
     images, labels = [], []
     for batch in host.batches(
@@ -257,10 +259,10 @@ def check_image_size(source: Source, image_size: int) -> None:
 
 
 def _import_host():
-    """Imports host.py, with TensorFlow quiet and kept off the accelerators."""
+    """host.py and host_views.py, with TensorFlow quiet and kept off the accelerators."""
     from supcon_jax.data.tensorflow_imports import import_tensorflow
 
     import_tensorflow()
-    from supcon_jax.data import host
+    from supcon_jax.data import host, host_views
 
-    return host
+    return host, host_views
