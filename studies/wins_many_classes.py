@@ -14,9 +14,9 @@ READING = """
 SupCon's seeds are from 73 to 96 %, since in 300 steps not all of them leave the collapse level early;
 cross-entropy's are from 91 to 94, those of both losses together from 90 to 95. Cross-entropy on
 embeddings of unit length, the control, is hardly trained in 300 steps. The ECE of SupCon and of both
-losses together is a tenth to an eighth of cross-entropy's, which label smoothing makes unsure of itself; after one
-temperature for each they cannot be told apart. One seed chose the settings, so the intervals do not
-include the choice.
+losses together is a tenth to an eighth of cross-entropy's, which label smoothing makes unsure of
+itself; after one temperature for each they cannot be told apart. One seed chose the settings, so the
+intervals do not include the choice.
 """
 
 
