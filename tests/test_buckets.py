@@ -283,6 +283,25 @@ def test_without_gcsfs_the_extra_is_named(monkeypatch):
         epaths.as_path("gs://bucket/run")
 
 
+def test_a_mirror_fetches_no_features_and_writes_over_nobody(bucket, tmp_path):
+    """Features of a large dataset would fill the disk; a lost folder is another run's."""
+    run = f"{bucket}/run"
+    for name in ("metrics.jsonl", "features/a.npz", "profile/b.pb", "tensorboard/c"):
+        storage.write(f"{run}/{name}", b"there")
+    ours = [True]
+    mirror = Mirror(run, is_ours=lambda: ours[0])
+    assert sorted(p.name for p in mirror.folder.rglob("*")) == ["metrics.jsonl"]
+    (mirror.folder / "log.txt").write_text("ours")
+    assert mirror.flush(patience_s=20)
+    ours[0] = False
+    (mirror.folder / "metrics.jsonl").write_text("from the one that lost it")
+    start = time.monotonic()
+    mirror.close()
+    assert time.monotonic() - start < 10
+    assert storage.read(f"{run}/metrics.jsonl") == b"there"
+    assert storage.read(f"{run}/log.txt") == b"ours"
+
+
 def test_files_written_during_an_outage_reach_the_bucket(emulator, bucket, monkeypatch):
     """A mirror uploads what changed, whole, and waits for the bucket where it must."""
     storage.write(f"{bucket}/run/metrics.jsonl", b"one\n")
