@@ -28,10 +28,10 @@ from supcon_jax.config.check import flatten
 from supcon_jax.config.keys import KEYS
 from supcon_jax.logs import format_duration
 from supcon_jax.run.stop import Stopped, StopRequests, restart_command
-from supcon_jax.run.workdir import differing_keys, finished_metrics
+from supcon_jax.run.workdir import finished_metrics
 from supcon_jax.storage.lock import Lock
 from supcon_jax.study import tables
-from supcon_jax.study.definition import describe
+from supcon_jax.study.folder import WAIT_S, lock_when_free, open_folder
 from supcon_jax.study.grid import (
     TOOL_RESULTS,
     Cell,
@@ -39,14 +39,12 @@ from supcon_jax.study.grid import (
     fill,
     flags,
     is_tool,
-    slug,
     stage_changes,
 )
 from supcon_jax.study.jobs import Job, SharedStages, count_jobs, jobs
 from supcon_jax.study.results import Result, Results, numbers, read
 
 logger = logging.getLogger(__name__)
-WAIT_S = 5.0  # between two looks at jobs that other runners have
 STOPPED_CODE = 85  # of a stage that was asked to stop, and can go on
 
 
@@ -93,81 +91,6 @@ def run_study(study: Study, out: pathlib.Path, *, places: Sequence[str] = ()) ->
     tables.write(results)
     tables.draw(results)
     return not results.failures()
-
-
-def open_folder(study: Study, out: pathlib.Path, stop: StopRequests) -> None:
-    """Makes the study's folder, or checks that its results are of this study.
-
-    Raises:
-      ValueError: it holds results of another one; the first difference is named.
-    """
-    path = out / "study.json"
-    ours = json.loads(json.dumps(describe(study)))
-    if path.exists():  # before anything is written
-        _check_same(path, ours)
-    out.mkdir(parents=True, exist_ok=True)
-    lock = _lock_when_free(out, "opens the study", stop)
-    try:
-        if path.exists():
-            theirs = _check_same(path, ours)
-            # Cells that were added meanwhile join those that are there.
-            for part in ("cells", "configs"):
-                ours[part] = theirs.get(part, {}) | ours[part]
-        storage.write(path, (json.dumps(ours, indent=2) + "\n").encode())
-    finally:
-        lock.release()
-
-
-def _check_same(path: pathlib.Path, ours: dict[str, Any]) -> dict[str, Any]:
-    theirs = json.loads(path.read_text())
-    if difference := _difference(theirs, ours):
-        raise ValueError(
-            f"{path.parent} has results of another version of this study, or of another "
-            f"one: {difference}; use another --out, or remove the folder"
-        )
-    return theirs
-
-
-def _difference(theirs: dict[str, Any], ours: dict[str, Any]) -> str:
-    """What is not the same in two descriptions; cells may be added, and taken away."""
-    tuned = any(cell["trials"] for cell in ours["cells"].values())
-    tuning = ("held_out", "tune_seeds", "tuned_by") if tuned else ()
-    for key in ("prepare", *tuning):
-        if theirs[key] != ours[key]:
-            return f"{key} was {theirs[key]!r} and is {ours[key]!r}"
-    for file, now in ours["configs"].items():
-        # Folders of older versions do not have them.
-        was = theirs.get("configs", {}).get(file, now)
-        if keys := differing_keys(now, was):
-            key = keys[0]
-            return f"{key} in {file} was {was.get(key)!r} and is {now.get(key)!r}"
-    before, after = (
-        {slug(label): (label, cell) for label, cell in described["cells"].items()}
-        for described in (theirs, ours)
-    )
-    if before and not before.keys() & after.keys():
-        return f"its cells are {'; '.join(theirs['cells'])}, of which this one has none"
-    for folder, (label, cell) in before.items():
-        now = after.get(folder, (label, cell))[1]
-        for part in cell:
-            for name in {**cell[part], **now[part]}:
-                was, is_now = cell[part].get(name), now[part].get(name)
-                if was != is_now:
-                    return f"{part} of cell {label!r}, {name!r}, was {was!r} and is {is_now!r}"
-    return ""
-
-
-def _lock_when_free(folder: pathlib.Path, does: str, stop: StopRequests) -> Lock:
-    told = False
-    while True:
-        try:
-            return Lock(folder)
-        except ValueError:
-            if not told:
-                told = True
-                logger.info("another runner %s; waiting", does)
-            with stop.interruptible():
-                time.sleep(WAIT_S)
 
 
 def _waiting(results: Results, began: float) -> list[Job]:
@@ -399,7 +322,7 @@ def _prepare(work: _Work) -> None:
         return
     folder = work.out / "prepared"
     folder.mkdir(parents=True, exist_ok=True)
-    lock = _lock_when_free(folder, "prepares the study", work.stop)
+    lock = lock_when_free(folder, "prepares the study", work.stop)
     try:
         for number, words in enumerate(work.study.prepare):
             done = folder / f"{number}.done"
