@@ -5,6 +5,14 @@ other ones for each seed, 300 steps. With all 1,297 every method is near 99 % an
 can be told apart. "full" is the paper's encoder, length and batch on ImageNet.
 """
 
+# Of a classifier that is compared with another. One temperature takes out what label
+# smoothing makes unsure.
+METRICS = (
+    "evaluate:eval/top1",
+    "evaluate:eval/ece",
+    "evaluate:eval/scaled_ece",
+    "evaluate:eval/loss",
+)
 _STAGES = {
     "small": {
         "pretrain": "configs/digits.py",

@@ -66,14 +66,7 @@ def get_study(scale):
         },
         "seeds": common.seeds(scale),
         "tune_seeds": 0 if scale == "small" else 1,
-        "metrics": (
-            "evaluate:eval/top1",
-            "evaluate:eval/ece",
-            # One temperature takes the unsureness of label smoothing out.
-            "evaluate:eval/scaled_ece",
-            "evaluate:eval/loss",
-            "evaluate:eval/scaled_loss",
-        ),
+        "metrics": (*common.METRICS, "evaluate:eval/scaled_loss"),
         "baseline": {"method": "cross-entropy"},
         "along": "regime",
         "reading": READING,

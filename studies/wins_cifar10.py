@@ -12,6 +12,7 @@ Hardware: 2 CPU cores. Time: an hour. Result: docs/studies.md.
 """
 
 from configs import common as recipes
+from studies import common
 
 READING = """
 With crops and flips cross-entropy is ahead of SupCon by 2.9 ± 0.6 points and of both losses together
@@ -79,12 +80,7 @@ def get_study(scale):
         },
         "seeds": 3,
         "tune_seeds": 1,
-        "metrics": (
-            "evaluate:eval/top1",
-            "evaluate:eval/ece",
-            "evaluate:eval/scaled_ece",
-            "evaluate:eval/loss",
-        ),
+        "metrics": common.METRICS,
         "baseline": {"method": "cross-entropy"},
         "along": "augmentation",
         "reading": READING,

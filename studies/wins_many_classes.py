@@ -36,12 +36,7 @@ def get_study(scale):
         "grid": {"method": common.tuned_methods(scale)},
         "seeds": common.seeds(scale),
         "tune_seeds": 1,
-        "metrics": (
-            "evaluate:eval/top1",
-            "evaluate:eval/ece",
-            "evaluate:eval/scaled_ece",
-            "evaluate:eval/loss",
-        ),
+        "metrics": common.METRICS,
         "baseline": {"method": "cross-entropy"},
         "reading": READING,
     }
